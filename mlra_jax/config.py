@@ -1,0 +1,318 @@
+"""Sizes of a model, and the presets of the paper. The only place that validates sizes."""
+
+import dataclasses
+import difflib
+import math
+from typing import Any, ClassVar
+
+
+class ConfigError(ValueError):
+    """A size or name that cannot be; the message is one line and names the remedy."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(config) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{field.name}={value!r} is not a whole number")
+        if field.type is int:
+            _require(value > 0, f"{field.name}={value} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """MLA, GLA-2, GLA-4, MLRA-2, MLRA-4: `groups` of query heads, `branches` per group.
+
+    There are `groups * branches` latent heads; latent `r * groups + g` serves query heads
+    `g * heads / groups ... (g + 1) * heads / groups - 1` in branch `r` (paper, section 3).
+    """
+
+    kind: ClassVar[str] = "latent"
+    num_heads: int
+    groups: int
+    branches: int
+    latent_dim: int
+    """d_c, the width of all latents together (the released configs' `kv_lora_rank`)."""
+    q_latent_dim: int
+    """d_q, the width of the query latent (`q_lora_rank`)."""
+    nope_dim: int
+    rope_dim: int
+    gated: bool = False
+    scaled: bool = True
+    """Calibration factors on the query latent, the latents and the branch sum."""
+
+    def __post_init__(self):
+        _require_positive(self)
+        _require(
+            self.num_heads % self.groups == 0,
+            f"num_heads={self.num_heads} does not divide into groups={self.groups}",
+        )
+        _require(
+            self.latent_dim % self.num_latents == 0,
+            f"latent_dim={self.latent_dim} does not divide into {self.num_latents} latent heads "
+            f"(groups={self.groups} x branches={self.branches})",
+        )
+        _require(self.rope_dim % 2 == 0, f"rope_dim={self.rope_dim} must be even")
+
+    @property
+    def num_latents(self) -> int:
+        return self.groups * self.branches
+
+    @property
+    def latent_head_dim(self) -> int:
+        return self.latent_dim // self.num_latents
+
+    @property
+    def query_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.nope_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedConfig:
+    """MHA (`num_kv_heads == num_heads`), GQA, and MQA (`num_kv_heads == 1`)."""
+
+    kind: ClassVar[str] = "grouped"
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gated: bool = False
+
+    def __post_init__(self):
+        _require_positive(self)
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedConfig:
+    """GTA: a key and its value share one vector; half of each key is a shared rotary key."""
+
+    kind: ClassVar[str] = "tied"
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self):
+        _require_positive(self)
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
+        )
+        _require(self.head_dim % 4 == 0, f"head_dim={self.head_dim} must be a multiple of 4")
+
+    @property
+    def rope_dim(self) -> int:
+        return self.head_dim // 2
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiMatrixConfig:
+    """MFA: queries through a narrow latent, one key head and one value head."""
+
+    kind: ClassVar[str] = "multi_matrix"
+    num_heads: int
+    head_dim: int
+    q_latent_dim: int
+
+    def __post_init__(self):
+        _require_positive(self)
+        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorProductConfig:
+    """TPA: queries, keys and values are sums of `rank` outer products of two factors."""
+
+    kind: ClassVar[str] = "tensor_product"
+    num_heads: int
+    head_dim: int
+    rank: int
+    q_rank: int
+
+    def __post_init__(self):
+        _require_positive(self)
+        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim
+
+
+AttentionConfig = (
+    LatentConfig | GroupedConfig | TiedConfig | MultiMatrixConfig | TensorProductConfig
+)
+_KINDS = {
+    c.kind: c
+    for c in (LatentConfig, GroupedConfig, TiedConfig, MultiMatrixConfig, TensorProductConfig)
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: embedding, `num_layers` blocks of attention and SwiGLU, tied output head."""
+
+    attention: AttentionConfig
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    context_length: int = 2048
+    """Tokens in a training sequence; decoding is limited by its cache, not by this."""
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+    zero_init: bool = True
+    """Attention output and MLP down projections begin at zero (the paper's choice)."""
+    dtype: str = "bfloat16"
+    """Of activations and products; norms' statistics, softmax and logits are float32."""
+    param_dtype: str = "float32"
+    remat: bool = True
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self):
+        _require(
+            type(self.attention) in _KINDS.values(),
+            f"attention={self.attention!r} is none of {', '.join(_KINDS)}",
+        )
+        _require_positive(self)
+        for name in ("norm_eps", "rope_base"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int | float) and math.isfinite(value) and value > 0,
+                f"{name}={value!r} must be a positive number",
+            )
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            _require(value in DTYPES, f"{name}={value!r} is none of {', '.join(DTYPES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` takes back."""
+        return dataclasses.asdict(self) | {
+            "attention": {"kind": self.attention.kind} | dataclasses.asdict(self.attention)
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Raises ConfigError (one line) for a missing, unknown or impossible value."""
+        values = dict(values)
+        attention = dict(values.pop("attention", {}))
+        kind = attention.pop("kind", None)
+        if kind not in _KINDS:
+            raise ConfigError(f"attention.kind={kind!r} is none of {', '.join(_KINDS)}")
+        return _build(
+            cls, {"attention": _build(_KINDS[kind], attention, "attention."), **values}, ""
+        )
+
+
+def _build(cls, values, prefix):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise ConfigError(f"unknown model setting {prefix}{name}{hint}")
+    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+    _require(not missing, f"model setting {prefix}{', '.join(missing)} is missing")
+    return cls(**values)
+
+
+# The published models (24 layers, width 3072, 50304 tokens): MLP width and attention of each.
+def _latent(groups, branches, q_latent_dim=1024, **kwargs):
+    return LatentConfig(
+        **{"num_heads": 24} | kwargs,
+        groups=groups,
+        branches=branches,
+        latent_dim=512,
+        q_latent_dim=q_latent_dim,
+        nope_dim=128,
+        rope_dim=64,
+    )
+
+
+_PAPER: dict[str, tuple[int, AttentionConfig]] = {
+    "mha": (8192, GroupedConfig(24, 24, 128)),
+    "mqa": (10152, GroupedConfig(24, 1, 128)),
+    "gqa": (9728, GroupedConfig(24, 6, 128)),
+    "gta": (9960, TiedConfig(24, 6, 128)),
+    "mfa": (8024, MultiMatrixConfig(24, 256, 2048)),
+    "tpa": (10760, TensorProductConfig(24, 128, 2, 6)),
+    "mla": (9448, _latent(1, 1, 1536)),
+    "gla_2": (10048, _latent(2, 1)),
+    "gla_4": (10136, _latent(4, 1)),
+    "mlra_2": (10048, _latent(2, 2)),
+    "mlra_4": (9880, _latent(1, 4)),
+    "gqa_gated": (8704, GroupedConfig(24, 6, 128, gated=True)),
+    "mla_gated": (8424, _latent(1, 1, 1536, gated=True)),
+    "gla_2_gated": (9024, _latent(2, 1, gated=True)),
+    "mlra_2_gated": (9024, _latent(2, 2, gated=True)),
+    "mlra_4_gated": (8856, _latent(1, 4, gated=True)),
+    "gqa_double_heads": (7680, GroupedConfig(48, 6, 128)),
+    "mla_double_heads": (7320, _latent(1, 1, 1536, num_heads=48)),
+    "gla_2_double_heads": (8344, _latent(2, 1, num_heads=48)),
+    "gla_2_no_scale": (10048, _latent(2, 1, scaled=False)),
+    "mla_no_scale": (9448, _latent(1, 1, 1536, scaled=False)),
+    "mlra_2_no_scale": (10048, _latent(2, 2, scaled=False)),
+}
+_NORMAL = "_normal_initialization"
+PRESETS = (*_PAPER, *(n + _NORMAL for n in _PAPER if "_" not in n or n[-1].isdigit()))
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """The 2.9B model that the paper publishes as `name`, with `changes` to ModelConfig's fields.
+
+    Raises ConfigError naming the nearest preset for an unknown name.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(PRESETS)}"
+        raise ConfigError(f"unknown preset {name!r}; {hint}")
+    mlp_dim, attention = _PAPER[name.removesuffix(_NORMAL)]
+    sizes = dict(
+        attention=attention,
+        vocab_size=50304,
+        num_layers=24,
+        embed_dim=3072,
+        mlp_dim=mlp_dim,
+        zero_init=not name.endswith(_NORMAL),
+    )
+    return ModelConfig(**sizes | changes)
