@@ -1,0 +1,128 @@
+"""The parts every block is made of: RMSNorm, projections, rotary positions, SwiGLU."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlra_jax import sharding
+from mlra_jax.config import ModelConfig
+
+INIT_STDDEV = 0.02
+
+
+def param(
+    rngs: nnx.Rngs, init, shape: Sequence[int], axes: Sequence[str | None], dtype: str
+) -> nnx.Param:
+    """A parameter with its logical axis names; `sharding.state_shardings` maps them to a mesh."""
+    value = init(rngs.params(), tuple(shape), jnp.dtype(dtype))
+    return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """float32 means float32: TPUs and recent GPUs would otherwise round its operands."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+class Projection(nnx.Module):
+    """A bias-free linear map `[..., in dims] -> [..., out dims]`, kernel `[in dims, out dims]`.
+
+    `shape` and `axes` are the kernel's; the first `num_in` dimensions are contracted. The product
+    is computed in the input's dtype.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        axes: Sequence[str | None],
+        *,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        num_in: int = 1,
+        init=None,
+    ):
+        self.num_in = num_in
+        init = init or nnx.initializers.normal(INIT_STDDEV)
+        self.kernel = param(rngs, init, shape, axes, config.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
+        return jax.lax.dot_general(
+            x,
+            self.kernel[...].astype(x.dtype),
+            (contract, ((), ())),
+            precision=precision(x.dtype),
+        )
+
+
+def output_init(config: ModelConfig):
+    """Initialiser of a block's two output projections: zeros, or N(0, 0.02) in the ablation."""
+    return nnx.initializers.zeros if config.zero_init else nnx.initializers.normal(INIT_STDDEV)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x²) + eps) * scale`, statistics in float32, over blocks of `width`.
+
+    With `blocks > 1` the last dimension is cut into that many contiguous parts, each normalised by
+    itself. `factor` multiplies the result (the calibration factors of the latent family).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        blocks: int = 1,
+        factor: float = 1.0,
+        axis: str = "norm",
+    ):
+        self.blocks, self.width, self.factor, self.eps = blocks, width, factor, config.norm_eps
+        self.scale = param(
+            rngs, nnx.initializers.ones, (blocks * width,), (axis,), config.param_dtype
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        blocked = x.astype(jnp.float32).reshape(*x.shape[:-1], self.blocks, self.width)
+        normed = blocked * jax.lax.rsqrt(jnp.mean(blocked**2, axis=-1, keepdims=True) + self.eps)
+        return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(x.dtype)
+
+
+def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`.
+
+    Positions are cut into two digits whose angles are reduced modulo 2π in float64 beforehand:
+    float32 angles of positions in the millions would be wrong in the second decimal.
+    """
+    half = x_BTHR.shape[-1] // 2
+    digit = 1024
+    frequency = base ** (-np.arange(half, dtype=np.float64) / half)
+    high, low = jnp.divmod(positions_BT[..., None].astype(jnp.int32), digit)
+    high = high * np.float32(np.mod(digit * frequency, 2 * np.pi))
+    low = low * np.float32(frequency)
+    cos = jnp.cos(high) * jnp.cos(low) - jnp.sin(high) * jnp.sin(low)
+    sin = jnp.sin(high) * jnp.cos(low) + jnp.cos(high) * jnp.sin(low)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
+    return rotated.astype(x_BTHR.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """`down(silu(gate x) * up x)`."""
+
+    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+        self.mesh = mesh
+        widen, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
+        self.gate = Projection(widen, ("embed", "mlp"), config=config, rngs=rngs)
+        self.up = Projection(widen, ("embed", "mlp"), config=config, rngs=rngs)
+        self.down = Projection(
+            narrow, ("mlp", "embed"), config=config, rngs=rngs, init=output_init(config)
+        )
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        h_BTF = nnx.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(sharding.constrain(h_BTF, self.mesh, "batch", "length", "mlp"))

@@ -1,0 +1,138 @@
+"""The mesh, the logical axis names, and the one table from logical axis to mesh axes.
+
+Mesh axes: `data` splits the batch; `fsdp` splits parameters and optimizer state, and also the
+batch; `tensor` splits latent heads, query heads, the MLP width and the vocabulary; `context` splits
+the positions of the cache. What `tensor` splits of the weights is split over `tensor` and `context`
+together, so that no device of a decoding mesh stores what another one stores.
+
+Nothing outside this file names a mesh axis.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mlra_jax.config import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+BATCH = ("data", "fsdp")
+TENSOR = ("tensor",)
+CONTEXT = ("context",)
+MODEL = ("tensor", "context")
+
+# Earlier rows win when two logical axes of one array want the same mesh axis. A logical axis in
+# two rows takes the first whose mesh axes are free; one whose rows are all taken is not split.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("batch", BATCH),
+    ("cache_length", CONTEXT),
+    ("cache_latent", TENSOR),
+    ("latent", MODEL),
+    ("latent_heads", MODEL),
+    ("heads", MODEL),
+    ("kv_heads", MODEL),
+    ("mlp", MODEL),
+    ("vocab", MODEL),
+    ("embed", ("fsdp",)),
+    ("q_latent", MODEL),
+    ("q_latent", ("fsdp",)),
+)
+# Never split: length, layer, latent_dim, head_dim, rope, norm.
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over the first `data * fsdp * tensor * context` devices.
+
+    Raises ConfigError when a size is not positive or there are too few devices.
+    """
+    sizes = (data, fsdp, tensor, context)
+    for name, size in zip(MESH_AXES, sizes, strict=True):
+        if size < 1:
+            raise ConfigError(f"mesh axis {name}={size} must be at least 1")
+    devices = list(jax.devices() if devices is None else devices)
+    wanted = math.prod(sizes)
+    if wanted > len(devices):
+        described = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True) if s > 1)
+        raise ConfigError(
+            f"the mesh {described} needs {wanted} devices and there are {len(devices)}; "
+            "make it smaller (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N "
+            "gives N virtual devices)"
+        )
+    if wanted == len(devices):
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    else:
+        grid = np.asarray(devices[:wanted]).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def platform(mesh: Mesh) -> str:
+    """'cpu', 'gpu' or 'tpu': what the mesh's devices are, also when they are only described."""
+    return mesh.devices.flat[0].platform
+
+
+def size(mesh: Mesh, axes: Sequence[str]) -> int:
+    """The number of devices along these mesh axes together."""
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical names."""
+    assigned: dict[int, tuple[str, ...]] = {}
+    for logical, mesh_axes in RULES:
+        taken = {a for used in assigned.values() for a in used}
+        for i, axis in enumerate(axes):
+            if axis == logical and i not in assigned and not taken.intersection(mesh_axes):
+                assigned[i] = mesh_axes
+                break
+    return PartitionSpec(*(assigned.get(i) for i in range(len(axes))))
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    return NamedSharding(mesh, spec(*axes))
+
+
+def constrain(x: jax.Array, mesh: Mesh, *axes: str | None) -> jax.Array:
+    """Tells XLA how to split an activation whose dimensions have these logical names."""
+    if mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, named(mesh, *axes))
+
+
+def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """The same tree as `state` (arrays or shapes) with a NamedSharding for every parameter.
+
+    Raises ConfigError naming the parameter, the dimension and the mesh axes that do not divide it.
+    """
+
+    def of(path, variable):
+        axes = variable.get_metadata().get("out_sharding") or (None,) * variable.ndim
+        check_divides(".".join(map(str, path)), variable.shape, axes, mesh.shape)
+        return variable.replace(named(mesh, *axes))
+
+    return nnx.map_state(of, state)
+
+
+def check_divides(
+    name: str, shape: Sequence[int], axes: Sequence[str | None], mesh_shape: Mapping[str, int]
+) -> None:
+    """Raises ConfigError where a dimension cannot be split evenly over its mesh axes."""
+    for length, axis, mesh_axes in zip(shape, axes, spec(*axes), strict=True):
+        if mesh_axes is None:
+            continue
+        ways = math.prod(mesh_shape[a] for a in mesh_axes)
+        if length % ways:
+            over = " x ".join(f"{a}={mesh_shape[a]}" for a in mesh_axes)
+            raise ConfigError(
+                f"{axis}={length} ({name}) does not divide over {over}; choose a mesh whose "
+                f"{'*'.join(mesh_axes)} divides {length}"
+            )
