@@ -1,0 +1,253 @@
+"""The one entry to absorbed decode: checks the arguments and picks the kernel."""
+
+import functools
+import importlib
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from mlra_jax.kernels.absorbed_decode import config as config_lib
+from mlra_jax.kernels.absorbed_decode import reference
+
+IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu")
+OVERRIDE = "MLRA_JAX_DECODE_KERNEL"
+_PACKAGE = "mlra_jax.kernels.absorbed_decode"
+
+
+def absorbed_decode(
+    q_BTLHC: jax.Array,
+    q_rope: jax.Array,
+    latents_BSLC: jax.Array,
+    k_rope_BSR: jax.Array,
+    lengths: jax.Array,
+    starts_B: jax.Array | None = None,
+    *,
+    scale: float,
+    implementation: str | None = None,
+    config: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends from absorbed queries to a cache of latents, which are keys and values at once.
+
+    Score = scale * (q . c + q_rope . k_rope), value = c, one softmax per query, latent and head
+    (the "absorbed" decoding of the paper). Query t of row b sees the cache positions
+    `starts[b] <= s < lengths[b, t]`.
+
+    The kernels read the cache where it lies, once. Give them whole arrays: a slice of a cache
+    stacked over layers would be copied in front of the kernel, so keep one array per layer.
+
+    Args:
+      q_BTLHC: queries already multiplied by the key up-projection, H heads per latent; bfloat16,
+        float16 or float32.
+      q_rope: rotary queries, `[B, T, H, R]` shared by all latents, or `[B, T, G, H, R]` where
+        latent l uses group l % G. Same dtype.
+      latents_BSLC: the cache. Same dtype. Finite everywhere, also where nothing was written yet.
+      k_rope_BSR: the rotary keys, shared by all latents. Same dtype, finite everywhere.
+      lengths: int32 `[B]`, the cache length including all T queries (query t sees
+        `lengths - T + 1 + t` positions), or `[B, T]`, the end of what each query sees. Any value is
+        legal; those outside 0..S are clipped.
+      starts_B: int32, first position that is not left padding; default 0. Clipped likewise.
+      scale: what scores are multiplied by before the softmax, a Python number.
+      implementation: "reference", "mosaic_gpu" or "mosaic_tpu"; default: the environment variable
+        MLRA_JAX_DECODE_KERNEL, else the kernel for the platform that is compiled for (that of the
+        mesh inside shard_map, otherwise JAX's default backend), else, with one logged line, the
+        reference.
+      config: the implementation's Config; default: the measured one, else its heuristic.
+
+    Returns:
+      out_BTLHC in the dtype of `q_BTLHC`, and lse_BTLH float32, the natural logarithm of the
+      softmax denominator. A query that sees nothing gets 0 and -inf.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, an unknown implementation, or one asked
+        for by name that cannot serve the call.
+    """
+    _check(q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B, scale)
+    B, T = q_BTLHC.shape[:2]
+    S = latents_BSLC.shape[1]
+    q_rope_BTGHR = q_rope if q_rope.ndim == 5 else q_rope[:, :, None]
+    lengths_BT = lengths.astype(jnp.int32)
+    if lengths.ndim == 1:
+        # Clipped first so that the subtraction cannot wrap around; beyond S + T - 1 all is visible.
+        ends_B = jnp.clip(lengths_BT, 0, S + T)
+        lengths_BT = ends_B[:, None] - (T - 1) + jnp.arange(T, dtype=jnp.int32)
+    lengths_BT = jnp.clip(lengths_BT, 0, S)
+    starts_B = jnp.zeros([B], jnp.int32) if starts_B is None else starts_B.astype(jnp.int32)
+    starts_B = jnp.clip(starts_B, 0, S)
+
+    device = _target_device()
+    problem = _problem(device.device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC)
+    name = _choose(implementation, device, problem)
+    if name == "reference":
+        kernel = reference.absorbed_decode
+    else:
+        module = _backend(name)
+        kernel = module.absorbed_decode
+        if config is None:
+            tuned = config_lib.find_tuned(name, problem)
+            config = module.Config(**tuned) if tuned else module.heuristic(problem)
+    return kernel(
+        q_BTLHC,
+        q_rope_BTGHR,
+        latents_BSLC,
+        k_rope_BSR,
+        lengths_BT,
+        starts_B,
+        scale=float(scale),
+        config=config,
+    )
+
+
+def autotune(
+    q_BTLHC: jax.Array,
+    q_rope: jax.Array,
+    latents_BSLC: jax.Array,
+    k_rope_BSR: jax.Array,
+    lengths: jax.Array,
+    starts_B: jax.Array | None = None,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> Any:
+    """Measures the candidate settings on these very arrays; later calls of this shape use the best.
+
+    Arguments as in `absorbed_decode`. `save_tuned(path)` keeps the result, `load_tuned(path)`
+    brings it back in another process.
+
+    Returns:
+      The fastest Config, or None where the reference serves the call and nothing can be set.
+    """
+    arrays = (q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B)
+    _check(*arrays, scale)
+    q_rope_BTGHR = q_rope if q_rope.ndim == 5 else q_rope[:, :, None]
+    device = _target_device()
+    problem = _problem(device.device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC)
+    name = _choose(implementation, device, problem)
+    if name == "reference":
+        return None
+
+    def run(config):
+        step = jax.jit(
+            functools.partial(absorbed_decode, scale=scale, implementation=name, config=config)
+        )
+        return lambda: step(*arrays)
+
+    best, _ = config_lib.fastest(_backend(name).candidates(problem), run)
+    config_lib.remember_tuned(name, problem, best)
+    return best
+
+
+def _check(q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B, scale) -> None:
+    for name, array, ranks in (
+        ("q", q_BTLHC, (5,)),
+        ("q_rope", q_rope, (4, 5)),
+        ("latents", latents_BSLC, (4,)),
+        ("k_rope", k_rope_BSR, (3,)),
+        ("lengths", lengths, (1, 2)),
+        ("starts", starts_B, (1,)),
+    ):
+        if array is not None and array.ndim not in ranks:
+            expected = " or ".join(map(str, ranks))
+            raise ValueError(f"{name} needs {expected} dimensions, got shape {array.shape}")
+    B, T, L, H, C = q_BTLHC.shape
+    S, R = k_rope_BSR.shape[1:]
+    G = q_rope.shape[2] if q_rope.ndim == 5 else 1
+    if 0 in (*q_BTLHC.shape, S, R, G):
+        raise ValueError(f"no dimension may be 0: q {q_BTLHC.shape}, k_rope {k_rope_BSR.shape}")
+    if L % G:
+        raise ValueError(f"the {L} latents do not divide among the {G} groups of q_rope")
+    rope_shape = (B, T, G, H, R) if q_rope.ndim == 5 else (B, T, H, R)
+    for name, array, shape in (
+        ("q_rope", q_rope, rope_shape),
+        ("latents", latents_BSLC, (B, S, L, C)),
+        ("k_rope", k_rope_BSR, (B, S, R)),
+        ("lengths", lengths, (B, T)[: lengths.ndim]),
+        ("starts", starts_B, (B,)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}, expected {shape} beside q {q_BTLHC.shape}"
+            )
+    if q_BTLHC.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"q is {q_BTLHC.dtype}, expected bfloat16, float16 or float32")
+    for name, array in (("q_rope", q_rope), ("latents", latents_BSLC), ("k_rope", k_rope_BSR)):
+        if array.dtype != q_BTLHC.dtype:
+            raise ValueError(f"{name} is {array.dtype} but q is {q_BTLHC.dtype}: cast one of them")
+    for name, array in (("lengths", lengths), ("starts", starts_B)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} is {array.dtype}, expected int32")
+    if isinstance(scale, jax.core.Tracer):
+        raise ValueError("scale must be a Python number, not a traced array")
+
+
+def _target_device() -> Any:
+    """The kind of device being compiled for; has `platform` and `device_kind`."""
+    # Inside shard_map the mesh may be of other devices than the host's, as when compiling ahead of
+    # time for a TPU; outside there is no mesh to ask.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device if device is not None else jax.devices()[0]
+
+
+def _problem(device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC) -> config_lib.Problem:
+    B, T, L, H, C = q_BTLHC.shape
+    return config_lib.Problem(
+        device_kind=device_kind,
+        batch=B,
+        queries=T,
+        latents=L,
+        heads=H,
+        groups=q_rope_BTGHR.shape[2],
+        width=C,
+        rope=q_rope_BTGHR.shape[4],
+        cache=latents_BSLC.shape[1],
+        dtype=q_BTLHC.dtype.name,
+    )
+
+
+def _choose(implementation: str | None, device: Any, problem: config_lib.Problem) -> str:
+    name, source = implementation, "implementation"
+    if name is None and os.environ.get(OVERRIDE):
+        name, source = os.environ[OVERRIDE], OVERRIDE
+    if name is not None:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"{source} is {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+        reason = None if name == "reference" else _why_not(name, problem)
+        if reason:
+            raise ValueError(f"{source}={name} cannot serve this call: {reason}")
+        return name
+    if device.platform == "tpu":
+        name = "mosaic_tpu"
+    elif device.platform in ("gpu", "cuda") and _is_hopper(device.device_kind):
+        name = "mosaic_gpu"
+    else:
+        _log_fallback(f"there is no kernel for {device.device_kind}", logging.INFO)
+        return "reference"
+    reason = _why_not(name, problem)
+    if reason:
+        _log_fallback(f"{name}: {reason}", logging.WARNING)
+        return "reference"
+    return name
+
+
+def _is_hopper(device_kind: str) -> bool:
+    return any(chip in device_kind for chip in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+def _why_not(name: str, problem: config_lib.Problem) -> str | None:
+    try:
+        module = _backend(name)
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    return module.supports(problem)
+
+
+def _backend(name: str) -> Any:
+    # Late, because a backend's Pallas dialect is not importable with every jaxlib.
+    return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+@functools.cache
+def _log_fallback(reason: str, level: int) -> None:
+    logging.log(level, "absorbed decode runs in plain JAX: %s", reason)
