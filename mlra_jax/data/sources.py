@@ -1,0 +1,311 @@
+"""Where tokens come from: token files, text files, folders of either, or CPython's own manual."""
+
+from __future__ import annotations
+
+import bisect
+import codecs
+import dataclasses
+import glob
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mlra_jax.data import token_file
+from mlra_jax.data.tokenizers import Tokenizer
+
+PYDOC = "pydoc"
+_PIECE_CHARACTERS = 1 << 20
+# A newline between two visible characters: no byte-pair word reaches across it, so that encoding
+# the pieces one by one gives what encoding the whole text gives.
+_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+# Token files are checked up to this many tokens before a run starts (a fraction of a second), the
+# rest as it is read: 100 GB must not delay the first step.
+_TOKENS_CHECKED_FIRST = 100_000_000
+_MAX_HELD_OUT = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A run of consecutive tokens: integer array [tokens], in memory or memory-mapped.
+
+    `name` and `offset` (position of the first token in the file) are for messages.
+    """
+
+    name: str
+    tokens: np.ndarray
+    offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Training tokens and the tokens held out for validation."""
+
+    train: tuple[Segment, ...]
+    validation: tuple[Segment, ...]
+
+
+class Windows(Sequence):
+    """Windows of `context_length` + 1 tokens, taken every `context_length` tokens.
+
+    A window's first `context_length` tokens are inputs, its last are their targets; the last
+    target is the next window's first input, so that each token is predicted once and no two
+    windows share an input. A window never reaches across two segments; the tail of a segment
+    that fills no window is left out.
+
+    Raises:
+      ValueError: no segment is as long as one window; or, when a window is read, a token id is
+        not below `vocab_size`.
+    """
+
+    def __init__(self, segments: Sequence[Segment], context_length: int, vocab_size: int):
+        if context_length < 1:
+            raise ValueError(f"context_length must be positive, not {context_length}")
+        self._segments = segments
+        self._context_length = context_length
+        self._vocab_size = vocab_size
+        counts = [max(0, len(part.tokens) - 1) // context_length for part in segments]
+        self._ends = list(accumulate(counts))
+        if not sum(counts):
+            longest = max(segments, key=lambda part: len(part.tokens))
+            raise ValueError(
+                f"{longest.name}: {len(longest.tokens)} tokens are less than one window of "
+                f"context_length + 1 = {context_length + 1}"
+            )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Window `index`, int32 [context_length + 1]."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect.bisect_right(self._ends, index)
+        first = index - (self._ends[place - 1] if place else 0)
+        segment = self._segments[place]
+        start = first * self._context_length
+        window = segment.tokens[start : start + self._context_length + 1].astype(np.int32)
+        _check_ids(segment, window, start, self._vocab_size)
+        return window
+
+
+def load_source(
+    spec: str,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    validation: str | None = None,
+    validation_fraction: float = 0.05,
+) -> Source:
+    """Opens what `spec` names and sets tokens aside for validation.
+
+    Args:
+      spec: a text file, a token file (`.bin`), a folder (all token files in it or, where there
+        are none, all its files as text, hidden ones left out, in order of their paths), several
+        of these joined by commas, a glob pattern, or "pydoc", the language reference inside
+        every CPython. Each text document begins with end-of-text.
+      tokenizer: for text; token files need none.
+      vocab_size: the model's; every id must be below it.
+      validation: a spec of its own for validation. Without it, token files named `*_val_*` are
+        validation where there are others to train on; else the tail of the tokens is.
+      validation_fraction: how much of the tokens that tail is, at most 10 million tokens.
+
+    Raises:
+      FileNotFoundError: the spec names nothing.
+      ValueError: a file is damaged, empty or no UTF-8 text, an id is outside the vocabulary, or
+        text comes without a tokenizer or with one that is larger than the vocabulary.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
+    files = _expand(spec)
+    held_out = [path for path in files if _is_validation(path)]
+    if len(held_out) < len(files):
+        files = [path for path in files if path not in held_out]
+    else:
+        held_out = []
+    train = _load(files, tokenizer, vocab_size)
+    if validation is not None:
+        return Source(train, _load(_expand(validation), tokenizer, vocab_size))
+    if held_out:
+        return Source(train, _load(held_out, tokenizer, vocab_size))
+    return Source(*_hold_out(train, validation_fraction))
+
+
+def fingerprint(segments: Sequence[Segment]) -> str:
+    """A short check that a resumed run reads the same tokens, wherever the files lie now."""
+    digest = 0
+    for segment in segments:
+        for part in (segment.tokens[:65536], segment.tokens[-65536:]):
+            digest = zlib.crc32(np.asarray(part, "<u4").tobytes(), digest)
+        digest = zlib.crc32(str(len(segment.tokens)).encode(), digest)
+    return f"{digest:08x}"
+
+
+def text_files(folder: Path) -> list[Path]:
+    """All files under `folder` but hidden ones, ordered by path, subfolders included."""
+    found = []
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") for part in parts):
+            found.append((parts, path))
+    return [path for _, path in sorted(found)]
+
+
+def read_pieces(path: Path, start: int = 0) -> Iterator[tuple[int, str]]:
+    """Cuts a UTF-8 file into pieces of about a million characters that encode independently.
+
+    Args:
+      path: the file.
+      start: byte offset of a piece, as given before, to begin there.
+
+    Yields:
+      the byte offset of a piece and its text.
+
+    Raises:
+      ValueError: the file is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, offset, searched = "", start, _PIECE_CHARACTERS
+    with open(path, "rb") as file:
+        file.seek(start)
+        while True:
+            block_start = file.tell() - len(decoder.getstate()[0])
+            block = file.read(_PIECE_CHARACTERS)
+            try:
+                text += decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not UTF-8 text: byte {block_start + error.start} cannot be read"
+                ) from None
+            while cut := _CUT.search(text, searched):
+                piece, text = text[: cut.start()], text[cut.start() :]
+                yield offset, piece
+                offset += len(piece.encode())
+                searched = _PIECE_CHARACTERS
+            # The last characters may be the first half of a cut.
+            searched = max(_PIECE_CHARACTERS, len(text) - 2)
+            if not block:
+                break
+    if text:
+        yield offset, text
+
+
+def pydoc_documents() -> list[str]:
+    """The language reference that CPython's `help()` shows, one document a topic."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def _expand(spec: str) -> list[Path | str]:
+    if not str(spec):
+        raise FileNotFoundError("no data: the source is empty")
+    whole = Path(spec)
+    if spec == PYDOC:
+        return [PYDOC]
+    if whole.is_dir():
+        files = text_files(whole)
+        if not files:
+            raise FileNotFoundError(f"no data: folder {spec} has no files")
+        return [path for path in files if path.suffix == ".bin"] or files
+    if whole.is_file():
+        return [whole]
+    if "," in spec:
+        return [path for part in spec.split(",") if part.strip() for path in _expand(part.strip())]
+    matches = [Path(match) for match in sorted(glob.glob(spec, recursive=True))]
+    files = [path for path in matches if path.is_file()]
+    if not files:
+        raise FileNotFoundError(f"no data: {spec} is neither a file nor a folder, nor matches any")
+    return files
+
+
+def _is_validation(path: Path | str) -> bool:
+    return path != PYDOC and path.suffix == ".bin" and "_val_" in path.name
+
+
+def _load(
+    files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[Segment, ...]:
+    """Token files as one segment each; all text together as one segment."""
+    segments, texts = [], []
+    for path in files:
+        if path == PYDOC or path.suffix != ".bin":
+            texts.append(path)
+        else:
+            segments.append(Segment(str(path), token_file.read(path)))
+    for segment in segments:
+        share = _TOKENS_CHECKED_FIRST // len(segments)
+        step = 1 << 22
+        for start in range(0, min(share, len(segment.tokens)), step):
+            _check_ids(segment, segment.tokens[start : start + step], start, vocab_size)
+    if texts:
+        segments.append(_encode(texts, tokenizer, vocab_size))
+    return tuple(segments)
+
+
+def _encode(files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size: int) -> Segment:
+    name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    if tokenizer is None:
+        raise ValueError(f"{name} is text: give a tokenizer")
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the model's "
+            f"vocab_size {vocab_size}"
+        )
+    dtype = np.uint16 if tokenizer.vocab_size <= token_file.MAX_VOCAB_SIZE else np.uint32
+    size = sum(path.stat().st_size for path in files if path != PYDOC)
+    mark = np.array([tokenizer.end_of_text], dtype)
+    arrays = []
+    with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, delay=1) as bar:
+        for path in files:
+            for document in _documents(path):
+                arrays.append(mark)
+                for piece in document:
+                    arrays.append(tokenizer.encode_array(piece).astype(dtype))
+                    bar.update(len(piece.encode()))
+    return Segment(name, np.concatenate(arrays))
+
+
+def _documents(path: Path | str) -> Iterator[Iterable[str]]:
+    """The documents of one file, each as its pieces."""
+    if path == PYDOC:
+        yield from ([document] for document in pydoc_documents())
+    elif path.suffix in (".jsonl", ".ndjson"):
+        raise ValueError(
+            f"{path} holds JSON lines; make token files of it first: python -m "
+            f"mlra_jax.data.prepare --source={path} --destination=DIR"
+        )
+    else:
+        yield (piece for _, piece in read_pieces(path))
+
+
+def _hold_out(
+    segments: tuple[Segment, ...], fraction: float
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """Cuts the tail off: `fraction` of all tokens, at most `_MAX_HELD_OUT`."""
+    total = sum(len(part.tokens) for part in segments)
+    left = min(int(total * fraction), _MAX_HELD_OUT)
+    train, tail = list(segments), []
+    while left and train:
+        last = train.pop()
+        cut = max(0, len(last.tokens) - left)
+        left -= len(last.tokens) - cut
+        tail.insert(0, Segment(last.name, last.tokens[cut:], last.offset + cut))
+        if cut:
+            train.append(Segment(last.name, last.tokens[:cut], last.offset))
+    if not tail:
+        tail = [Segment(segments[-1].name, segments[-1].tokens[:0])]
+    return tuple(train), tuple(tail)
+
+
+def _check_ids(segment: Segment, tokens: np.ndarray, start: int, vocab_size: int) -> None:
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        place = int(np.argmax(tokens >= vocab_size))
+        raise ValueError(
+            f"{segment.name}: token id {int(tokens[place])} at position "
+            f"{segment.offset + start + place} is outside the vocabulary of {vocab_size}"
+        )
