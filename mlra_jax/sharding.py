@@ -40,8 +40,9 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed", ("fsdp",)),
     ("q_latent", MODEL),
     ("q_latent", ("fsdp",)),
+    ("latent_dim", ("fsdp",)),
 )
-# Never split: length, layer, latent_dim, head_dim, rope, norm.
+# Never split: length, layer, head_dim, rope, norm.
 
 
 def make_mesh(
@@ -85,16 +86,21 @@ def size(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[a] for a in axes)
 
 
-def spec(*axes: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical names."""
+def mesh_axes(*axes: str | None) -> tuple[tuple[str, ...], ...]:
+    """For each dimension of an array with these logical names, the mesh axes that split it."""
     assigned: dict[int, tuple[str, ...]] = {}
-    for logical, mesh_axes in RULES:
+    for logical, wanted in RULES:
         taken = {a for used in assigned.values() for a in used}
         for i, axis in enumerate(axes):
-            if axis == logical and i not in assigned and not taken.intersection(mesh_axes):
-                assigned[i] = mesh_axes
+            if axis == logical and i not in assigned and not taken.intersection(wanted):
+                assigned[i] = wanted
                 break
-    return PartitionSpec(*(assigned.get(i) for i in range(len(axes))))
+    return tuple(assigned.get(i, ()) for i in range(len(axes)))
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical names."""
+    return PartitionSpec(*(over or None for over in mesh_axes(*axes)))
 
 
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
@@ -126,13 +132,10 @@ def check_divides(
     name: str, shape: Sequence[int], axes: Sequence[str | None], mesh_shape: Mapping[str, int]
 ) -> None:
     """Raises ConfigError where a dimension cannot be split evenly over its mesh axes."""
-    for length, axis, mesh_axes in zip(shape, axes, spec(*axes), strict=True):
-        if mesh_axes is None:
-            continue
-        ways = math.prod(mesh_shape[a] for a in mesh_axes)
-        if length % ways:
-            over = " x ".join(f"{a}={mesh_shape[a]}" for a in mesh_axes)
+    for length, axis, over in zip(shape, axes, mesh_axes(*axes), strict=True):
+        if length % math.prod(mesh_shape[a] for a in over):
+            sizes = " x ".join(f"{a}={mesh_shape[a]}" for a in over)
             raise ConfigError(
-                f"{axis}={length} ({name}) does not divide over {over}; choose a mesh whose "
-                f"{'*'.join(mesh_axes)} divides {length}"
+                f"{axis}={length} ({name}) does not divide over {sizes}; choose a mesh whose "
+                f"{'*'.join(over)} divides {length}"
             )
