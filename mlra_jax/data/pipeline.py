@@ -167,7 +167,7 @@ def make_validation_batches(
     """
     rows = _rows(global_batch, process_index, process_count)
     held_out = _open(source, tokenizer, vocab_size, validation, validation_fraction).validation
-    windows = Windows(held_out, context_length, vocab_size)
+    windows = Windows(held_out, context_length, vocab_size, "validation")
     count = len(windows)
     if max_tokens is not None:
         count = min(count, max(1, max_tokens // context_length))

@@ -8,7 +8,7 @@ import dataclasses
 import glob
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -55,14 +55,20 @@ class Windows(Sequence):
     A window's first `context_length` tokens are inputs, its last are their targets; the last
     target is the next window's first input, so that each token is predicted once and no two
     windows share an input. A window never reaches across two segments; the tail of a segment
-    that fills no window is left out.
+    that fills no window is left out. `purpose` is for messages.
 
     Raises:
       ValueError: no segment is as long as one window; or, when a window is read, a token id is
         not below `vocab_size`.
     """
 
-    def __init__(self, segments: Sequence[Segment], context_length: int, vocab_size: int):
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        context_length: int,
+        vocab_size: int,
+        purpose: str = "training",
+    ):
         if context_length < 1:
             raise ValueError(f"context_length must be positive, not {context_length}")
         self._segments = segments
@@ -73,8 +79,8 @@ class Windows(Sequence):
         if not sum(counts):
             longest = max(segments, key=lambda part: len(part.tokens))
             raise ValueError(
-                f"{longest.name}: {len(longest.tokens)} tokens are less than one window of "
-                f"context_length + 1 = {context_length + 1}"
+                f"too little {purpose} data in {longest.name}: {len(longest.tokens)} tokens are "
+                f"less than one window of context_length + 1 = {context_length + 1}"
             )
 
     def __len__(self) -> int:
@@ -238,10 +244,10 @@ def _load(
         else:
             segments.append(Segment(str(path), token_file.read(path)))
     for segment in segments:
-        share = _TOKENS_CHECKED_FIRST // len(segments)
+        first = segment.tokens[: _TOKENS_CHECKED_FIRST // len(segments)]
         step = 1 << 22
-        for start in range(0, min(share, len(segment.tokens)), step):
-            _check_ids(segment, segment.tokens[start : start + step], start, vocab_size)
+        for start in range(0, len(first), step):
+            _check_ids(segment, first[start : start + step], start, vocab_size)
     if texts:
         segments.append(_encode(texts, tokenizer, vocab_size))
     return tuple(segments)
@@ -262,25 +268,25 @@ def _encode(files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size
     arrays = []
     with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, delay=1) as bar:
         for path in files:
-            for document in _documents(path):
-                arrays.append(mark)
-                for piece in document:
-                    arrays.append(tokenizer.encode_array(piece).astype(dtype))
-                    bar.update(len(piece.encode()))
-    return Segment(name, np.concatenate(arrays))
+            for begins_document, piece in _pieces(path):
+                if begins_document:
+                    arrays.append(mark)
+                arrays.append(tokenizer.encode_array(piece).astype(dtype))
+                bar.update(len(piece.encode()))
+    return Segment(name, np.concatenate(arrays) if arrays else np.empty(0, dtype))
 
 
-def _documents(path: Path | str) -> Iterator[Iterable[str]]:
-    """The documents of one file, each as its pieces."""
+def _pieces(path: Path | str) -> Iterator[tuple[bool, str]]:
+    """The text of one file in pieces, each with whether a document begins there."""
     if path == PYDOC:
-        yield from ([document] for document in pydoc_documents())
+        yield from ((True, document) for document in pydoc_documents())
     elif path.suffix in (".jsonl", ".ndjson"):
         raise ValueError(
             f"{path} holds JSON lines; make token files of it first: python -m "
             f"mlra_jax.data.prepare --source={path} --destination=DIR"
         )
     else:
-        yield (piece for _, piece in read_pieces(path))
+        yield from ((start == 0, piece) for start, piece in read_pieces(path))
 
 
 def _hold_out(

@@ -82,7 +82,9 @@ def write(path: str | Path, chunks: np.ndarray | Iterable[np.ndarray]) -> int:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk: say which file found no place
         raise
     return count

@@ -1,0 +1,187 @@
+import random
+import struct
+
+import numpy as np
+import pytest
+
+from mlra_jax.data import sources, token_file
+from mlra_jax.data.sources import Segment, Windows, load_source, read_pieces
+from mlra_jax.data.tokenizers import get_tokenizer
+
+BYTES = get_tokenizer("bytes")
+
+
+def load(spec, **options):
+    options = {"tokenizer": BYTES, "vocab_size": 300} | options
+    return load_source(str(spec), **options)
+
+
+def tokens_of(segments):
+    return np.concatenate([part.tokens for part in segments]).tolist()
+
+
+def test_a_token_file_has_the_reference_header_and_little_endian_tokens(tmp_path):
+    path = tmp_path / "a.bin"
+    assert token_file.write(path, np.array([1, 2, 50256])) == 3
+    expected = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + struct.pack("<3H", 1, 2, 50256)
+    assert path.read_bytes() == expected
+    assert token_file.read(path).tolist() == [1, 2, 50256]
+    assert not token_file.read(path).flags.writeable
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.bin"
+    token_file.write(path, np.arange(5))
+    before = path.read_bytes()
+    for bad in (65536, -1):
+        with pytest.raises(ValueError, match="0 to 65535"):
+            token_file.write(path, iter([np.arange(9), np.array([bad])]))
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
+
+
+def header(magic=20240520, version=1, count=4):
+    return struct.pack("<256i", magic, version, count, *[0] * 253)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (header(), "truncated: 1024 bytes, expected 1032"),
+        (header() + bytes(7), "truncated: 1031 bytes, expected 1032"),
+        (header() + bytes(9), "does not fit its header: 1033 bytes, expected 1032"),
+        (header(magic=20240521) + bytes(8), "magic number 20240521, expected 20240520"),
+        (header(version=2) + bytes(8), "version 2, expected 1"),
+        (header(count=-1) + bytes(8), "expected 1022"),
+        (header()[:1000], "1000 bytes, expected a header of 1024"),
+        (b"", "0 bytes, expected a header of 1024"),
+    ],
+)
+def test_damaged_token_files_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "damaged.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_id_outside_the_vocabulary_is_named_with_file_and_position(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    tokens = np.zeros(1000, np.uint16)
+    tokens[777] = 300
+    token_file.write(path, tokens)
+    message = f"{path}: token id 300 at position 777 is outside the vocabulary of 300"
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    load(path, vocab_size=301)
+    # Beyond the part that is checked first, the window that holds the id is refused.
+    monkeypatch.setattr(sources, "_TOKENS_CHECKED_FIRST", 700)
+    source = load(path, validation_fraction=0.5)
+    windows = Windows(source.validation, 50, 300)
+    for index in range(len(windows)):
+        if index == (777 - 500) // 50:
+            with pytest.raises(ValueError, match=message):
+                windows[index]
+        else:
+            windows[index]
+
+
+def test_windows_cover_each_segment_without_crossing_into_the_next():
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(0, 60000, size).astype(np.uint16) for size in (23, 3, 5, 41, 1)]
+    windows = Windows([Segment("x", array) for array in arrays], 4, 65536)
+    expected = [
+        array[start : start + 5].tolist()
+        for array in arrays
+        for start in range(0, len(array) - 4, 4)
+    ]
+    assert [windows[index].tolist() for index in range(len(windows))] == expected
+    assert windows[0].dtype == np.int32
+    for index in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            windows[index]
+
+
+def test_too_few_tokens_for_one_window():
+    with pytest.raises(ValueError, match="training data in x: 8 tokens are less than .* = 9"):
+        Windows([Segment("x", np.zeros(8, np.uint16))], 8, 10)
+
+
+def test_a_folder_of_text_is_read_in_order_of_path_with_documents_marked(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "b" / "x.txt").write_text("second")
+    (tmp_path / "a.md").write_text("first é")
+    (tmp_path / "c.txt").write_text("third")
+    (tmp_path / ".hidden" / "d.txt").write_text("never")
+    (tmp_path / ".e").write_text("never")
+    source = load(tmp_path, validation_fraction=0.25)
+    expected = [token for text in ("first é", "second", "third") for token in [256, *text.encode()]]
+    assert tokens_of(source.train) + tokens_of(source.validation) == expected
+    assert len(tokens_of(source.validation)) == len(expected) // 4
+
+
+def test_pydoc_is_the_language_reference():
+    source = load("pydoc")
+    train, validation = tokens_of(source.train), tokens_of(source.validation)
+    assert len(train) + len(validation) > 300_000
+    assert 0.049 < len(validation) / (len(train) + len(validation)) <= 0.05
+    assert "assert_stmt" in BYTES.decode(train)
+
+
+def test_token_shards_by_folder_list_and_pattern(tmp_path):
+    for number, name in enumerate(["x_val_000000.bin", "x_train_000001.bin", "x_train_000002.bin"]):
+        token_file.write(tmp_path / name, np.full(10, number))
+    one, two = tmp_path / "x_train_000001.bin", tmp_path / "x_train_000002.bin"
+    for spec in (tmp_path, tmp_path / "*.bin"):
+        source = load(spec, tokenizer=None)
+        assert tokens_of(source.train) == [1] * 10 + [2] * 10
+        assert tokens_of(source.validation) == [0] * 10
+    held_out = load(f"{two},{one}", tokenizer=None, validation_fraction=0.75)
+    assert tokens_of(held_out.train) == [2] * 5
+    assert tokens_of(held_out.validation) == [2] * 5 + [1] * 10
+    explicit = load(tmp_path, tokenizer=None, validation=str(two))
+    assert tokens_of(explicit.validation) == [2] * 10
+    alone = load(tmp_path / "x_val_000000.bin", tokenizer=None, validation_fraction=0.5)
+    assert tokens_of(alone.train) == tokens_of(alone.validation) == [0] * 5
+
+
+def test_bad_sources_are_refused_in_one_line(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"good " * 300_000 + b"\xff bad")
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "x"}\n')
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (text, {}, f"{text} is not UTF-8 text: byte 1500000 "),
+        (text, {"tokenizer": None}, "is text: give a tokenizer"),
+        (text, {"vocab_size": 256}, "tokenizer bytes has 257 ids, more than .* vocab_size 256"),
+        (lines, {}, "mlra_jax.data.prepare"),
+        (tmp_path / "empty", {}, "has no files"),
+        (tmp_path / "absent.txt", {}, "absent.txt"),
+        ("", {}, "empty"),
+        (lines, {"validation_fraction": 1.0}, "validation_fraction"),
+    ]
+    for spec, options, message in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            load(spec, **options)
+        assert "\n" not in str(error.value)
+
+
+def test_pieces_join_to_the_file_can_be_entered_anywhere_and_cut_between_words(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 64)
+    generator = random.Random(3)
+    words = ["a", "界", "é\n", "\n", " ", "\n\n", "\r\n", "\u2028", "x\ny", "😀\n", "\u3000\n"]
+    text = "".join(generator.choice(words) for _ in range(4000))
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    pieces = list(read_pieces(path))
+    assert "".join(piece for _, piece in pieces) == text
+    assert len(pieces) > 50
+    for offset, piece in pieces[:-1]:
+        assert path.read_bytes()[offset:].startswith(piece.encode())
+        assert piece[-1] == "\n" and not piece[-2].isspace()
+    assert not any(piece[0].isspace() for _, piece in pieces[1:])
+    assert list(read_pieces(path, pieces[7][0])) == pieces[7:]

@@ -1,0 +1,116 @@
+import random
+
+import pytest
+
+from mlra_jax.data.tokenizers import StreamDecoder, get_tokenizer
+
+
+@pytest.fixture(scope="module", params=["bytes", "file"])
+def tokenizer(request, ranks_file):
+    return get_tokenizer("bytes" if request.param == "bytes" else ranks_file)
+
+
+def random_text(generator, length):
+    ranges = [(32, 127), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+    return "".join(chr(generator.randint(*generator.choice(ranges))) for _ in range(length))
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = get_tokenizer("bytes")
+    assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("bytes", 257, 256)
+
+
+def test_a_ranks_file_merges_by_rank_and_puts_end_of_text_last(ranks_file):
+    tokenizer = get_tokenizer(str(ranks_file))
+    byte = lambda character: 255 - ord(character)
+    assert tokenizer.encode("the") == [257]
+    assert tokenizer.encode("x the  y") == [byte("x"), 259, byte(" "), byte(" "), byte("y")]
+    assert tokenizer.end_of_text == 256 + 8
+    assert tokenizer.vocab_size == tokenizer.end_of_text + 1
+    assert get_tokenizer(ranks_file).name == tokenizer.name != "gpt2"
+
+
+def test_text_that_looks_like_end_of_text_is_text(tokenizer):
+    tokens = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.end_of_text not in tokens
+    assert tokenizer.decode(tokens) == "a<|endoftext|>b"
+
+
+def test_streaming_never_splits_a_character(tokenizer):
+    generator = random.Random(7)
+    for _ in range(200):
+        text = random_text(generator, generator.randint(0, 40))
+        tokens = tokenizer.encode(text)
+        decoder = StreamDecoder(tokenizer)
+        so_far = ""
+        for token in tokens:
+            so_far += decoder.push(token)
+            assert text.startswith(so_far)
+        assert so_far == text and decoder.flush() == ""
+        assert tokenizer.decode(tokens) == text
+
+
+def test_broken_bytes_give_replacement_characters_and_do_not_leak_into_the_next_document(tokenizer):
+    half = tokenizer.encode("界")[:1]
+    letter = tokenizer.encode("a")
+    assert tokenizer.decode(half) == "\ufffd"
+    assert tokenizer.decode(half + letter) == "\ufffda"
+    assert tokenizer.decode(half + [tokenizer.end_of_text] + letter) == "\ufffda"
+    for seed in range(50):
+        generator = random.Random(seed)
+        tokens = [generator.randrange(tokenizer.vocab_size) for _ in range(60)]
+        expected, run = "", b""
+        for token in tokens + [tokenizer.end_of_text]:
+            if token == tokenizer.end_of_text:
+                expected, run = expected + run.decode("utf-8", "replace"), b""
+            else:
+                run += tokenizer.token_bytes(token)
+        assert tokenizer.decode(tokens) == expected
+
+
+def test_lone_surrogates_do_not_stop_encoding(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\udc80b")) == "a?b"
+
+
+def test_ids_outside_are_refused(tokenizer):
+    for token in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {token} is outside"):
+            tokenizer.decode([token])
+
+
+def test_without_network_gpt2_names_the_remedy(monkeypatch):
+    import tiktoken
+
+    def fail(name):
+        raise OSError("name resolution\nfailed")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(ConnectionError, match="--tokenizer=FILE") as error:
+        get_tokenizer("gpt2")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("nothing here\n", "line 1"),
+        ("IQ== 0\nIg==\n", "line 2"),
+        ("IQ== 0\nIg== 2\n", "without gap"),
+        ("IQ== 0\n", "lacks the single byte 0"),
+        ("", "ranks must be"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "other"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        get_tokenizer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(FileNotFoundError, match="gpt3"):
+        get_tokenizer("gpt3")
+    with pytest.raises(FileNotFoundError, match="--tokenizer=FILE"):
+        get_tokenizer("tiktoken:0123456789abcdef")
