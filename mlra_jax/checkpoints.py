@@ -1,0 +1,236 @@
+"""Checkpoint folders that describe themselves: `<folder>/checkpoints/<step>/<item>`.
+
+Items: `params` (nested dict of arrays, layers stacked along the first axis) and `model` (JSON:
+format version, model config, tokenizer name) always; `optimizer`, `iterator` and `progress` in a
+training run. Orbax writes a step under a temporary name and renames it when all of it is there, so
+a folder whose name is a number is a finished checkpoint; a half-written one is never looked at.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mlra_jax.config import ConfigError, ModelConfig
+
+FORMAT_VERSION = 1
+SUBFOLDER = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another model; one line with the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One finished step of a checkpoint folder."""
+
+    folder: Path
+    """The step's own folder, `<folder>/checkpoints/<step>`."""
+    step: int
+    model: ModelConfig
+    tokenizer: str | None
+
+    def restore(self, item: str, abstract: Any) -> Any:
+        """Reads the arrays of `item` straight to where `abstract` says they go.
+
+        Args:
+            item: `params` or `optimizer`.
+            abstract: a tree of `jax.ShapeDtypeStruct` with shardings. Each process reads the
+                parts that its own devices hold. Another dtype than the stored one is cast to
+                while reading.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the stored arrays have other names or
+                shapes than `abstract`.
+        """
+        with _one_line(self.folder, item), ocp.StandardCheckpointer() as reader:
+            stored = reader.metadata(self.folder / item).item_metadata.tree
+            _check_same_arrays(self.folder / item, stored, abstract)
+            return reader.restore(self.folder / item, abstract)
+
+    def read_json(self, item: str) -> Any:
+        """Reads a JSON item: `model`, `iterator` or `progress`."""
+        with _one_line(self.folder, item):
+            return json.loads((self.folder / item / "metadata").read_text())
+
+    def has(self, item: str) -> bool:
+        return (self.folder / item).is_dir()
+
+
+def describe(model: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
+    """The `model` item of a checkpoint."""
+    return {"format_version": FORMAT_VERSION, "model": model.to_dict(), "tokenizer": tokenizer}
+
+
+def make_manager(folder: str | Path, *, keep: int | None = None) -> ocp.CheckpointManager:
+    """The Orbax manager that writes `folder`'s checkpoints asynchronously, the last `keep` kept.
+
+    Creates the folder; removes what an interrupted save left behind.
+    """
+    policy = ocp.checkpoint_managers.LatestN(keep) if keep else None
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+    path = Path(folder).absolute() / SUBFOLDER
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return ocp.CheckpointManager(path, options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    *,
+    params: Mapping[str, Any],
+    model: Mapping[str, Any],
+    optimizer: Any = None,
+    **json_items: Any,
+) -> None:
+    """Begins to write a checkpoint; `manager.wait_until_finished()` waits for it.
+
+    Args:
+        manager: from `make_manager`.
+        step: the step's number.
+        params: nested dict of arrays. They may be donated as soon as this returns.
+        model: from `describe`.
+        optimizer: tree of arrays, in a training run.
+        **json_items: anything JSON can say, `iterator` and `progress` in a training run.
+    """
+    items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(dict(model))}
+    if optimizer is not None:
+        items["optimizer"] = ocp.args.StandardSave(optimizer)
+    items |= {name: ocp.args.JsonSave(value) for name, value in json_items.items()}
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def finished_steps(folder: str | Path) -> list[int]:
+    """The steps of `folder` that were written completely, ascending; none if there is no folder."""
+    path = Path(folder) / SUBFOLDER
+    return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
+
+
+def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
+    """Opens the latest finished step of `folder`, or `step`.
+
+    Raises:
+        CheckpointError: nothing there, no finished step, a damaged description, or a format of a
+            newer version.
+    """
+    if not Path(folder).exists():
+        raise CheckpointError(f"no checkpoint: {folder} does not exist")
+    steps = finished_steps(folder)
+    if not steps:
+        raise CheckpointError(f"no finished checkpoint in {folder} (looked for {SUBFOLDER}/<step>)")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder} has no step {step}; it has {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    path = Path(folder).absolute() / SUBFOLDER / str(step)
+    with _one_line(path, "model"):
+        described = json.loads((path / "model" / "metadata").read_text())
+        version, values = described["format_version"], described["model"]
+        tokenizer = described["tokenizer"]
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}; this program reads {FORMAT_VERSION}"
+        )
+    try:
+        model = ModelConfig.from_dict(values)
+    except (ConfigError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path}/model describes no model of this program: {e}") from e
+    return Checkpoint(folder=path, step=step, model=model, tokenizer=tokenizer)
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """The model of the latest finished step of `folder`; raises as `open_checkpoint`."""
+    return open_checkpoint(folder).model
+
+
+def check_same_model(
+    checkpoint: Checkpoint, model: ModelConfig, tokenizer: str | None, workdir: str | Path
+) -> None:
+    """Raises CheckpointError naming the first setting in which a workdir's model is another one.
+
+    How the model computes (`dtype`, `remat`) may differ; what it is may not.
+    """
+    stored = _flat(describe(checkpoint.model, checkpoint.tokenizer))
+    wanted = _flat(describe(model, tokenizer))
+    for name in sorted(stored.keys() | wanted.keys()):
+        if name in ("model.dtype", "model.remat"):
+            continue
+        old, new = stored.get(name, "absent"), wanted.get(name, "absent")
+        if old != new:
+            raise CheckpointError(
+                f"{workdir} holds another model: {name} is {old!r} there and {new!r} here; "
+                "use another workdir or the settings of that run"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _check_same_arrays(path: Path, stored: Any, abstract: Any) -> None:
+    """Orbax's own complaint runs over many lines; this one names the first array that differs."""
+    have, want = _shapes(stored), _shapes(abstract)
+    for name in sorted(have.keys() | want.keys()):
+        if name not in want:
+            raise CheckpointError(f"{path} has an array {name} that the model does not have")
+        if name not in have:
+            raise CheckpointError(f"{path} has no array {name}, which the model needs")
+        if have[name] != want[name]:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(have[name])} there and {list(want[name])} here"
+            )
+
+
+@contextlib.contextmanager
+def _one_line(folder: Path, item: str):
+    """Turns whatever the readers raise on a missing or damaged file into one line.
+
+    The readers work in coroutines; those that an error leaves unfinished would print themselves
+    when they are collected, after and around that line.
+    """
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    level = logger.level
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:
+        sys.unraisablehook = lambda *_: None
+        logger.setLevel(logging.CRITICAL)
+        reason = "is missing" if not (folder / item).exists() else f"is damaged ({_reason(e)})"
+        e.__traceback__ = None
+        others = [str(s) for s in finished_steps(folder.parent.parent) if str(s) != folder.name]
+        remedy = f"delete {folder} to go on from step {others[-1]}" if others else "copy it again"
+        message = f"checkpoint {folder}: {item} {reason}; {remedy}"
+    else:
+        return
+    gc.collect()
+    sys.unraisablehook = hook
+    logger.setLevel(level)
+    raise CheckpointError(message)
+
+
+def _reason(e: Exception) -> str:
+    """The head of an error's first line: TensorStore appends its whole specification."""
+    first = (str(e).splitlines() or [""])[0].split(" [")[0].split(" See full TensorStore")[0]
+    return f"{type(e).__name__}: {first}"[:240]

@@ -1,0 +1,1 @@
+"""Training on a mesh: settings, optimizer, state, step, loop, metrics."""

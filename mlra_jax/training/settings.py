@@ -1,0 +1,179 @@
+"""Everything an experiment may set, with the paper's recipe as the default.
+
+A file in `configs/` builds an `Experiment` and hands its `to_config_dict()` to the command line,
+which may override any key; `Experiment.from_dict` checks what comes back.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlra_jax.config import ConfigError, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """How many devices lie along each axis of the mesh."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self):
+        _at_least(1, self, "mesh", "data", "fsdp", "tensor", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where the tokens come from and how many of them make a step."""
+
+    source: str = ""
+    """Text files, folders of them, `.bin` token files, patterns, or `pydoc` for the language
+    reference inside every CPython; several with commas between (`mlra_jax.data.sources`)."""
+    validation: str = ""
+    """The same for validation; empty takes the source's own validation files or holds out
+    `validation_fraction` of its end."""
+    validation_fraction: float = 0.05
+    validation_tokens: int = 10_485_760
+    """Validate on this many tokens at most."""
+    tokenizer: str = "gpt2"
+    """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`)."""
+    global_batch: int = 480
+    """Sequences of `model.context_length` tokens in one step, over all devices."""
+    accumulate: int = 1
+    """Parts in which a step's batch is computed, one after the other, to save memory."""
+
+    def __post_init__(self):
+        _at_least(1, self, "data", "global_batch", "accumulate", "validation_tokens")
+        if not self.source:
+            raise ConfigError("data.source is empty; give a text file, a folder or .bin files")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1"
+            )
+
+    @property
+    def part_batch(self) -> int:
+        """Sequences that are computed together."""
+        return self.global_batch // self.accumulate
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, linear warm-up, cosine decay that ends at the last step; the paper's values."""
+
+    peak_learning_rate: float = 1.6e-4
+    warmup_steps: int = 2000
+    final_fraction: float = 0.1
+    """The learning rate of the last step, as a part of the peak."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On every parameter."""
+    clip_norm: float = 1.0
+    """Largest norm of all gradients together."""
+
+    def __post_init__(self):
+        _at_least(0, self, "optimizer", "warmup_steps", "final_fraction", "weight_decay")
+        _at_least(0, self, "optimizer", "peak_learning_rate", "b1", "b2", "eps", "clip_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run."""
+
+    model: ModelConfig
+    data: DataSettings
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    steps: int = 100_000
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 1000
+    save_every: int = 1000
+    keep: int = 2
+    """Checkpoints that stay; older ones are deleted."""
+    loss_chunk: int = 512
+    """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
+    virtual_cpu_devices: int = 0
+    """If not 0, train on this many virtual devices of the CPU."""
+
+    def __post_init__(self):
+        _at_least(
+            1, self, "", "steps", "log_every", "validate_every", "save_every", "keep", "loss_chunk"
+        )
+        _at_least(0, self, "", "seed", "virtual_cpu_devices")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below "
+                f"steps={self.steps}"
+            )
+        ways = self.mesh.data * self.mesh.fsdp * self.data.accumulate
+        if self.data.global_batch % ways:
+            raise ConfigError(
+                f"data.global_batch={self.data.global_batch} does not divide over "
+                f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} x "
+                f"data.accumulate={self.data.accumulate}; choose a multiple of {ways}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.global_batch * self.model.context_length
+
+    def to_config_dict(self) -> ConfigDict:
+        """For config_flags: every value can be overridden on the command line, none added."""
+        return ConfigDict(
+            dataclasses.asdict(self) | {"model": self.model.to_dict()}, type_safe=True
+        ).lock()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Experiment":
+        """Raises ConfigError (one line) for an unknown, missing or impossible value."""
+        parts = {"data": DataSettings, "mesh": MeshSettings, "optimizer": OptimizerSettings}
+        built = {
+            name: _build(parts[name], value, f"{name}.") if name in parts else value
+            for name, value in values.items()
+        }
+        if "model" in values:
+            built["model"] = ModelConfig.from_dict(values["model"])
+        return _build(cls, built, "")
+
+
+def closest(name: str, known) -> str:
+    """`; did you mean X?`, or which names there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+def _build(cls, values: Mapping[str, Any], prefix: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"unknown setting {prefix}{name}; {closest(name, fields)}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"setting {prefix}{missing[0]} is missing")
+    return cls(**values)
+
+
+def _at_least(least: int, settings: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        full = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{full}={value!r} is not a number")
+        if not (math.isfinite(value) and value >= least):
+            raise ConfigError(f"{full}={value} must be at least {least}")

@@ -1,0 +1,86 @@
+"""What a training run carries from step to step, and where each part of it lives."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlra_jax import sharding
+from mlra_jax.config import ModelConfig
+from mlra_jax.model import Model
+from mlra_jax.training.optimizer import make_optimizer
+from mlra_jax.training.settings import Experiment
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Leaves are arrays, or `jax.ShapeDtypeStruct`s with shardings in an abstract state."""
+
+    step: Any
+    """int32, updates done."""
+    params: Any
+    """Nested dict of arrays, as in a checkpoint."""
+    optimizer: Any
+
+
+def model_parts(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict, dict]:
+    """(definition, shapes, shardings) of a model; the last two are nested dicts of the parameters.
+
+    `nnx.merge(definition, params)` makes the model of a nested dict of arrays. Nothing is computed.
+
+    Raises:
+        ConfigError: the mesh does not divide a parameter.
+    """
+    model = nnx.eval_shape(lambda: Model(config, mesh=mesh, rngs=nnx.Rngs(0)))
+    definition, state = nnx.split(model)
+    shardings = sharding.state_shardings(state, mesh)
+    return definition, nnx.to_pure_dict(state), nnx.to_pure_dict(shardings)
+
+
+def _initial(experiment: Experiment, mesh: Mesh) -> TrainState:
+    model = Model(experiment.model, mesh=mesh, rngs=nnx.Rngs(experiment.seed))
+    params = nnx.to_pure_dict(nnx.state(model))
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps).init(params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer)
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state; the mesh's devices need not exist here.
+
+    The optimizer's moments lie where their parameters lie; counters are on every device.
+    """
+    _, _, param_shardings = model_parts(experiment.model, mesh)
+    shapes = jax.eval_shape(lambda: _initial(experiment, mesh))
+    everywhere = sharding.named(mesh)
+    shardings = TrainState(
+        step=everywhere,
+        params=param_shardings,
+        optimizer=optax.tree.map_params(
+            make_optimizer(experiment.optimizer, experiment.steps),
+            lambda _, where: where,
+            shapes.optimizer,
+            param_shardings,
+            transform_non_params=lambda _: everywhere,
+        ),
+    )
+    return jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """The state before the first step, created in its shards: no device ever holds a whole one."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
+    # What runs once needs no optimising: on a CPU this spares most of the compilation.
+    options = {"xla_backend_optimization_level": 1} if sharding.platform(mesh) == "cpu" else None
+    create = jax.jit(
+        lambda: _initial(experiment, mesh), out_shardings=shardings, compiler_options=options
+    )
+    return create()

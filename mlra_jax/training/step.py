@@ -1,0 +1,115 @@
+"""One training step: loss, gradients (in parts if asked), AdamW."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlra_jax import sharding
+from mlra_jax.training.optimizer import make_optimizer, make_schedule
+from mlra_jax.training.settings import Experiment
+from mlra_jax.training.state import TrainState, abstract_state, model_parts
+
+
+def loss_sum(model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
+    """Cross-entropy in nats, summed over all tokens of `batch`, float32 scalar.
+
+    The logits of `chunk` positions exist at a time, in the backward pass too (where they are
+    computed again); a last, shorter chunk takes what is left.
+
+    Args:
+        model: with `hidden` and `logits`.
+        batch: `inputs` and `targets`, int32 [B, T]; if it has `weights`, float32 [B, T], each
+            token's loss is multiplied by its own.
+        chunk: positions per chunk.
+    """
+
+    @jax.checkpoint
+    def chunk_sum(x_BTD, targets_BT, weights_BT):
+        losses_BT = optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BTD), targets_BT)
+        return losses_BT.sum() if weights_BT is None else (losses_BT * weights_BT).sum()
+
+    arrays = (model.hidden(batch["inputs"]), batch["targets"], batch.get("weights"))
+    whole = batch["targets"].shape[1] // chunk
+
+    def chunks(array):
+        cut = array[:, : whole * chunk]
+        return jnp.moveaxis(cut.reshape(array.shape[0], whole, chunk, *array.shape[2:]), 1, 0)
+
+    total, _ = jax.lax.scan(
+        lambda total, arrays: (total + chunk_sum(*arrays), None),
+        jnp.zeros((), jnp.float32),
+        jax.tree.map(chunks, arrays),
+    )
+    if whole * chunk < batch["targets"].shape[1]:
+        total += chunk_sum(*jax.tree.map(lambda array: array[:, whole * chunk :], arrays))
+    return total
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a step's `inputs` and `targets`, int32 [B, T]."""
+    shape = (experiment.data.global_batch, experiment.model.context_length)
+    where = sharding.named(mesh, "batch", "length")
+    struct = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+    return {"inputs": struct, "targets": struct}
+
+
+def make_train_step(experiment: Experiment, mesh: Mesh):
+    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+
+    `metrics` has float32 scalars: `loss` (nats per token, before the update), `gradient_norm`
+    (before clipping) and `learning_rate`. To compile it for devices that do not exist here, lower
+    it with `abstract_state` and `abstract_batch` of a mesh of described devices.
+    """
+    definition, _, _ = model_parts(experiment.model, mesh)
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    schedule = make_schedule(experiment.optimizer, experiment.steps)
+    parts = experiment.data.accumulate
+    chunk = min(experiment.loss_chunk, experiment.model.context_length)
+
+    def loss_of(params, batch):
+        total = loss_sum(nnx.merge(definition, params), batch, chunk)
+        return total / batch["targets"].size
+
+    def accumulated(params, batch):
+        def cut(array_BT):
+            # Rows b, b + parts, ... make a part, so that every device keeps the rows it has.
+            rows = array_BT.reshape(-1, parts, array_BT.shape[1])
+            return sharding.constrain(jnp.swapaxes(rows, 0, 1), mesh, None, "batch", "length")
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(params, part)), None
+
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        sums, _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
+        return jax.tree.map(lambda total: total / parts, sums)
+
+    def step(state: TrainState, batch):
+        compute = jax.value_and_grad(loss_of) if parts == 1 else accumulated
+        loss, gradients = compute(state.params, batch)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.named(mesh)))
+
+
+def make_validation_step(experiment: Experiment, mesh: Mesh):
+    """The jitted `(params, batch) -> (sum of losses, sum of weights)`, float32 scalars."""
+    definition, _, _ = model_parts(experiment.model, mesh)
+    chunk = min(experiment.loss_chunk, experiment.model.context_length)
+
+    def losses(params, batch):
+        total = loss_sum(nnx.merge(definition, params), batch, chunk)
+        return total, batch["weights"].sum()
+
+    return jax.jit(losses, out_shardings=sharding.named(mesh))
