@@ -133,7 +133,8 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
 
     Raises:
       FileNotFoundError: there is no such file or folder.
-      ValueError: nothing to read in it, or the `datasets` extra is missing.
+      ValueError: nothing to read in it, the data set cannot be had, or the `datasets` extra is
+        missing.
     """
     if source == PYDOC:
         documents = pydoc_documents()
@@ -431,11 +432,10 @@ def _open_hub(name: str, text_key: str, split: str) -> Input:
             "Hugging Face data sets need the extra: pip install 'mlra-jax[datasets]'"
         ) from None
     repository, _, configuration = name.partition(":")
-    if Path(repository, "state.json").is_file() or Path(repository, "dataset_dict.json").is_file():
-        data = datasets.load_from_disk(repository)
-        data = data if isinstance(data, datasets.Dataset) else data[split]
-    else:
+    try:
         data = datasets.load_dataset(repository, configuration or None, split=split)
+    except Exception as error:  # the library's errors have no common type, and many lines
+        raise ValueError(f"data set {name}: {' '.join(str(error).split())}") from error
     if text_key not in data.column_names:
         raise ValueError(
             f"data set {name} has no column {text_key!r} but {', '.join(data.column_names)}; name "

@@ -23,19 +23,19 @@ def corpus(tmp_path_factory):
     words = ["the", "thing", "é", "界", "other", "", "token\nline\n\n", "x"]
     text = lambda count: " ".join(generator.choice(words) for _ in range(count))
     documents = []
-    for name, sizes in {"a/1.jsonl": [5, 0, 90_000, 40] * 3, "b.jsonl": [700] * 400}.items():
+    for name, sizes in {"a/1.jsonl": [5, 0, 30_000, 40] * 3, "b.jsonl": [700] * 400}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         texts = [text(size) for size in sizes]
         path.write_text("\n\n".join(json.dumps({"body": item}) for item in texts) + "\n")
         documents += texts
-    long = text(600_000)
+    long = text(200_000)
     (folder / "c.txt").write_text(long)
     (folder / "d.txt").write_text("")
     return folder, [*documents, long]
 
 
-def run(corpus, destination, tokenizer, *, workers=1, shard_tokens=300_000, **options):
+def run(corpus, destination, tokenizer, *, workers=1, shard_tokens=100_000, **options):
     return prepare(
         open_input(str(corpus[0]), text_key="body"),
         destination,
@@ -71,12 +71,12 @@ def test_shards_are_the_documents_each_begun_by_end_of_text(corpus, ranks_file, 
     ]
     assert [path.name for path in shards[:2]] == ["x_val_000000.bin", "x_train_000001.bin"]
     arrays = [token_file.read(path) for path in shards]
-    assert len(arrays) == -(-len(expected) // 300_000) > 5
-    assert all(len(array) == 300_000 for array in arrays[:-1])
+    assert len(arrays) == -(-len(expected) // 100_000) > 5
+    assert all(len(array) == 100_000 for array in arrays[:-1])
     assert np.array_equal(np.concatenate(arrays), expected)
     # What is written is what training reads.
     source = load_source(str(tmp_path), tokenizer=None, vocab_size=tokenizer.vocab_size)
-    assert np.array_equal(source.validation[0].tokens, expected[:300_000])
+    assert np.array_equal(source.validation[0].tokens, expected[:100_000])
     assert len(source.train) == len(shards) - 1
 
 
@@ -87,18 +87,19 @@ def test_workers_do_not_change_a_byte(corpus, ranks_file, tmp_path):
 
 
 def test_a_killed_run_goes_on_and_keeps_what_was_finished(corpus, ranks_file, tmp_path):
+    # Many more shards than are waited for, so that the process is still at work when it is killed.
     run(corpus, tmp_path / "whole", ranks_file, shard_tokens=40_000)
     folder = tmp_path / "killed"
     flags = command(corpus, folder, ranks_file, shard_tokens=40_000, workers=2)
     kept = {}
-    for least in (3, 25):
+    for least in (3, 20):
         process = subprocess.Popen(
             [sys.executable, "-m", "mlra_jax.data.prepare", *flags],
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         while process.poll() is None and len(list(folder.glob("x_*.bin"))) < least:
-            time.sleep(0.001)
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         for name, changed in kept.items():
@@ -160,7 +161,7 @@ def test_faults_are_one_line_and_leave_finished_shards_alone(corpus, ranks_file,
     run(corpus, done, ranks_file)
     before = contents(done)
     flags = lambda **options: (
-        command(corpus, done, ranks_file, shard_tokens=300_000)
+        command(corpus, done, ranks_file, shard_tokens=100_000)
         + [f"--{key}={value}" for key, value in options.items()]
     )
     assert "begun with another shard_tokens" in failure(capsys, flags(shard_tokens=1000))
@@ -200,7 +201,7 @@ def test_a_damaged_finished_shard_is_not_taken_for_whole(corpus, ranks_file, tmp
     shards = run(corpus, tmp_path, ranks_file)
     with open(shards[1], "r+b") as file:
         file.truncate(5000)
-    line = failure(capsys, command(corpus, tmp_path, ranks_file, shard_tokens=300_000))
+    line = failure(capsys, command(corpus, tmp_path, ranks_file, shard_tokens=100_000))
     assert str(shards[1]) in line and "truncated" in line
 
 
@@ -224,10 +225,13 @@ def test_a_vocabulary_that_does_not_fit_16_bits_is_refused(corpus, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hugging_face_data_set(tmp_path):
+def test_a_hugging_face_data_set(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     texts = [f"document {number} é" * (number % 5) for number in range(600)]
-    datasets.Dataset.from_dict({"body": texts}).save_to_disk(tmp_path / "set")
+    (tmp_path / "set").mkdir()
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
+    (tmp_path / "set" / "train.jsonl").write_text(lines)
     shards = prepare(
         open_input(f"hf:{tmp_path / 'set'}", text_key="body"),
         tmp_path / "out",
