@@ -293,6 +293,8 @@ _PAPER: dict[str, tuple[int, AttentionConfig]] = {
     "mla_no_scale": (9448, _latent(1, 1, 1536, scaled=False)),
     "mlra_2_no_scale": (10048, _latent(2, 2, scaled=False)),
 }
+VARIANTS = tuple(_PAPER)[:11]
+"""The attention variants that the paper compares; the other presets vary these."""
 _NORMAL = "_normal_initialization"
 PRESETS = (*_PAPER, *(n + _NORMAL for n in _PAPER if "_" not in n or n[-1].isdigit()))
 

@@ -65,12 +65,17 @@ class Model(nnx.Module):
     in place: see `create`. For training the blocks are one stack, scanned over; for decoding
     `unstacked` takes them apart, so that no step has to slice a stack.
 
+    `tokenizer` is the name of the one it was trained with, if known; ids from `num_tokens` on are
+    padding of the vocabulary and never sampled.
+
     Raises ConfigError when the sizes do not divide over the mesh.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
         self.config = config
         self.mesh = mesh = sharding.make_mesh() if mesh is None else mesh
+        self.tokenizer: str | None = None
+        self.num_tokens = config.vocab_size
         self.embed = Embedding(config, rngs=rngs)
         self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
 
@@ -83,7 +88,7 @@ class Model(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
         """int32 tokens `[B, T]` -> float32 logits `[B, T, V]`; positions count from 0."""
-        return self.logits(self.hidden(tokens_BT, positions_BT))
+        return _logits(self, tokens_BT, positions_BT)
 
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
         """The last block's output after the final norm, `[B, T, D]` in the compute dtype."""
@@ -160,6 +165,11 @@ class Model(nnx.Module):
     def _embed(self, tokens_BT):
         x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0).astype(self.config.dtype)
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
+
+
+@nnx.jit
+def _logits(model, tokens_BT, positions_BT):
+    return model.logits(model.hidden(tokens_BT, positions_BT))
 
 
 def _positions(tokens_BT: jax.Array) -> jax.Array:

@@ -76,6 +76,23 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh from a command line's `tensor=4,context=2`; axes not named are 1.
+
+    Raises ConfigError for an unknown axis, a size that is no number, or too few devices.
+    """
+    sizes = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, value = part.partition("=")
+        if name not in MESH_AXES or not value.isdecimal():
+            raise ConfigError(
+                f"mesh {text!r}: {part!r} is not one of {', '.join(MESH_AXES)} with a size, "
+                "as in tensor=4,context=2"
+            )
+        sizes[name] = int(value)
+    return make_mesh(**sizes, devices=devices)
+
+
 def platform(mesh: Mesh) -> str:
     """'cpu', 'gpu' or 'tpu': what the mesh's devices are, also when they are only described."""
     return mesh.devices.flat[0].platform

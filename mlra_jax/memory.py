@@ -1,0 +1,77 @@
+"""How much of the cache each device holds, for every variant and every way to split it.
+
+`python -m mlra_jax` prints the table.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from mlra_jax.attention import MODULES
+from mlra_jax.config import VARIANTS, ConfigError, ModelConfig, preset
+from mlra_jax.sharding import mesh_axes
+
+SPLITS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2))
+
+
+def cache_values_per_device(
+    config: ModelConfig, *, batch: int, capacity: int, tensor: int = 1, context: int = 1
+) -> int:
+    """Values that one device caches per layer for `batch` rows of `capacity` positions.
+
+    Raises ConfigError when the variant cannot be split so.
+    """
+    module, ways = MODULES[type(config.attention)], {"tensor": tensor, "context": context}
+    shapes = module.cache_shapes(config.attention, batch, capacity, tensor)
+    total = 0
+    for name, shape in shapes.items():
+        over = mesh_axes(*module.cache_axes[name])
+        split = [math.prod(ways.get(a, 1) for a in axes) for axes in over]
+        total += math.prod(-(-n // s) for n, s in zip(shape, split, strict=True))
+    return total
+
+
+def cache_bytes_per_device(
+    config: ModelConfig, *, batch: int, capacity: int, tensor: int = 1, context: int = 1
+) -> int:
+    """Bytes that one device caches in all layers, in the compute dtype."""
+    values = cache_values_per_device(
+        config, batch=batch, capacity=capacity, tensor=tensor, context=context
+    )
+    return values * config.num_layers * jnp.dtype(config.dtype).itemsize
+
+
+def table(names: Sequence[str], tokens: int, batch: int) -> str:
+    """GiB per device of the published models; in brackets units of d_h a token and layer."""
+    heading = [f"{t} x {c}" if t > 1 and c > 1 else f"{max(t, c)}" for t, c in SPLITS]
+    lines = [
+        f"Cache per device in GiB, {batch} x {tokens} tokens, bfloat16; "
+        "in brackets values a token and layer in units of d_h = 128.",
+        "",
+        f"{'':20}{'tensor':^48}{'context':^36}{'tensor x context':^24}",
+        f"{'ways':20}" + "".join(f"{h:>12}" for h in heading),
+    ]
+    for name in names:
+        config, cells = preset(name), []
+        for tensor, context in SPLITS:
+            size = dict(batch=batch, capacity=tokens, tensor=tensor, context=context)
+            try:
+                gib = cache_bytes_per_device(config, **size) / 2**30
+                widths = cache_values_per_device(config, **size) / (batch * tokens * 128)
+                cells.append(f"{gib:.2f} ({widths:.3g})")
+            except ConfigError:
+                cells.append("-")
+        lines.append(f"{name:20}" + "".join(f"{c:>12}" for c in cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mlra_jax", description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=131072, help="context length")
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.tokens < 8 or arguments.batch < 1:
+        parser.error("--tokens must be at least 8 and --batch at least 1")
+    print(table(VARIANTS, arguments.tokens, arguments.batch))
