@@ -1,0 +1,164 @@
+"""What the mechanisms share whose query heads, not latents, are dealt to the devices."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mlra_jax import cache as kv
+from mlra_jax import sharding
+from mlra_jax.config import ConfigError
+
+
+def check_heads(num_heads: int, mesh: Mesh) -> None:
+    """Raises ConfigError when the query heads do not divide over the mesh."""
+    sharding.check_divides("query heads", (num_heads,), ("heads",), mesh.shape)
+
+
+def feature_axis(mesh: Mesh, width: int) -> str:
+    """Logical axis of a kernel's features that all heads share.
+
+    They are split over the devices that split the heads, where they divide, so that no device
+    stores what another one stores.
+    """
+    return "kv_heads" if width % sharding.size(mesh, sharding.MODEL) == 0 else "head_dim"
+
+
+def kv_axes(mesh: Mesh, num_kv_heads: int, width: int) -> tuple[str | None, str]:
+    """Logical axes of a kernel's key/value heads: split by head, else within each head."""
+    if num_kv_heads % sharding.size(mesh, sharding.MODEL) == 0:
+        return "kv_heads", "head_dim"
+    return None, feature_axis(mesh, width)
+
+
+def whole_heads(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
+    """Gathers the features of heads whose kernel is split within the head."""
+    by_head, _ = kv_axes(mesh, *x_BTJK.shape[2:])
+    return sharding.constrain(x_BTJK, mesh, "batch", "length", by_head, "head_dim")
+
+
+def repeat_for_mesh(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
+    """Key/value heads repeated until they divide over the mesh, as `causal_attention` wants them.
+
+    Query heads that divide over the mesh and among the J heads divide among the repeated ones too.
+    """
+    J, ways = x_BTJK.shape[2], sharding.size(mesh, sharding.MODEL)
+    x_BTJK = jnp.repeat(x_BTJK, math.lcm(J, ways) // J, axis=2)
+    return sharding.constrain(x_BTJK, mesh, "batch", "length", "kv_heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldHeads:
+    """Which key/value heads each of `tensor` devices keeps: those that its query heads read.
+
+    Device `t` has the query heads `t*H/tensor ... (t+1)*H/tensor - 1` and keeps `each` key/value
+    heads from `t*J // tensor` on. Where neither of J and `tensor` divides the other, neighbours
+    keep a head in common (J=6 over 4 devices: heads 0 1 | 1 2 | 3 4 | 4 5). Raises ConfigError when
+    the query heads do not divide.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    tensor: int
+
+    def __post_init__(self):
+        if self.num_heads % self.tensor:
+            raise ConfigError(
+                f"{self.num_heads} query heads do not divide over tensor={self.tensor} devices; "
+                f"use tensor={math.gcd(self.num_heads, self.tensor)} and put the rest on the "
+                "context axis"
+            )
+
+    @property
+    def _even(self) -> bool:
+        """Each key/value head that a device keeps serves as many of its query heads."""
+        return self.num_kv_heads % self.tensor == 0 or self.tensor % self.num_kv_heads == 0
+
+    @functools.cached_property
+    def _read(self) -> np.ndarray:
+        """`[tensor, H / tensor]`: the key/value head that each of a device's query heads reads."""
+        group = self.num_heads // self.num_kv_heads
+        return np.arange(self.num_heads).reshape(self.tensor, -1) // group
+
+    @property
+    def each(self) -> int:
+        """Key/value heads on one device."""
+        return int((self._read[:, -1] - self._read[:, 0]).max()) + 1
+
+    def spread(self, x_BTJK: jax.Array) -> jax.Array:
+        """`[B, T, tensor * each, K]`: the heads of device 0, of device 1 and so on."""
+        if self.num_kv_heads % self.tensor == 0:
+            return x_BTJK
+        kept = self._read[:, :1] + np.arange(self.each)
+        return jnp.take(x_BTJK, np.minimum(kept, self.num_kv_heads - 1).ravel(), axis=2)
+
+    def by_held_head(self, q_BThK: jax.Array) -> jax.Array:
+        """A device's queries `[B, T, H/tensor, K]` as `[B, T, each, G, K]`.
+
+        Where the heads it keeps serve unequal numbers of queries, each is asked all of them:
+        reading the cache takes longer than the products.
+        """
+        B, T, h, K = q_BThK.shape
+        if self._even:
+            return q_BThK.reshape(B, T, self.each, h // self.each, K)
+        return jnp.broadcast_to(q_BThK[:, :, None], (B, T, self.each, h, K))
+
+    def by_query_head(self, x_BTJG: jax.Array, device: jax.Array) -> jax.Array:
+        """The reverse, for what came out for each: `[B, T, each, G, ...]` as `[B, T, h, ...]`."""
+        B, T, J, G = x_BTJG.shape[:4]
+        if self._even:
+            return x_BTJG.reshape(B, T, J * G, *x_BTJG.shape[4:])
+        kept_h = jnp.asarray(self._read - self._read[:, :1])[device]
+        return x_BTJG[:, :, kept_h, jnp.arange(G)]
+
+
+def decode_step(
+    attend: Callable,
+    q_BTHK: jax.Array,
+    new: dict[str, jax.Array],
+    cache: dict[str, jax.Array],
+    length: jax.Array,
+    starts_B: jax.Array,
+    *,
+    cache_axes: dict[str, tuple[str | None, ...]],
+    mesh: Mesh,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Writes `new` into the slots from `length` on and attends to the cache, on every device.
+
+    Args:
+      attend: `(q_BThK, cache, lengths_BT, starts_B) -> (o_BThV, lse_BTh)` of one device: its query
+        heads over its share of the positions.
+      q_BTHK: the queries of the T new tokens.
+      new: their cache entries, `[B, T, ...]`; cache: `[B, S, ...]`, both by name.
+      length: int32 scalar, slots filled; starts_B: int32, each row's first slot.
+
+    Returns:
+      `[B, T, H, V]` split by head over the mesh, and the cache.
+    """
+    # A device attends for all query heads of its `tensor` share, whatever its `context` share.
+    queries = sharding.spec("batch", "length", "cache_latent", None)
+    cached = {name: sharding.spec(*axes) for name, axes in cache_axes.items()}
+    added = {n: sharding.spec("batch", "length", *axes[2:]) for n, axes in cache_axes.items()}
+    shares = sharding.size(mesh, sharding.CONTEXT)
+
+    def local(q_BThK, new, cache, length, starts_B):
+        share = jax.lax.axis_index(sharding.CONTEXT)
+        cache = {n: kv.write(cache[n], new[n], length, shares, share) for n in cache}
+        lengths_BT, starts_B = kv.bounds(length, starts_B, q_BThK.shape[1], shares, share)
+        o_BThV, lse_BTh = attend(q_BThK, cache, lengths_BT, starts_B)
+        if shares > 1:
+            o_BThV = kv.merge(o_BThV, lse_BTh, sharding.CONTEXT, dim=2)
+        return o_BThV, cache
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(queries, added, cached, sharding.spec(), sharding.spec("batch")),
+        out_specs=(sharding.spec("batch", "length", "heads", "head_dim"), cached),
+        check_vma=False,
+    )(q_BTHK, new, cache, length, starts_B)
