@@ -1,0 +1,452 @@
+"""Absorbed decode on TPU: one pass over the cache at the speed of HBM (Pallas Mosaic TPU).
+
+A program instance walks the visible tiles of one batch row after another. Copies from HBM run
+`buffers - 1` tiles ahead of the arithmetic and do not stop at the end of a row, so rows of unequal
+length cost what they read. A tile of latents is copied once and used as key and as value; the tile
+of rotary keys beside it is copied once for all latents of the device.
+
+The cache is read in the layout XLA gives it, so nothing is copied or padded in front of the kernel:
+`[B, S, 1, C]` lies like `[B, S, C]`, and `[B, S, R]` with R < 128 lies like `[B, R, S]`, positions
+along the lanes, without padding.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mlra_jax.kernels.absorbed_decode.config import Problem
+from mlra_jax.kernels.absorbed_decode.reference import merge_partials
+
+LANES = 128
+SUBLANES = 8
+ROW_BLOCK = 128  # query rows whose scores are alive at once
+_MIB = 2**20
+_HIDDEN = -1e30  # the score of what a query must not see: finite, so that no difference is a NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuConfig:
+    """Settings of the kernel.
+
+    Attributes:
+      tile: cache positions copied and computed at a time, a multiple of 128.
+      buffers: tiles in VMEM at once, at least 2; all but one are in flight.
+      splits: parts each row is cut into, computed by different cores; 1 unless one JAX device is
+        two cores (v4, v5p).
+    """
+
+    tile: int
+    buffers: int
+    splits: int
+
+    def __post_init__(self):
+        if self.tile < LANES or self.tile % LANES or self.buffers < 2 or self.splits < 1:
+            raise ValueError(f"{self}: tile must be a multiple of 128, buffers >= 2, splits >= 1")
+
+
+Config = TpuConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    cores: int  # that share the work of one JAX device
+    vmem: int  # bytes per core, of which the kernel takes at most half
+    flight: int  # bytes that must be on their way to keep HBM busy: bandwidth times about 2 us
+
+
+_CHIPS = {
+    "TPU v4": _Chip(cores=2, vmem=16 * _MIB, flight=_MIB),
+    "TPU v5 lite": _Chip(cores=1, vmem=128 * _MIB, flight=2 * _MIB),
+    "TPU v5e": _Chip(cores=1, vmem=128 * _MIB, flight=2 * _MIB),
+    "TPU v5": _Chip(cores=2, vmem=64 * _MIB, flight=3 * _MIB),
+    "TPU v5p": _Chip(cores=2, vmem=64 * _MIB, flight=3 * _MIB),
+    "TPU v6 lite": _Chip(cores=1, vmem=128 * _MIB, flight=4 * _MIB),
+    "TPU v6e": _Chip(cores=1, vmem=128 * _MIB, flight=4 * _MIB),
+    "TPU7x": _Chip(cores=1, vmem=64 * _MIB, flight=8 * _MIB),
+}
+_UNKNOWN_CHIP = _Chip(cores=1, vmem=16 * _MIB, flight=2 * _MIB)
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or in one phrase why the kernel cannot serve the problem."""
+    if problem.dtype != "bfloat16":
+        return f"it computes in bfloat16, the call is {problem.dtype}"
+    if problem.width % LANES:
+        return f"latent width {problem.width} is no multiple of {LANES}"
+    if problem.rope % 16 or problem.rope > LANES:
+        return f"rotary width {problem.rope} is no multiple of 16 up to {LANES}"
+    if problem.latents not in (1, 2) and (problem.latents, problem.width) != (4, LANES):
+        return f"{problem.latents} latents of width {problem.width} on one device"
+    if problem.queries * problem.heads > 1024:
+        return f"{problem.queries} queries x {problem.heads} heads are more than 1024 rows"
+    if vmem_bytes(problem, TpuConfig(LANES, 2, 1)) > _chip(problem).vmem // 2:
+        return "its buffers do not fit in VMEM"
+    return None
+
+
+def heuristic(problem: Problem) -> TpuConfig:
+    """The configuration for the chip generation when nothing was measured."""
+    chip = _chip(problem)
+    tile = 1024 if problem.latents * problem.width <= 256 else 512
+    tile = min(tile, _round_up(problem.cache, LANES))
+    buffers = max(3, 1 + -(-chip.flight // (tile * _position_bytes(problem))))
+    config = TpuConfig(tile, buffers, chip.cores)
+    while vmem_bytes(problem, config) > chip.vmem // 2 and config.buffers > 2:
+        config = dataclasses.replace(config, buffers=config.buffers - 1)
+    while vmem_bytes(problem, config) > chip.vmem // 2 and config.tile > LANES:
+        config = dataclasses.replace(config, tile=config.tile // 2 // LANES * LANES)
+    return config
+
+
+def candidates(problem: Problem) -> list[TpuConfig]:
+    """What the autotuner measures; the heuristic's choice comes first."""
+    first = heuristic(problem)
+    configs = [first] + [
+        TpuConfig(tile, buffers, first.splits)
+        for tile in (256, 512, 1024, 2048)
+        for buffers in (2, 4, 8)
+    ]
+    fits = [c for c in configs if vmem_bytes(problem, c) <= _chip(problem).vmem // 2]
+    return list(dict.fromkeys(fits))
+
+
+def vmem_bytes(problem: Problem, config: TpuConfig) -> int:
+    """VMEM that the kernel asks for: tiles, queries, results, running sums and live scores."""
+    L, C = problem.latents, problem.width
+    M, M_block = _rows(problem.queries * problem.heads)
+    tiles = config.buffers * config.tile * _position_bytes(problem)
+    queries = 2 * 2 * M * (L * C + problem.groups * LANES)
+    results = 2 * 4 * (L * M * C + SUBLANES * _round_up(M, LANES))
+    sums = 4 * L * M * (C + 2 * LANES)
+    # Scores, their rotary part per group, weights, and one latent's tile taken out of its packing.
+    live = config.tile * (M_block * (4 + 4 + 2 + 4 * problem.groups) + 3 * 4 * C)
+    return tiles + queries + results + sums + live
+
+
+def absorbed_decode(
+    q_BTLHC: jax.Array,
+    q_rope_BTGHR: jax.Array,
+    latents_BSLC: jax.Array,
+    k_rope_BSR: jax.Array,
+    lengths_BT: jax.Array,
+    starts_B: jax.Array,
+    *,
+    scale: float,
+    config: TpuConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel behind `api.absorbed_decode`, with arguments as that function normalises them.
+
+    Interpreted on CPU inside `pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(...))`.
+    """
+    B, T, L, H, C = q_BTLHC.shape
+    G, R = q_rope_BTGHR.shape[2], q_rope_BTGHR.shape[4]
+    S = latents_BSLC.shape[1]
+    M, _ = _rows(T * H)
+    K = config.splits
+    q_BLMC = _queries_as_rows(q_BTLHC, M)
+    q_rope_BGMR = _queries_as_rows(q_rope_BTGHR, M)
+    ends_B = lengths_BT.max(axis=1)
+    # A row that sees nothing has no tiles at all.
+    starts_B = jnp.minimum(starts_B, ends_B)
+
+    one = L == 1
+    latents = latents_BSLC[:, :, 0] if one else latents_BSLC
+    tile_shape = (config.tile, C) if one else (config.tile, L, C)
+    partial_dtype = q_BTLHC.dtype if K == 1 else jnp.float32
+    # Inside shard_map the results differ wherever an argument does.
+    arguments = (q_BLMC, q_rope_BGMR, latents, k_rope_BSR, lengths_BT, starts_B)
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
+    result = functools.partial(
+        jax.ShapeDtypeStruct, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
+    )
+    problem_bytes = latents.nbytes + k_rope_BSR.nbytes + q_BLMC.nbytes + q_rope_BGMR.nbytes
+    vmem = vmem_bytes(_problem(q_BTLHC, q_rope_BTGHR, S), config)
+    per_row = lambda k, b, *_: (b, 0, 0, 0)
+    per_part = lambda k, b, *_: (k, b, 0, 0, 0)
+    out_KBLMC, lse_KBLM = pl.pallas_call(
+        functools.partial(_kernel, heads=H, queries=T, scale=scale, config=config),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(K, B),
+            in_specs=[
+                pl.BlockSpec((None, L, M, C), per_row),
+                pl.BlockSpec((None, G, M, R), per_row),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+            ],
+            out_specs=[
+                pl.BlockSpec((None, None, L, M, C), per_part),
+                pl.BlockSpec((None, None, L, M), lambda k, b, *_: (k, b, 0, 0)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((config.buffers, *tile_shape), latents.dtype),
+                pltpu.VMEM((config.buffers, R, config.tile), k_rope_BSR.dtype),
+                pltpu.SemaphoreType.DMA((2, config.buffers)),
+                pltpu.SMEM((4,), jnp.int32),
+                pltpu.VMEM((L, M, C), jnp.float32),
+                pltpu.VMEM((2, L, M, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            result((K, B, L, M, C), partial_dtype),
+            result((K, B, L, M), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=max(16 * _MIB, vmem + vmem // 4),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * B * S * L * M * (2 * C + R * G // L),
+            transcendentals=B * S * L * M,
+            bytes_accessed=problem_bytes + B * L * M * (C * 2 + 4),
+        ),
+        name="absorbed_decode",
+    )(
+        starts_B,
+        ends_B,
+        lengths_BT,
+        q_BLMC,
+        q_rope_BGMR,
+        # Else XLA may first move a small cache into VMEM, all of it and by itself.
+        pltpu.with_memory_space_constraint(latents, pltpu.HBM),
+        pltpu.with_memory_space_constraint(jnp.swapaxes(k_rope_BSR, 1, 2), pltpu.HBM),
+    )
+
+    if K == 1:
+        out_BLMC, lse_BLM = out_KBLMC[0], lse_KBLM[0]
+    else:
+        out_BLMC, lse_BLM = merge_partials(out_KBLMC, lse_KBLM)
+    out_BLTHC = out_BLMC[:, :, : T * H].reshape(B, L, T, H, C).astype(q_BTLHC.dtype)
+    lse_BLTH = lse_BLM[:, :, : T * H].reshape(B, L, T, H)
+    return jnp.swapaxes(out_BLTHC, 1, 2), jnp.swapaxes(lse_BLTH, 1, 2)
+
+
+def _kernel(
+    starts_ref,
+    ends_ref,
+    lengths_ref,
+    q_LMC_ref,
+    q_rope_GMR_ref,
+    latents_ref,
+    k_rope_ref,
+    out_LMC_ref,
+    lse_LM_ref,
+    tiles_ref,
+    rope_tiles_ref,
+    arrived_ref,
+    cursor_ref,
+    sum_LMC_ref,
+    top_total_ref,
+    *,
+    heads: int,
+    queries: int,
+    scale: float,
+    config: TpuConfig,
+):
+    split, b = pl.program_id(0), pl.program_id(1)
+    B = pl.num_programs(1)
+    L, M, C = q_LMC_ref.shape
+    G = q_rope_GMR_ref.shape[0]
+    M_block = min(M, ROW_BLOCK)
+    top_ref, total_ref = top_total_ref.at[0], top_total_ref.at[1]
+    # What the copies have reached: row, tile of that row, tiles asked for, tiles used.
+    ROW, TILE, ASKED, USED = range(4)
+
+    def share(row):
+        """First position and number of tiles of `row` that are this split's."""
+        # Lanes hold positions of rotary keys, so a copy can only begin at a multiple of 128.
+        origin = starts_ref[row] & -LANES
+        visible = ends_ref[row] > starts_ref[row]
+        count = lax.div(ends_ref[row] - origin + config.tile - 1, config.tile)
+        count = jnp.where(visible, count, 0)
+        if config.splits == 1:
+            return origin, count
+        # Rows of few tiles give the odd one to different splits in turn.
+        turn = lax.rem(split + row, config.splits)
+        first = lax.div(count * turn, config.splits)
+        last = lax.div(count * (turn + 1), config.splits)
+        return origin + first * config.tile, last - first
+
+    def copies(row, tile, slot):
+        position = pl.multiple_of(share(row)[0] + tile * config.tile, LANES)
+        needed = jnp.minimum(ends_ref[row] - position, config.tile)
+        lanes = pl.multiple_of((needed + LANES - 1) & -LANES, LANES)
+        rows = needed
+        if L == 1:  # Otherwise positions are an outer dimension, free of tiling.
+            rows = pl.multiple_of((needed + SUBLANES - 1) & -SUBLANES, SUBLANES)
+        return (
+            pltpu.make_async_copy(
+                latents_ref.at[row, pl.ds(position, rows)],
+                tiles_ref.at[slot, pl.ds(0, rows)],
+                arrived_ref.at[0, slot],
+            ),
+            pltpu.make_async_copy(
+                k_rope_ref.at[row, :, pl.ds(position, lanes)],
+                rope_tiles_ref.at[slot, :, pl.ds(0, lanes)],
+                arrived_ref.at[1, slot],
+            ),
+        )
+
+    def skip_finished_rows(row, tile):
+        exhausted = lambda at: (at[0] < B) & (at[1] >= share(jnp.minimum(at[0], B - 1))[1])
+        return lax.while_loop(exhausted, lambda at: (at[0] + 1, jnp.int32(0)), (row, tile))
+
+    def ask_for_next():
+        row, tile = cursor_ref[ROW], cursor_ref[TILE]
+
+        @pl.when(row < B)
+        def _():
+            for copy in copies(row, tile, lax.rem(cursor_ref[ASKED], config.buffers)):
+                copy.start()
+            cursor_ref[ASKED] += 1
+            cursor_ref[ROW], cursor_ref[TILE] = skip_finished_rows(row, tile + 1)
+
+    @pl.when(b == 0)
+    def _():
+        cursor_ref[ASKED] = 0
+        cursor_ref[USED] = 0
+        cursor_ref[ROW], cursor_ref[TILE] = skip_finished_rows(jnp.int32(0), jnp.int32(0))
+        pl.loop(0, config.buffers - 1)(lambda _: ask_for_next())
+
+    sum_LMC_ref[...] = jnp.zeros_like(sum_LMC_ref)
+    top_ref[...] = jnp.full_like(top_ref, _HIDDEN)
+    total_ref[...] = jnp.zeros_like(total_ref)
+    start = starts_ref[b]
+    end = ends_ref[b]
+    # Rows are query-major: all heads of query 0, then all of query 1.
+    query_ends = [lengths_ref[b, t] for t in range(queries)]
+    origin, count = share(b)
+
+    def attend(position, slot, masked):
+        if masked:
+            along = position + lax.broadcasted_iota(jnp.int32, (1, config.tile), 1)
+            down = position + lax.broadcasted_iota(jnp.int32, (config.tile, 1), 0)
+            written = (down >= start) & (down < end)
+        rope_tile = rope_tiles_ref[slot]
+
+        def attend_rows(i):
+            rows = pl.ds(i * M_block, M_block)
+            if masked:
+                row_end = jnp.full((M_block, 1), query_ends[0])
+                row_id = i * M_block + lax.broadcasted_iota(jnp.int32, (M_block, 1), 0)
+                for t in range(1, queries):
+                    row_end = jnp.where(row_id >= t * heads, query_ends[t], row_end)
+                visible = (along >= start) & (along < row_end)
+            rope_scores = [_dot(q_rope_GMR_ref[g, rows], rope_tile, 1, 0) for g in range(G)]
+            for l in range(L):
+                latent_tile = take_latent(tiles_ref, slot, l)
+                if masked:
+                    # What was never written may be anything, and 0 * NaN is NaN.
+                    latent_tile = jnp.where(written, latent_tile.astype(jnp.float32), 0)
+                    latent_tile = latent_tile.astype(tiles_ref.dtype)
+                scores = _dot(q_LMC_ref[l, rows], latent_tile, 1, 1) + rope_scores[l % G]
+                scores *= scale * math.log2(math.e)
+                if masked:
+                    scores = jnp.where(visible, scores, _HIDDEN)
+                old_top = top_ref[l, rows, :1]
+                top = jnp.maximum(old_top, scores.max(axis=1, keepdims=True))
+                weights = jnp.exp2(scores - top)
+                fade = jnp.exp2(old_top - top)
+                total = fade * total_ref[l, rows, :1] + weights.sum(axis=1, keepdims=True)
+                product = _dot(weights.astype(latent_tile.dtype), latent_tile, 1, 0)
+                sum_LMC_ref[l, rows] = fade * sum_LMC_ref[l, rows] + product
+                top_ref[l, rows] = jnp.broadcast_to(top, (M_block, LANES))
+                total_ref[l, rows] = jnp.broadcast_to(total, (M_block, LANES))
+
+        if M == M_block:
+            attend_rows(0)
+        else:
+            pl.loop(0, M // M_block)(attend_rows)
+
+    @pl.loop(0, count)
+    def _(tile):
+        slot = lax.rem(cursor_ref[USED], config.buffers)
+        for copy in copies(b, tile, slot):
+            copy.wait()
+        ask_for_next()
+        position = origin + tile * config.tile
+        whole = (position >= start) & (position + config.tile <= functools.reduce(jnp.minimum, query_ends))
+        pl.when(whole)(lambda: attend(position, slot, masked=False))
+        pl.when(~whole)(lambda: attend(position, slot, masked=True))
+        cursor_ref[USED] += 1
+
+    for l in range(L):
+        top, total = top_ref[l], total_ref[l]
+        # A query that saw nothing has only hidden scores, which all look alike to the softmax.
+        saw = top > _HIDDEN / 2
+        weight = jnp.where(saw, 1 / jnp.where(saw, total, 1), 0)
+        lse = jnp.where(saw, (top + jnp.log2(jnp.where(saw, total, 1))) * math.log(2), -jnp.inf)
+        out_LMC_ref[l] = (sum_LMC_ref[l] * weight[:, :1]).astype(out_LMC_ref.dtype)
+        lse_LM_ref[pl.ds(l, 1)] = lse.T[:1]
+
+
+def take_latent(tiles_ref, slot, l: int) -> jax.Array:
+    """Latent `l` of a tile as `[tile, C]`.
+
+    With several latents, positions are the outer dimension of `tiles_ref[slot]` `[tile, L, C]` and
+    each 32-bit word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are loaded
+    with a stride and their half taken, which is far cheaper than a transposition.
+    """
+    if len(tiles_ref.shape) == 3:
+        return tiles_ref[slot]
+    _, tile, L, C = tiles_ref.shape
+    across = C // LANES
+    stride = L // 2 * across
+    words_ref = tiles_ref.at[slot].bitcast(jnp.uint32).reshape(tile * stride, LANES)
+    first = l // 2 * across
+    columns = [
+        words_ref[pl.ds(first + i, tile, stride=stride)] if stride > 1 else words_ref[...]
+        for i in range(across)
+    ]
+    words = columns[0] if across == 1 else jnp.concatenate(columns, axis=1)
+    # A bfloat16 is the upper half of the float32 of the same value.
+    words = words << 16 if l % 2 == 0 else words & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(words, jnp.float32).astype(tiles_ref.dtype)
+
+
+def _dot(a, b, a_axis: int, b_axis: int) -> jax.Array:
+    return lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _queries_as_rows(q_BTLHC: jax.Array, M: int) -> jax.Array:
+    B, T, L, H, C = q_BTLHC.shape
+    q_BLMC = jnp.swapaxes(q_BTLHC, 1, 2).reshape(B, L, T * H, C)
+    return jnp.pad(q_BLMC, ((0, 0), (0, 0), (0, M - T * H), (0, 0)))
+
+
+def _rows(count: int) -> tuple[int, int]:
+    """Query rows with padding, and how many of them are computed at once."""
+    if count > ROW_BLOCK:
+        return _round_up(count, ROW_BLOCK), ROW_BLOCK
+    padded = _round_up(count, SUBLANES)
+    return padded, padded
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return (x + multiple - 1) // multiple * multiple
+
+
+def _position_bytes(problem: Problem) -> int:
+    return 2 * (problem.latents * problem.width + problem.rope)
+
+
+def _chip(problem: Problem) -> _Chip:
+    return _CHIPS.get(problem.device_kind, _UNKNOWN_CHIP)
+
+
+def _problem(q_BTLHC, q_rope_BTGHR, S) -> Problem:
+    B, T, L, H, C = q_BTLHC.shape
+    G, R = q_rope_BTGHR.shape[2], q_rope_BTGHR.shape[4]
+    return Problem("", B, T, L, H, G, C, R, S, q_BTLHC.dtype.name)
