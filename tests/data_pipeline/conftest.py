@@ -3,6 +3,7 @@ import base64
 import pytest
 
 MERGES = [b"th", b"the", b" t", b" the", b"ing", "é".encode(), "界".encode()[:2], b"  "]
+MERGES += [b"\n\n", b"\n ", b" \n"]
 
 
 @pytest.fixture(scope="session")

@@ -168,8 +168,8 @@ def test_bad_sources_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_pieces_join_to_the_file_can_be_entered_anywhere_and_cut_between_words(
-    tmp_path, monkeypatch
+def test_pieces_join_to_the_file_can_be_entered_anywhere_and_encode_by_themselves(
+    tmp_path, monkeypatch, ranks_file
 ):
     monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 64)
     generator = random.Random(3)
@@ -184,4 +184,6 @@ def test_pieces_join_to_the_file_can_be_entered_anywhere_and_cut_between_words(
         assert path.read_bytes()[offset:].startswith(piece.encode())
         assert piece[-1] == "\n" and not piece[-2].isspace()
     assert not any(piece[0].isspace() for _, piece in pieces[1:])
+    tokenizer = get_tokenizer(ranks_file)
+    assert sum((tokenizer.encode(piece) for _, piece in pieces), []) == tokenizer.encode(text)
     assert list(read_pieces(path, pieces[7][0])) == pieces[7:]

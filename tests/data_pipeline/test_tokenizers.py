@@ -26,7 +26,7 @@ def test_a_ranks_file_merges_by_rank_and_puts_end_of_text_last(ranks_file):
     byte = lambda character: 255 - ord(character)
     assert tokenizer.encode("the") == [257]
     assert tokenizer.encode("x the  y") == [byte("x"), 259, byte(" "), byte(" "), byte("y")]
-    assert tokenizer.end_of_text == 256 + 8
+    assert tokenizer.end_of_text == 256 + 11
     assert tokenizer.vocab_size == tokenizer.end_of_text + 1
     assert get_tokenizer(ranks_file).name == tokenizer.name != "gpt2"
 
