@@ -1,0 +1,90 @@
+"""How leaves are cut into chunks on disk, so that each device of a mesh reads its own bytes."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from mlra_jax import sharding
+from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.model import Model
+
+DEFAULT_WAYS = 8
+# Smaller chunks cost more files and waiting than reading them several times does.
+MIN_CHUNK = 1 << 18
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes by axis from `tensor=4,fsdp=2`; axes left out have size 1.
+
+    Raises:
+      ConfigError: an unknown axis or a size that is no positive number.
+    """
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1)
+    for item in text.split(","):
+        axis, _, size = item.partition("=")
+        if axis.strip() not in sizes or not (size.strip().isdigit() and int(size) > 0):
+            raise ConfigError(
+                f"--mesh={text}: {item!r} is not AXIS=SIZE with one of {', '.join(sizes)}"
+            )
+        sizes[axis.strip()] = int(size)
+    return sizes
+
+
+def block_shapes(
+    config: ModelConfig, mesh: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The chunk shape of every leaf, by its dotted path: one layer, and one device's part of it.
+
+    Without a mesh, dimensions that `tensor` or `context` may split are cut into 8 parts, or as many
+    as divide them: such chunks serve every smaller mesh of these axes as well. Layers of fewer than
+    `MIN_CHUNK` numbers stay whole.
+
+    Args:
+      config: the model.
+      mesh: axis name to size.
+
+    Raises:
+      ConfigError: the mesh does not divide a parameter.
+    """
+    state = nnx.state(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0))))
+    shapes = {}
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        axes = variable.get_metadata().get("out_sharding") or (None,) * len(variable.shape)
+        if mesh is not None:
+            sharding.check_divides(name, variable.shape, axes, mesh)
+        block = []
+        dimensions = list(zip(variable.shape, axes, sharding.mesh_axes(*axes), strict=True))
+        small = math.prod(n for n, logical, _ in dimensions if logical != "layer") < MIN_CHUNK
+        for length, logical, split in dimensions:
+            if logical == "layer":
+                block.append(1)
+            elif mesh is None and small:
+                block.append(length)
+            elif mesh is None:
+                ways = math.gcd(length, DEFAULT_WAYS) if split == sharding.MODEL else 1
+                block.append(length // ways)
+            else:
+                block.append(length // math.prod(mesh[axis] for axis in split))
+        shapes[name] = tuple(block)
+    return shapes
+
+
+def nested(flat: Mapping[str, object]) -> dict:
+    """A tree of dicts from dotted paths."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *outer, last = path.split(".")
+        node = tree
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def flat(tree) -> dict[str, object]:
+    """Dotted paths from a tree of dicts."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

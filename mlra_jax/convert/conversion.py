@@ -1,0 +1,205 @@
+"""From a released folder to an Orbax checkpoint, a block at a time."""
+
+import dataclasses
+import errno
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from mlra_jax import checkpoints
+from mlra_jax.config import DTYPES, ModelConfig
+from mlra_jax.convert import blocks, lazy
+from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.folder import check_absent, whole_folder
+from mlra_jax.convert.hub import find_source
+from mlra_jax.convert.released import (
+    BLOCK,
+    EMBEDDING,
+    HEAD,
+    Leaf,
+    check_tensors,
+    layout,
+    recognise,
+)
+from mlra_jax.convert.weights import Weights
+
+GPT2_VOCABULARY = 50304
+_ROWS_AT_ONCE = 4 << 20
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    note: Callable[[str], object] = print,
+    quiet: bool = False,
+) -> ModelConfig:
+    """Converts a released checkpoint to `<destination>/checkpoints/0`, for `mlra_jax.load_model`.
+
+    All checks come before the first byte is written, and the destination appears whole or not at
+    all. No more than one released tensor is in memory at a time.
+
+    Args:
+      source: a folder with config.json and .bin or .safetensors files, or `owner/name/subfolder`
+        on the Hugging Face hub.
+      destination: must not exist.
+      variant: released name of the model where weights cannot tell, as in `mlra_2_no_scale`.
+      dtype: of the stored parameters, float32, bfloat16 or float16; by default that of the files.
+      mesh: axis name to size: chunks on disk will be what one device of such a mesh holds.
+      note: told what the user should know, a line each.
+      quiet: no progress bars.
+
+    Returns:
+      The model's config.
+
+    Raises:
+      CheckpointFileError, ConfigError: one line naming the fault and the file.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    destination = Path(destination)
+    check_absent(destination)
+    folder = find_source(source)
+    with Weights(folder) as weights:
+        shapes = {name: spec.shape for name, spec in weights.specs.items()}
+        config, notes = recognise(shapes, weights.config, variant, folder.name)
+        stored = check_tensors(config, weights.specs, weights.complete)
+        config = dataclasses.replace(config, param_dtype=dtype or stored.name)
+        arrays = _arrays(weights, config, blocks.block_shapes(config, mesh))
+        for line in notes:
+            note(line)
+        with _bar("checking", weights.size, quiet) as bar:
+            weights.verify(bar.update)
+        _check_tied(weights)
+        total = sum(array.nbytes for array in arrays.values())
+        with whole_folder(destination, total + (64 << 20)) as partial:
+            tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
+            described = checkpoints.describe(config, tokenizer)
+            try:
+                with _bar("writing", total, quiet) as bar:
+                    sums = _write(partial, arrays, described, bar.update)
+                with _bar("reading back", total, quiet) as bar:
+                    _verify(partial, sums, bar.update)
+            except CheckpointFileError:
+                raise
+            except Exception as error:
+                raise CheckpointFileError(f"{destination}: {_reason(error)}") from error
+    return config
+
+
+def _arrays(
+    weights: Weights, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, lazy.LazyArray]:
+    dtype = np.dtype(getattr(ml_dtypes, config.param_dtype, config.param_dtype))
+    return {
+        path: lazy.LazyArray(leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype))
+        for path, leaf in layout(config).leaves.items()
+    }
+
+
+def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Block], np.ndarray]:
+    """A function from slices of a leaf to its values, which reads no more than they need."""
+
+    def read(block: lazy.Block) -> np.ndarray:
+        prefix = BLOCK.format(block[0].start) if leaf.stacked else ""
+        first, *rest = block[1:] if leaf.stacked else block
+        pieces, start = [], 0
+        for part in leaf.parts:
+            stop = start + part.shape[0]
+            low, high = max(first.start, start), min(first.stop, stop)
+            if low < high:
+                name = prefix + part.name
+                if name == EMBEDDING and name not in weights.specs:
+                    name = HEAD
+                view = part.view(weights.read(name))
+                pieces.append(_cast(view[(slice(low - start, high - start), *rest)], dtype, name))
+            start = stop
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        weights.release()
+        return values[None] if leaf.stacked else values
+
+    return read
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A contiguous copy in `dtype`; refuses to turn finite numbers into infinities."""
+    values = np.ascontiguousarray(values)
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if not np.array_equal(np.isfinite(cast), np.isfinite(values)):
+        raise CheckpointFileError(f"tensor {name} has numbers too large for {dtype}")
+    return cast
+
+
+def _check_tied(weights: Weights) -> None:
+    """The embedding and the output head are one tensor; it is stored once, so it must be one."""
+    if not {EMBEDDING, HEAD} <= weights.specs.keys() or weights.same_bytes(EMBEDDING, HEAD):
+        return
+    rows, width = weights.specs[EMBEDDING].shape
+    step = max(1, _ROWS_AT_ONCE // width)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        if weights.read(EMBEDDING)[part].tobytes() != weights.read(HEAD)[part].tobytes():
+            raise CheckpointFileError(f"{EMBEDDING} and {HEAD} differ; the released are one tensor")
+        weights.release()
+
+
+def _manager(folder: Path, handler: lazy.BlockHandler) -> ocp.CheckpointManager:
+    registry = ocp.type_handlers.create_type_handler_registry((lazy.LazyArray, handler))
+    return ocp.CheckpointManager(
+        folder / checkpoints.SUBFOLDER,
+        item_handlers={
+            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "model": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    )
+
+
+def _write(
+    folder: Path,
+    arrays: Mapping[str, lazy.LazyArray],
+    described: Mapping,
+    progress: Callable[[int], object],
+) -> dict[str, list[int]]:
+    """Writes step 0 and returns the CRC-32 of each block by leaf."""
+    handler = lazy.BlockHandler(progress)
+    with _manager(folder, handler) as manager:
+        params = ocp.args.PyTreeSave(blocks.nested(arrays))
+        model = ocp.args.JsonSave(dict(described))
+        manager.save(0, args=ocp.args.Composite(params=params, model=model))
+    return handler.checksums
+
+
+def _verify(folder: Path, sums: Mapping[str, list[int]], progress: Callable[[int], object]) -> None:
+    """Reads everything back from disk and compares it with what was to be written."""
+    arrays = lazy.open_arrays(checkpoints.open_checkpoint(folder).folder / "params")
+    for path, expected in sums.items():
+        array = arrays[path]
+        for block, crc in zip(array.blocks(), expected, strict=True):
+            values = array.read(block)
+            if zlib.crc32(values.reshape(-1).view(np.uint8)) != crc:
+                raise CheckpointFileError(f"{path} reads back differently; is the disk sound?")
+            progress(values.nbytes)
+
+
+def _bar(text: str, total: int, quiet: bool) -> tqdm:
+    return tqdm(desc=text, total=total, unit="B", unit_scale=True, disable=quiet, mininterval=0.5)
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong while writing; libraries append whole specifications."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return "the disk is full"
+    return f"writing failed ({text.split(' [')[0][:300] or type(error).__name__})"

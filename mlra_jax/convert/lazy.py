@@ -1,0 +1,130 @@
+"""Arrays that are never whole in memory, and how Orbax writes and reads them.
+
+A converted model's largest leaf is gigabytes (24 layers stacked), its largest released tensor a
+few hundred megabytes. `LazyArray` is a shape, a dtype and a way to get any block; `BlockHandler`
+is the Orbax type handler that writes one block at a time, each its own chunk on disk, in the
+ordinary Orbax layout: whoever restores the checkpoint needs nothing of this file.
+"""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+Block = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyArray:
+    """An array by blocks.
+
+    Attributes:
+      shape, dtype: of the whole array.
+      block: shape of the blocks it is written in; each entry divides that of `shape`.
+      read: from a tuple of slices to that part of the array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    block: tuple[int, ...]
+    read: Callable[[Block], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def blocks(self) -> list[Block]:
+        """The slices of every block, in row-major order."""
+        starts = [range(0, n, b) for n, b in zip(self.shape, self.block, strict=True)]
+        return [
+            tuple(slice(s, s + b) for s, b in zip(start, self.block, strict=True))
+            for start in itertools.product(*starts)
+        ]
+
+
+class BlockHandler(ocp.type_handlers.TypeHandler):
+    """Writes `LazyArray` leaves block by block and restores them as `LazyArray` again.
+
+    Args:
+      progress: told the bytes written after each block.
+
+    Attributes:
+      checksums: leaf name to the CRC-32 of each block in the order of `LazyArray.blocks`, filled
+        by writing, for `verify_blocks`.
+    """
+
+    def __init__(self, progress: Callable[[int], object] = lambda n: None):
+        self.progress = progress
+        self.checksums: dict[str, list[int]] = {}
+
+    def typestr(self) -> str:
+        # What an ordinary reader takes the leaves for.
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence:
+        return await ocp.type_handlers.NumpyHandler().metadata(infos)
+
+    async def serialize(self, values, infos, args=None) -> Sequence:
+        args = args or [ocp.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args, strict=True):
+            if hasattr(info, "await_path_creation"):
+                await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=value.shape,
+                local_shape=value.block,
+                dtype=value.dtype,
+                process_index=0,
+                arg=arg,
+            )
+            spec["metadata"]["chunks"] = list(value.block)
+            # Trained weights hardly compress; without it writing and loading run at disk speed.
+            spec["metadata"]["compressor"] = None
+            spec["dtype"] = np.dtype(value.dtype).name
+            array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+            self.checksums[info.name] = sums = []
+            for block in value.blocks():
+                part = np.ascontiguousarray(value.read(block), value.dtype)
+                sums.append(zlib.crc32(part.reshape(-1).view(np.uint8)))
+                await array[block].write(part, can_reference_source_data_indefinitely=True)
+                self.progress(part.nbytes)
+        return []
+
+    async def deserialize(self, infos, args=None) -> Sequence[LazyArray]:
+        arrays = []
+        for info in infos:
+            if hasattr(info, "await_path_creation"):
+                await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+            array = await ts.open(ts.Spec(spec), open=True, read=True, context=info.ts_context)
+            arrays.append(
+                LazyArray(
+                    tuple(array.shape),
+                    array.dtype.numpy_dtype,
+                    tuple(array.chunk_layout.read_chunk.shape),
+                    lambda block, array=array: array[block].read().result(),
+                )
+            )
+        return arrays
+
+
+def open_arrays(folder) -> dict[str, LazyArray]:
+    """The arrays of an Orbax item folder by dotted path, none of them read yet."""
+    tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+    lazily = lambda _: ocp.RestoreArgs(restore_type=LazyArray)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (LazyArray, BlockHandler())
+        )
+    )
+    restored = ocp.Checkpointer(handler).restore(
+        folder, args=ocp.args.PyTreeRestore(restore_args=jax.tree.map(lazily, tree))
+    )
+    leaves, _ = jax.tree.flatten_with_path(restored)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

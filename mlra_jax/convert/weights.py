@@ -1,0 +1,207 @@
+"""A folder of weights: config.json and one or several files, found, indexed and checked."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from mlra_jax.convert.archive import CheckpointFileError, map_file
+from mlra_jax.convert.torch_file import TensorSpec, TorchFile
+
+# The first that is there is read.
+LAYOUTS = (
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "model.safetensors",
+)
+MAX_JSON_BYTES = 64 << 20
+SAFETENSORS_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    # Known, so that a tensor of a wrong type can be refused by its own name.
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class SafetensorsFile:
+    """One .safetensors file behind the interface of `TorchFile`. It carries no checksums."""
+
+    size = 0
+
+    def __init__(self, path: Path):
+        self._path = path
+        map_file(path).close()  # refuses pipes, devices and empty files, which the library opens
+        self._last: tuple[str, np.ndarray] | None = None
+        with self._open() as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            self.specs: Mapping[str, TensorSpec] = {
+                name: TensorSpec(tuple(part.get_shape()), self._dtype(name, part.get_dtype()))
+                for name, part in slices.items()
+            }
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, copied; the last one is kept, since it is asked for block by block."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            # Opened anew, because the pages of the library's own map would add up in memory.
+            with self._open() as file:
+                self._last = name, file.get_tensor(name)
+        return self._last[1]
+
+    def same_bytes(self, a: str, b: str) -> bool:
+        return False
+
+    def verify(self, progress: Callable[[int], object] = lambda n: None) -> None:
+        """Nothing to compare with; the library checked that the tensors fill the file exactly."""
+
+    def release(self) -> None:
+        """Nothing is held but the last tensor."""
+
+    def close(self) -> None:
+        self._last = None
+
+    def _open(self):
+        try:
+            return safetensors.safe_open(self._path, framework="np")
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointFileError(
+                f"{self._path}: no whole safetensors file ({reason})"
+            ) from None
+
+    def _dtype(self, name: str, dtype: str) -> np.dtype:
+        if dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointFileError(f"{self._path}: {name!r} has the dtype {dtype}")
+        return SAFETENSORS_DTYPES[dtype]
+
+
+class Weights:
+    """All tensors of a checkpoint folder.
+
+    Attributes:
+      folder: where it lies.
+      config: the parsed config.json.
+      specs: name to shape and dtype over all files.
+      size: bytes that `verify` will read.
+      complete: whether tied tensors must be there under both names (.bin), or may be stored once
+        (.safetensors, which cannot share storage).
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config: dict[str, Any] = read_json(self.folder / "config.json")
+        layout = next((n for n in LAYOUTS if (self.folder / n).exists()), None)
+        if layout is None:
+            raise CheckpointFileError(
+                f"{self.folder}: no weights there (none of {', '.join(LAYOUTS)})"
+            )
+        self.complete = layout.startswith("pytorch")
+        index = _read_index(self.folder / layout) if layout.endswith(".json") else None
+        names = [layout] if index is None else dict.fromkeys(index.values())
+        self._files: dict[str, TorchFile | SafetensorsFile] = {}
+        self._where: dict[str, TorchFile | SafetensorsFile] = {}
+        try:
+            self._open(names, index)
+        except BaseException:
+            self.close()
+            raise
+        self.specs = {name: file.specs[name] for name, file in self._where.items()}
+        self.size = sum(file.size for file in self._files.values())
+
+    def _open(self, names: Iterable[str], index: Mapping[str, str] | None) -> None:
+        reader = TorchFile if self.complete else SafetensorsFile
+        for name in names:
+            if not (self.folder / name).exists():
+                raise CheckpointFileError(f"{self.folder / name}: this shard is missing")
+        for name in names:
+            self._files[name] = file = reader(self.folder / name)
+            for tensor in file.specs:
+                if tensor in self._where:
+                    raise CheckpointFileError(f"{self.folder}: {tensor!r} is in two shards")
+                if index is not None and index.get(tensor) != name:
+                    raise CheckpointFileError(
+                        f"{self.folder / name}: {tensor!r} is there and not in the index"
+                    )
+                self._where[tensor] = file
+        for tensor, name in (index or {}).items():
+            if tensor not in self._where:
+                raise CheckpointFileError(
+                    f"{self.folder / name}: {tensor!r} is in the index and not there"
+                )
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, read-only; for .bin files a view of the file."""
+        return self._where[name].read(name)
+
+    def same_bytes(self, a: str, b: str) -> bool:
+        """Whether two names are one tensor of one file."""
+        return self._where[a] is self._where[b] and self._where[a].same_bytes(a, b)
+
+    def verify(self, progress: Callable[[int], object] = lambda n: None) -> None:
+        """Compares all files with their checksums; raises CheckpointFileError naming the entry."""
+        for file in self._files.values():
+            file.verify(progress)
+
+    def release(self) -> None:
+        """Gives the pages of the files back to the system."""
+        for file in self._files.values():
+            file.release()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises CheckpointFileError for anything else in it."""
+    with map_file(path) as mapped:
+        if len(mapped) > MAX_JSON_BYTES:
+            raise CheckpointFileError(f"{path}: {len(mapped)} bytes are too many for this file")
+        data = mapped[:]
+    try:
+        value = json.loads(data, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointFileError(f"{path}: not readable as JSON ({reason})") from None
+    if not isinstance(value, dict):
+        raise CheckpointFileError(f"{path}: holds no JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return result
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointFileError(f"{path}: no weight_map in it")
+    for tensor, name in weight_map.items():
+        # Shards lie beside their index; anything with a path in it would lead out of the folder.
+        plain = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
+        if not plain or "/" in name or "\\" in name:
+            raise CheckpointFileError(
+                f"{path}: {tensor[:100]!r} is said to be in {str(name)[:100]!r}"
+            )
+    return weight_map
