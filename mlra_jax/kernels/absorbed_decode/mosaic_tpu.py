@@ -339,27 +339,27 @@ def _kernel(
                     row_end = jnp.where(row_id >= t * heads, query_ends[t], row_end)
                 visible = (along >= start) & (along < row_end)
             rope_scores = [_dot(q_rope_GMR_ref[g, rows], rope_tile, 1, 0) for g in range(G)]
-            for l in range(L):
-                latent_tile = take_latent(tiles_ref, slot, l)
+            for latent in range(L):
+                latent_tile = take_latent(tiles_ref, slot, latent)
                 if masked:
                     # What was never written may be anything, and 0 * NaN is NaN.
                     latent_tile = jnp.where(written, latent_tile.astype(jnp.float32), 0)
                     latent_tile = latent_tile.astype(tiles_ref.dtype)
-                scores = _dot(q_LMC_ref[l, rows], latent_tile, 1, 1) + rope_scores[l % G]
+                scores = _dot(q_LMC_ref[latent, rows], latent_tile, 1, 1) + rope_scores[latent % G]
                 scores *= scale * math.log2(math.e)
                 if masked:
                     scores = jnp.where(visible, scores, _HIDDEN)
-                old_top = top_ref[l, rows, :1]
+                old_top = top_ref[latent, rows, :1]
                 top = jnp.maximum(old_top, scores.max(axis=1, keepdims=True))
                 weights = jnp.exp2(scores - top)
                 fade = jnp.exp2(old_top - top)
-                total = fade * total_ref[l, rows, :1] + weights.sum(axis=1, keepdims=True)
+                total = fade * total_ref[latent, rows, :1] + weights.sum(axis=1, keepdims=True)
                 product = _dot(weights.astype(latent_tile.dtype), latent_tile, 1, 0)
-                sum_LMC_ref[l, rows] = fade * sum_LMC_ref[l, rows] + product
-                top_ref[l, rows] = jnp.broadcast_to(top, (M_block, LANES))
-                total_ref[l, rows] = jnp.broadcast_to(total, (M_block, LANES))
+                sum_LMC_ref[latent, rows] = fade * sum_LMC_ref[latent, rows] + product
+                top_ref[latent, rows] = jnp.broadcast_to(top, (M_block, LANES))
+                total_ref[latent, rows] = jnp.broadcast_to(total, (M_block, LANES))
 
-        if M == M_block:
+        if M_block == M:
             attend_rows(0)
         else:
             pl.loop(0, M // M_block)(attend_rows)
@@ -371,23 +371,25 @@ def _kernel(
             copy.wait()
         ask_for_next()
         position = origin + tile * config.tile
-        whole = (position >= start) & (position + config.tile <= functools.reduce(jnp.minimum, query_ends))
+        whole = (position >= start) & (
+            position + config.tile <= functools.reduce(jnp.minimum, query_ends)
+        )
         pl.when(whole)(lambda: attend(position, slot, masked=False))
         pl.when(~whole)(lambda: attend(position, slot, masked=True))
         cursor_ref[USED] += 1
 
-    for l in range(L):
-        top, total = top_ref[l], total_ref[l]
+    for latent in range(L):
+        top, total = top_ref[latent], total_ref[latent]
         # A query that saw nothing has only hidden scores, which all look alike to the softmax.
         saw = top > _HIDDEN / 2
         weight = jnp.where(saw, 1 / jnp.where(saw, total, 1), 0)
         lse = jnp.where(saw, (top + jnp.log2(jnp.where(saw, total, 1))) * math.log(2), -jnp.inf)
-        out_LMC_ref[l] = (sum_LMC_ref[l] * weight[:, :1]).astype(out_LMC_ref.dtype)
-        lse_LM_ref[pl.ds(l, 1)] = lse.T[:1]
+        out_LMC_ref[latent] = (sum_LMC_ref[latent] * weight[:, :1]).astype(out_LMC_ref.dtype)
+        lse_LM_ref[pl.ds(latent, 1)] = lse.T[:1]
 
 
-def take_latent(tiles_ref, slot, l: int) -> jax.Array:
-    """Latent `l` of a tile as `[tile, C]`.
+def take_latent(tiles_ref, slot, latent: int) -> jax.Array:
+    """Latent `latent` of a tile as `[tile, C]`.
 
     With several latents, positions are the outer dimension of `tiles_ref[slot]` `[tile, L, C]` and
     each 32-bit word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are loaded
@@ -399,14 +401,14 @@ def take_latent(tiles_ref, slot, l: int) -> jax.Array:
     across = C // LANES
     stride = L // 2 * across
     words_ref = tiles_ref.at[slot].bitcast(jnp.uint32).reshape(tile * stride, LANES)
-    first = l // 2 * across
+    first = latent // 2 * across
     columns = [
         words_ref[pl.ds(first + i, tile, stride=stride)] if stride > 1 else words_ref[...]
         for i in range(across)
     ]
     words = columns[0] if across == 1 else jnp.concatenate(columns, axis=1)
     # A bfloat16 is the upper half of the float32 of the same value.
-    words = words << 16 if l % 2 == 0 else words & jnp.uint32(0xFFFF0000)
+    words = words << 16 if latent % 2 == 0 else words & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(words, jnp.float32).astype(tiles_ref.dtype)
 
 

@@ -1,0 +1,272 @@
+"""The op: plain reference against NumPy, argument checks, choice of the kernel, tuned settings."""
+
+import functools
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mlra_jax.kernels.absorbed_decode import (
+    absorbed_decode,
+    api,
+    autotune,
+    config,
+    load_tuned,
+    merge_partials,
+    mosaic_tpu,
+    save_tuned,
+)
+
+SCALE = 0.11
+decode = jax.jit(functools.partial(absorbed_decode, scale=SCALE))
+
+
+def arguments(B=2, T=3, L=4, H=5, C=16, R=8, S=37, G=2, dtype=jnp.float32, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), (B, S, R)
+    return tuple(jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in shapes)
+
+
+def visible_to(lengths, starts, T, S):
+    """What each query sees, as `[B][T]` (first, end), straight from the definition."""
+    rows = []
+    for b, length in enumerate(np.asarray(lengths, np.int64)):
+        ends = length if np.ndim(length) else [length - T + 1 + t for t in range(T)]
+        rows.append([(max(0, int(starts[b])), min(S, int(end))) for end in ends])
+    return rows
+
+
+def expected(q, q_rope, latents, k_rope, lengths, starts, scale=SCALE):
+    q, q_rope, latents, k_rope = (np.asarray(x, np.float64) for x in (q, q_rope, latents, k_rope))
+    B, T, L, H, _ = q.shape
+    G = q_rope.shape[2]
+    out, lse = np.zeros(q.shape), np.full((B, T, L, H), -np.inf)
+    for b, row in enumerate(visible_to(lengths, starts, T, latents.shape[1])):
+        for t, (first, end) in enumerate(row):
+            if first >= end:
+                continue
+            for latent in range(L):
+                c, k = latents[b, first:end, latent], k_rope[b, first:end]
+                scores = scale * (q[b, t, latent] @ c.T + q_rope[b, t, latent % G] @ k.T)
+                top = scores.max(axis=-1, keepdims=True)
+                weights = np.exp(scores - top)
+                total = weights.sum(axis=-1, keepdims=True)
+                out[b, t, latent] = weights @ c / total
+                lse[b, t, latent] = (top + np.log(total))[:, 0]
+    return out, lse
+
+
+def assert_close(actual, wanted, tolerance):
+    out, lse = (np.asarray(x, np.float64) for x in actual)
+    wanted_out, wanted_lse = wanted
+    assert out.shape == wanted_out.shape and lse.shape == wanted_lse.shape
+    assert not np.isnan(out).any() and not np.isnan(lse).any()
+    hidden = np.isneginf(wanted_lse)
+    assert (np.isneginf(lse) == hidden).all()
+    assert not out[hidden].any()
+    assert np.linalg.norm(out - wanted_out) <= tolerance * np.linalg.norm(wanted_out)
+    np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=tolerance * 10)
+
+
+@pytest.mark.parametrize(
+    "lengths, starts",
+    [
+        ([2, 30], [0, 7]),
+        ([2**31 - 1, -(2**31)], [-5, 3]),
+        ([[0, 5, 37], [99, -1, 4]], [3, 2**31 - 1]),
+    ],
+)
+def test_reference_follows_the_definition(lengths, starts):
+    arrays = arguments()
+    actual = decode(*arrays, jnp.array(lengths), jnp.array(starts))
+    assert_close(actual, expected(*arrays, lengths, starts), 2e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 5e-3), (jnp.float16, 1e-3)])
+def test_narrow_reference_is_near_float32_and_never_widens_the_cache(dtype, tolerance):
+    B, S, L, C, R = 2, 211, 2, 24, 8
+    q, q_rope, *cache = arguments(B=B, L=L, C=C, R=R, S=S, G=1, dtype=dtype)
+    lengths, starts = jnp.array([211, 90]), jnp.array([0, 11])
+    out, lse = decode(q, q_rope[:, :, 0], *cache, lengths, starts)
+    assert out.dtype == dtype and lse.dtype == jnp.float32
+    assert_close((out, lse), expected(q, q_rope, *cache, lengths, starts), tolerance)
+    jaxpr = str(jax.make_jaxpr(decode)(q, q_rope, *cache, lengths, starts))
+    assert f"f32[{B},{S},{L},{C}]" not in jaxpr and f"f32[{B},{S},{R}]" not in jaxpr
+
+
+def test_parts_of_a_cache_merge_to_the_whole():
+    q, q_rope, latents, k_rope = arguments()
+    lengths, starts = jnp.array([[1, 0, 12], [20, 21, 37]]), jnp.array([0, 13])
+    bounds = (0, 12), (12, 24), (24, 37)
+    parts = [
+        decode(q, q_rope, latents[:, a:b], k_rope[:, a:b], lengths - a, starts - a)
+        for a, b in bounds
+    ]
+    merged = jax.jit(merge_partials)(*(jnp.stack(x) for x in zip(*parts, strict=True)))
+    assert_close(merged, expected(q, q_rope, latents, k_rope, lengths, starts), 2e-6)
+
+
+def test_inside_shard_map_with_checked_types():
+    arrays = arguments(B=4)
+    lengths, starts = jnp.array([1, 9, 30, 37]), jnp.array([0, 9, 7, 0])
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    sharded = jax.shard_map(
+        functools.partial(absorbed_decode, scale=SCALE),
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P("x"),
+        check_vma=True,
+    )
+    actual = jax.jit(sharded)(*arrays, lengths, starts)
+    assert_close(actual, expected(*arrays, lengths, starts), 2e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"q": (3, 5, 16)}, "q needs 5 dimensions"),
+        ({"q_rope": (2, 3, 3, 5, 8)}, "the 4 latents do not divide among the 3 groups"),
+        ({"q_rope": (2, 3, 5, 7)}, "q_rope has shape (2, 3, 5, 7), expected (2, 3, 5, 8)"),
+        ({"latents": (2, 36, 4, 16)}, "latents has shape (2, 36, 4, 16), expected (2, 37, 4, 16)"),
+        ({"k_rope": (1, 37, 8)}, "k_rope has shape (1, 37, 8), expected (2, 37, 8)"),
+        ({"k_rope": (2, 0, 8)}, "no dimension may be 0"),
+        ({"lengths": (3,)}, "lengths has shape (3,), expected (2,)"),
+        ({"lengths": (2, 2)}, "lengths has shape (2, 2), expected (2, 3)"),
+        ({"starts": (1,)}, "starts has shape (1,), expected (2,)"),
+        ({"k_rope": jnp.bfloat16}, "k_rope is bfloat16 but q is float32: cast one of them"),
+        ({"lengths": jnp.float32}, "lengths is float32, expected int32"),
+        ({"q": jnp.int8}, "q is int8, expected bfloat16, float16 or float32"),
+        ({"implementation": "cuda"}, "implementation is 'cuda', expected one of reference, "),
+        ({"implementation": "mosaic_tpu"}, "implementation=mosaic_tpu cannot serve this call: "),
+    ],
+)
+def test_bad_calls_end_in_one_line(changes, message):
+    q, q_rope, latents, k_rope = arguments()
+    call = dict(q=q, q_rope=q_rope, latents=latents, k_rope=k_rope)
+    call |= dict(lengths=jnp.zeros(2, jnp.int32), starts=jnp.zeros(2, jnp.int32))
+    implementation = changes.pop("implementation", None)
+    for name, change in changes.items():
+        if isinstance(change, tuple):
+            call[name] = jnp.zeros(change, call[name].dtype)
+        else:
+            call[name] = call[name].astype(change)
+    with pytest.raises(ValueError) as raised:
+        absorbed_decode(*call.values(), scale=SCALE, implementation=implementation)
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_scale_must_be_static():
+    with pytest.raises(ValueError, match="scale must be a Python number"):
+        jax.jit(lambda scale: absorbed_decode(*arguments(), jnp.zeros(2, int), scale=scale))(1.0)
+
+
+def fake_backend(monkeypatch, why_not=None):
+    """A backend that says in `lse` with which config it was called."""
+
+    def kernel(q, *_, config, **__):
+        return q, jnp.full(q.shape[:4], config.tile, jnp.float32)
+
+    backend = types.SimpleNamespace(
+        Config=mosaic_tpu.TpuConfig,
+        supports=lambda problem: why_not,
+        heuristic=lambda problem: mosaic_tpu.TpuConfig(128, 2, 1),
+        candidates=lambda problem: [mosaic_tpu.TpuConfig(t, 2, 1) for t in (256, 384)],
+        absorbed_decode=kernel,
+    )
+    monkeypatch.setattr(api, "_backend", lambda name: backend)
+
+
+def tile_used(**keywords):
+    _, lse = absorbed_decode(*arguments(), jnp.array([9, 9]), scale=SCALE, **keywords)
+    return lse[0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "platform, kind, kernel",
+    [
+        ("tpu", "TPU v5 lite", "mosaic_tpu"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "mosaic_gpu"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "reference"),
+        ("cpu", "cpu", "reference"),
+    ],
+)
+def test_the_platform_chooses_the_kernel(monkeypatch, platform, kind, kernel):
+    fake_backend(monkeypatch)
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    assert api._choose(None, device, None) == kernel
+
+
+def test_override_by_argument_and_by_environment(monkeypatch):
+    fake_backend(monkeypatch)
+    assert tile_used() != 128
+    assert tile_used(implementation="mosaic_tpu") == 128
+    assert tile_used(implementation="mosaic_tpu", config=mosaic_tpu.TpuConfig(256, 2, 1)) == 256
+    monkeypatch.setenv(api.OVERRIDE, "mosaic_gpu")
+    assert tile_used() == 128
+    assert tile_used(implementation="reference") != 128
+    monkeypatch.setenv(api.OVERRIDE, "fastest")
+    with pytest.raises(ValueError, match="MLRA_JAX_DECODE_KERNEL is 'fastest', expected one of"):
+        tile_used()
+
+
+def test_fallback_is_logged_once_per_reason(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append(text % args))
+    monkeypatch.setattr(
+        api, "_target_device", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    )
+    api._log_fallback.cache_clear()
+    plain = tile_used(implementation="reference")
+    for reason in ("too wide", "too wide", "too long"):
+        fake_backend(monkeypatch, why_not=reason)
+        assert tile_used() == plain
+    assert lines == [
+        "absorbed decode runs in plain JAX: mosaic_tpu: too wide",
+        "absorbed decode runs in plain JAX: mosaic_tpu: too long",
+    ]
+
+
+def test_tuned_settings_are_measured_saved_and_used(monkeypatch, tmp_path):
+    fake_backend(monkeypatch)
+    monkeypatch.setattr(config, "_tuned", {})
+    monkeypatch.setattr(config.time, "perf_counter", iter([0, 9] * 20 + [0, 1] * 20).__next__)
+    best = autotune(*arguments(), jnp.array([9, 9]), scale=SCALE, implementation="mosaic_tpu")
+    assert best == mosaic_tpu.TpuConfig(384, 2, 1)
+    assert tile_used(implementation="mosaic_tpu") == 384
+    path = tmp_path / "tuned.json"
+    save_tuned(path)
+    config._tuned.clear()
+    assert tile_used(implementation="mosaic_tpu") == 128
+    assert load_tuned(path) == 1
+    assert tile_used(implementation="mosaic_tpu") == 384
+    # Settings hold for the problem they were measured on and no other.
+    other = absorbed_decode(
+        *arguments(S=38), jnp.array([9, 9]), scale=SCALE, implementation="mosaic_tpu"
+    )
+    assert other[1][0, 0, 0, 0] == 128
+
+
+def test_autotuner_passes_over_what_does_not_run():
+    def run(candidate):
+        if candidate == "broken":
+            raise RuntimeError("out of memory\nand more")
+        return lambda: jnp.zeros(1)
+
+    assert config.fastest(["broken", "sound"], run, repeats=1)[0] == "sound"
+    with pytest.raises(ValueError, match="no candidate configuration runs on this device"):
+        config.fastest(["broken"], run)
+
+
+@pytest.mark.parametrize("content", ["", "[]", json.dumps({"format_version": 2, "tuned": []})])
+def test_a_damaged_file_of_settings_is_named(tmp_path, content):
+    path = tmp_path / "tuned.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="tuned.json is not a file of tuned kernel settings") as e:
+        load_tuned(path)
+    assert "\n" not in str(e.value)
