@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import random
@@ -116,34 +117,43 @@ def test_a_killed_run_goes_on_and_keeps_what_was_finished(corpus, ranks_file, tm
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
 
 
-def test_going_on_from_every_shard_gives_the_same_bytes(tmp_path):
+def test_going_on_from_every_shard_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", 90)
+
     class Stop(Exception):
         pass
 
-    documents = tmp_path / "in.jsonl"
-    documents.write_text("".join(json.dumps({"text": "ab" * size}) + "\n" for size in range(40)))
-    write = lambda folder: prepare(
-        open_input(str(documents)),
-        folder,
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = [json.dumps({"text": "ab" * size}) + "\n" for size in range(40)]
+    (folder / "a.jsonl").write_text("".join(lines[:20]))
+    (folder / "b.jsonl").write_text("".join(lines[20:]))
+    (folder / "c.txt").write_text("tail" * 50)
+    write = lambda destination: prepare(
+        open_input(str(folder)),
+        destination,
         tokenizer=get_tokenizer("bytes"),
         name="x",
         shard_tokens=100,
     )
     shards = write(tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        for stop in range(len(shards)):
-            calls, real = [], token_file.write
+    real = token_file.write
 
-            def interrupted(path, chunks, calls=calls, real=real):
-                calls.append(path)
-                if len(calls) == 2:
-                    raise Stop
-                return real(path, chunks)
+    def second_write_fails():
+        calls = itertools.count(1)
 
-            patch.setattr(token_file, "write", interrupted)
-            with pytest.raises(Stop) if stop < len(shards) - 1 else pytest.MonkeyPatch.context():
-                write(tmp_path / "steps")
-            patch.undo()
+        def interrupted(path, chunks):
+            if next(calls) == 2:
+                raise Stop
+            return real(path, chunks)
+
+        return interrupted
+
+    for _ in shards[:-1]:
+        monkeypatch.setattr(token_file, "write", second_write_fails())
+        with pytest.raises(Stop):
+            write(tmp_path / "steps")
+    write(tmp_path / "steps")
     assert contents(tmp_path / "steps") == contents(tmp_path / "whole")
 
 

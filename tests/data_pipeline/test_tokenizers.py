@@ -15,6 +15,10 @@ def random_text(generator, length):
     return "".join(chr(generator.randint(*generator.choice(ranges))) for _ in range(length))
 
 
+def tokens_of_byte(tokenizer, byte):
+    return [id for id in range(256) if tokenizer.token_bytes(id) == bytes([byte])]
+
+
 def test_bytes_are_their_own_ids():
     tokenizer = get_tokenizer("bytes")
     assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]
@@ -52,11 +56,13 @@ def test_streaming_never_splits_a_character(tokenizer):
 
 
 def test_broken_bytes_give_replacement_characters_and_do_not_leak_into_the_next_document(tokenizer):
-    half = tokenizer.encode("界")[:1]
+    whole = [token for byte in "界".encode() for token in tokens_of_byte(tokenizer, byte)]
+    half = whole[:1]
     letter = tokenizer.encode("a")
     assert tokenizer.decode(half) == "\ufffd"
     assert tokenizer.decode(half + letter) == "\ufffda"
     assert tokenizer.decode(half + [tokenizer.end_of_text] + letter) == "\ufffda"
+    assert tokenizer.decode([whole[0], tokenizer.end_of_text, *whole[1:]]) == "\ufffd" * 3
     for seed in range(50):
         generator = random.Random(seed)
         tokens = [generator.randrange(tokenizer.vocab_size) for _ in range(60)]
