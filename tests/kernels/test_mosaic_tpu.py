@@ -1,0 +1,350 @@
+"""The TPU kernel: interpreted numerics, and what the ahead-of-time TPU compiler makes of it."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from mlra_jax.kernels.absorbed_decode import absorbed_decode, mosaic_tpu
+from mlra_jax.kernels.absorbed_decode.config import Problem
+from mlra_jax.kernels.absorbed_decode.mosaic_tpu import TpuConfig
+
+SCALE = 0.09
+MIB = 2**20
+
+
+# --- Numerics, interpreted on CPU ---
+
+
+def expected(q, q_rope, latents, k_rope, lengths_BT, starts_B):
+    q, q_rope, latents, k_rope = (np.asarray(x, np.float32) for x in (q, q_rope, latents, k_rope))
+    B, T, L, H, _ = q.shape
+    G = q_rope.shape[2]
+    out, lse = np.zeros(q.shape, np.float32), np.full((B, T, L, H), -np.inf, np.float32)
+    for b, t, latent in np.ndindex(B, T, L):
+        seen = slice(int(starts_B[b]), int(lengths_BT[b][t]))
+        c, k = latents[b, seen, latent], k_rope[b, seen]
+        if not len(c) or seen.start >= seen.stop:
+            continue
+        scores = SCALE * (q[b, t, latent] @ c.T + q_rope[b, t, latent % G] @ k.T)
+        top = scores.max(axis=1, keepdims=True)
+        weights = np.exp(scores - top)
+        out[b, t, latent] = weights @ c / weights.sum(axis=1, keepdims=True)
+        lse[b, t, latent] = top[:, 0] + np.log(weights.sum(axis=1))
+    return out, lse
+
+
+def take_latent_plainly(tiles_ref, slot, latent):
+    return tiles_ref[slot] if len(tiles_ref.shape) == 3 else tiles_ref[slot, :, latent]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the kernel in the TPU interpreter: NaN in memory never written, reads out of bounds and
+    races are errors, copies land only when waited for."""
+    # The interpreter cannot bitcast a reference; what this stands in for has its own test below.
+    monkeypatch.setattr(mosaic_tpu, "take_latent", take_latent_plainly)
+    # Memory beyond the last position is there, as padding of the TPU's layout, but holds NaN.
+    interpreter = pltpu.InterpretParams(buffer_bounds="padded", detect_races=True)
+    v5e = AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5 lite", 1, "tpu"))
+
+    def run(config, *arrays):
+        # Seconds of compilation count here, those of execution do not.
+        fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        kernel = functools.partial(mosaic_tpu.absorbed_decode, scale=SCALE, config=config)
+        with jax.sharding.use_abstract_mesh(v5e), pltpu.force_tpu_interpret_mode(interpreter):
+            return jax.jit(kernel, compiler_options=fast)(*arrays)
+
+    yield run
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def arguments(B, T, L, H, C, S, G, R=64):
+    random = np.random.default_rng(S)
+    shapes = (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), (B, S, R)
+    return [jnp.asarray(random.standard_normal(s, np.float32), jnp.bfloat16) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    "sizes, config, lengths_BT, starts_B",
+    [
+        # One latent as in MLRA-4's 4-way share: a whole row, an empty one, left padding, one slot.
+        (
+            dict(B=4, T=1, L=1, H=5, C=128, S=333, G=1),
+            TpuConfig(tile=128, buffers=3, splits=1),
+            [[333], [0], [130], [300]],
+            [0, 0, 101, 299],
+        ),
+        # Eight queries, some of which see nothing; one tile is more than the cache.
+        (
+            dict(B=2, T=8, L=1, H=3, C=256, S=201, G=1),
+            TpuConfig(tile=256, buffers=2, splits=1),
+            [[0, 1, 2, 3, 4, 5, 6, 7], [194, 195, 196, 197, 198, 199, 200, 201]],
+            [3, 150],
+        ),
+        # Two groups: latent l takes its rotary query from group l % 2.
+        (
+            dict(B=2, T=4, L=2, H=3, C=128, S=271, G=2),
+            TpuConfig(tile=128, buffers=2, splits=1),
+            [[268, 269, 270, 271], [130, 131, 132, 133]],
+            [0, 130],
+        ),
+        (
+            dict(B=2, T=2, L=4, H=12, C=128, S=150, G=1),
+            TpuConfig(tile=128, buffers=4, splits=1),
+            [[149, 150], [1, 2]],
+            [0, 1],
+        ),
+        # Rows cut for two cores, whose partial results are merged; MLA's width.
+        (
+            dict(B=2, T=1, L=1, H=16, C=512, S=400, G=1),
+            TpuConfig(tile=128, buffers=2, splits=2),
+            [[400], [90]],
+            [0, 0],
+        ),
+        # More query rows than are computed at once.
+        (
+            dict(B=1, T=2, L=1, H=70, C=128, S=140, G=1),
+            TpuConfig(tile=128, buffers=2, splits=1),
+            [[139, 140]],
+            [0],
+        ),
+    ],
+    ids=["ragged", "T8", "L2-G2", "L4", "splits-MLA", "rows"],
+)
+def test_numerics(interpreted, sizes, config, lengths_BT, starts_B):
+    arrays = arguments(**sizes)
+    # Nothing outside of what a row sees may matter, whatever it holds.
+    for b, ends in enumerate(lengths_BT):
+        for i in (2, 3):
+            unseen = np.ones(sizes["S"], bool)
+            unseen[starts_B[b] : max(ends)] = False
+            arrays[i] = arrays[i].at[b, unseen].set(jnp.nan)
+    bounds = jnp.array(lengths_BT), jnp.array(starts_B)
+    out, lse = interpreted(config, *arrays, *bounds)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    out, lse = np.asarray(out, np.float32), np.asarray(lse)
+    wanted_out, wanted_lse = expected(*arrays, lengths_BT, starts_B)
+    hidden = np.isneginf(wanted_lse)
+    assert (np.isneginf(lse) == hidden).all() and not out[hidden].any()
+    assert np.linalg.norm(out - wanted_out) <= 5e-3 * np.linalg.norm(wanted_out)
+    np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=1e-3)
+
+
+@pytest.mark.parametrize("L, C", [(2, 128), (2, 256), (4, 128)])
+def test_latents_are_taken_out_of_packed_words(L, C):
+    tiles = jax.random.normal(jax.random.key(0), (2, 128, L, C), jnp.bfloat16)
+
+    def kernel(tiles_ref, out_ref):
+        for latent in range(L):
+            out_ref[latent] = mosaic_tpu.take_latent(tiles_ref, 1, latent)
+
+    shape = jax.ShapeDtypeStruct((L, 128, C), jnp.bfloat16)
+    taken = pl.pallas_call(kernel, out_shape=shape, interpret=True)(tiles)
+    np.testing.assert_array_equal(taken, jnp.swapaxes(tiles[1], 0, 1))
+
+
+def test_copies_move_what_is_visible_once(interpreted, monkeypatch):
+    """Counts the bytes of every copy from HBM that the kernel starts."""
+    moved = []
+    original = pltpu.make_async_copy
+
+    def counted(source, target, semaphore):
+        copy = original(source, target, semaphore)
+        row, *window = source.transforms[-1].indices
+        extent = [w.size for w in window]
+        start = copy.start
+
+        def start_counted():
+            jax.debug.callback(lambda b, *n: moved.append((int(b), np.prod(n) * 2)), row, *extent)
+            start()
+
+        object.__setattr__(copy, "start", start_counted)
+        return copy
+
+    monkeypatch.setattr(pltpu, "make_async_copy", counted)
+    sizes = dict(B=3, T=1, L=1, H=8, C=128, S=384, G=1)
+    interpreted(
+        TpuConfig(tile=128, buffers=3, splits=1),
+        *arguments(**sizes),
+        jnp.array([[384], [0], [260]]),
+        jnp.array([0, 0, 130]),
+    )
+    jax.effects_barrier()
+    per_row = [sum(n for b, n in moved if b == row) for row in range(3)]
+    # Copies begin at multiples of 128 positions; the last ends at one of 8 (latents) or 128 (rope).
+    assert per_row == [384 * (128 + 64) * 2, 0, (264 - 128) * 128 * 2 + (384 - 128) * 64 * 2]
+
+
+# --- Compiled ahead of time for TPUs that are not here ---
+
+# Bytes of VMEM per core, which no kernel may exceed.
+CHIPS = {
+    "v5e:2x2": 128 * MIB,
+    "v5p:2x2x1": 64 * MIB,
+    "v6e:2x2": 128 * MIB,
+    "tpu7x:2x2x1": 64 * MIB,
+}
+
+
+@functools.cache
+def devices_of(topology):
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        pytest.skip(f"no ahead-of-time TPU compiler for {topology}: {str(error).splitlines()[0]}")
+
+
+def compile_decode(device, B, T, L, H, C, S, G=1, R=64):
+    problem = Problem(device.device_kind, B, T, L, H, G, C, R, S, "bfloat16")
+    assert mosaic_tpu.supports(problem) is None
+    config = mosaic_tpu.heuristic(problem)
+    here = SingleDeviceSharding(device)
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+    kernel = functools.partial(mosaic_tpu.absorbed_decode, scale=SCALE, config=config)
+    compiled = jax.jit(kernel).lower(
+        array(B, T, L, H, C),
+        array(B, T, G, H, R),
+        array(B, S, L, C),
+        array(B, S, R),
+        array(B, T, dtype=jnp.int32),
+        array(B, dtype=jnp.int32),
+    )
+    return compiled.compile(), problem, config
+
+
+def instructions(compiled):
+    """(opcode, elements of the largest result) of every instruction of the optimized program."""
+    for line in compiled.as_text().splitlines():
+        if match := re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([\w-]+)\(", line):
+            shapes = re.findall(r"\w+\[([\d,]+)\]", match[1])
+            sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
+            yield match[2], max(sizes, default=0)
+
+
+MLRA4_SHARE = dict(B=1, T=1, L=1, H=64, C=128, S=131072)
+PRODUCT_SIZES = {
+    "MLRA-4 4-way": MLRA4_SHARE,
+    "MLRA-4 4-way, 24 heads": MLRA4_SHARE | dict(H=24),
+    "MLA": MLRA4_SHARE | dict(C=512),
+    "MLRA-4 1-way": MLRA4_SHARE | dict(L=4, H=24),
+}
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("name", PRODUCT_SIZES)
+def test_compiles_for_every_chip_and_reads_the_cache_once(topology, name):
+    sizes = PRODUCT_SIZES[name]
+    device = devices_of(topology)[0]
+    compiled, problem, config = compile_decode(device, **sizes)
+    cache_bytes = sizes["B"] * sizes["S"] * (sizes["L"] * sizes["C"] + 64) * 2
+
+    # The arguments have no padding, and nothing of their size exists beside them.
+    memory = compiled.memory_analysis()
+    assert cache_bytes < memory.argument_size_in_bytes < cache_bytes + MIB / 2
+    assert memory.temp_size_in_bytes < MIB
+    smaller = sizes["B"] * sizes["S"] * 64
+    moving = [op for op, size in instructions(compiled) if size >= smaller]
+    assert set(moving) <= {"parameter", "bitcast"}
+    assert cache_bytes < compiled.cost_analysis()["bytes accessed"] < cache_bytes * 1.01
+
+    assert mosaic_tpu.vmem_bytes(problem, config) <= CHIPS[topology] // 2
+    kernel = next(x for x in compiled.as_text().splitlines() if "tpu_custom_call" in x)
+    used = re.search(
+        r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', kernel
+    )
+    assert 0 < int(used[1]) <= CHIPS[topology]
+
+
+def test_compiles_at_odd_sizes_and_at_two_million_tokens():
+    device = devices_of("v5e:2x2")[0]
+    compile_decode(device, B=3, T=8, L=2, H=12, C=256, S=4001, G=2)
+    # 2**32 elements: offsets beyond what 32 bits count.
+    compile_decode(device, B=4, T=1, L=1, H=16, C=512, S=2**21)
+
+
+@pytest.mark.parametrize("latents", [4, 16])
+def test_donated_cache_is_updated_and_read_in_place(latents):
+    """A decode step over four TPUs: new entry into the cache, then attention, under shard_map."""
+    mesh = Mesh(np.array(devices_of("v5e:2x2")), ("tensor",))
+    B, T, H, C, R, S = 2, 1, 24, 128, 64, 32768
+    split, whole = P(None, None, "tensor"), P()
+
+    def shard(q, q_rope, latents, k_rope, new_latents, new_k_rope, length, starts):
+        latents = jax.lax.dynamic_update_slice(latents, new_latents, (0, length, 0, 0))
+        k_rope = jax.lax.dynamic_update_slice(k_rope, new_k_rope, (0, length, 0))
+        lengths = jnp.broadcast_to(length + T, [B])
+        # Which kernel serves follows from the mesh, not from the host's CPU.
+        out, lse = absorbed_decode(q, q_rope, latents, k_rope, lengths, starts, scale=SCALE)
+        return out, lse, latents, k_rope
+
+    step = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(split, whole, split, whole, split, whole, whole, whole),
+        out_specs=(split, split, split, whole),
+        check_vma=True,
+    )
+
+    def array(spec, *shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    compiled = (
+        jax.jit(step, donate_argnums=(2, 3))
+        .lower(
+            array(split, B, T, latents, H, C),
+            array(whole, B, T, H, R),
+            array(split, B, S, latents, C),
+            array(whole, B, S, R),
+            array(split, B, T, latents, C),
+            array(whole, B, T, R),
+            array(whole, dtype=jnp.int32),
+            array(whole, B, dtype=jnp.int32),
+        )
+        .compile()
+    )
+    assert "tpu_custom_call" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == B * S * (latents // 4 * C + R) * 2
+    assert memory.temp_size_in_bytes < MIB
+    touching = {op for op, size in instructions(compiled) if size >= B * S * R}
+    in_place = {"dynamic-update-slice", "fusion"}
+    assert touching <= {"parameter", "bitcast", "tuple"} | in_place
+
+
+def test_unsupported_problems_say_why():
+    problem = Problem("TPU v5 lite", 1, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
+    assert mosaic_tpu.supports(problem) is None
+    for change, reason in {
+        ("dtype", "float16"): "bfloat16",
+        ("width", 96): "latent width 96",
+        ("rope", 24): "rotary width 24",
+        ("latents", 3): "3 latents of width 128",
+        ("heads", 1025): "more than 1024 rows",
+    }.items():
+        why_not = mosaic_tpu.supports(Problem(**{**vars(problem), change[0]: change[1]}))
+        assert reason in why_not and "\n" not in why_not
+
+
+@pytest.mark.parametrize("device_kind", [*mosaic_tpu._CHIPS, "TPU of tomorrow"])
+def test_every_candidate_fits_and_the_heuristic_is_one(device_kind):
+    for sizes in (*PRODUCT_SIZES.values(), dict(B=64, T=8, L=1, H=128, C=512, S=4001)):
+        problem = Problem(
+            device_kind, groups=1, rope=64, dtype="bfloat16", **dict(zip(
+                ("batch", "queries", "latents", "heads", "width", "cache"), sizes.values(),
+                strict=True,
+            ))
+        )  # fmt: skip
+        if mosaic_tpu.supports(problem):
+            continue
+        configs = mosaic_tpu.candidates(problem)
+        assert configs[0] == mosaic_tpu.heuristic(problem)
+        assert all(mosaic_tpu.vmem_bytes(problem, c) <= 64 * MIB for c in configs)
