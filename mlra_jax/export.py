@@ -13,14 +13,13 @@ from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from mlra_jax import checkpoints
 from mlra_jax.config import DTYPES, LatentConfig, ModelConfig
 from mlra_jax.convert import lazy
 from mlra_jax.convert.archive import CheckpointFileError
 from mlra_jax.convert.command import Parser, run
-from mlra_jax.convert.folder import check_absent, whole_folder
+from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
 from mlra_jax.convert.released import (
     BLOCK,
     EMBEDDING,
@@ -80,9 +79,7 @@ def export(
     sources = _sources(opened.model, released)
     with (
         whole_folder(destination, total + (1 << 20)) as partial,
-        tqdm(
-            desc="writing", total=total, unit="B", unit_scale=True, disable=quiet, mininterval=0.5
-        ) as bar,
+        progress_bar("writing", total, quiet) as bar,
     ):
         weight_map = {}
         for number, sizes in enumerate(shards, 1):

@@ -1,7 +1,6 @@
 """From a released folder to an Orbax checkpoint, a block at a time."""
 
 import dataclasses
-import errno
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,13 +8,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from tqdm import tqdm
 
 from mlra_jax import checkpoints
 from mlra_jax.config import DTYPES, ModelConfig
 from mlra_jax.convert import blocks, lazy
 from mlra_jax.convert.archive import CheckpointFileError
-from mlra_jax.convert.folder import check_absent, whole_folder
+from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.released import (
     BLOCK,
@@ -76,22 +74,17 @@ def convert(
         arrays = _arrays(weights, config, blocks.block_shapes(config, mesh))
         for line in notes:
             note(line)
-        with _bar("checking", weights.size, quiet) as bar:
+        with progress_bar("checking", weights.size, quiet) as bar:
             weights.verify(bar.update)
         _check_tied(weights)
         total = sum(array.nbytes for array in arrays.values())
         with whole_folder(destination, total + (64 << 20)) as partial:
             tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
             described = checkpoints.describe(config, tokenizer)
-            try:
-                with _bar("writing", total, quiet) as bar:
-                    sums = _write(partial, arrays, described, bar.update)
-                with _bar("reading back", total, quiet) as bar:
-                    _verify(partial, sums, bar.update)
-            except CheckpointFileError:
-                raise
-            except Exception as error:
-                raise CheckpointFileError(f"{destination}: {_reason(error)}") from error
+            with progress_bar("writing", total, quiet) as bar:
+                sums = _write(partial, arrays, described, bar.update)
+            with progress_bar("reading back", total, quiet) as bar:
+                _verify(partial, sums, bar.update)
     return config
 
 
@@ -191,15 +184,3 @@ def _verify(folder: Path, sums: Mapping[str, list[int]], progress: Callable[[int
             if zlib.crc32(values.reshape(-1).view(np.uint8)) != crc:
                 raise CheckpointFileError(f"{path} reads back differently; is the disk sound?")
             progress(values.nbytes)
-
-
-def _bar(text: str, total: int, quiet: bool) -> tqdm:
-    return tqdm(desc=text, total=total, unit="B", unit_scale=True, disable=quiet, mininterval=0.5)
-
-
-def _reason(error: BaseException) -> str:
-    """One line of what went wrong while writing; libraries append whole specifications."""
-    text = " ".join(str(error).split())
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return "the disk is full"
-    return f"writing failed ({text.split(' [')[0][:300] or type(error).__name__})"

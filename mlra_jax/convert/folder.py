@@ -1,11 +1,14 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from mlra_jax.convert.archive import CheckpointFileError
 
@@ -22,16 +25,11 @@ def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
       nbytes: about how much will be written; refused if the disk has less.
 
     Raises:
-      CheckpointFileError: destination exists, another run writes it, or the disk is full.
+      CheckpointFileError: destination exists, another run writes it, the disk is full, or whatever
+        else went wrong inside, in one line.
     """
     check_absent(destination)
     parent = destination.absolute().parent
-    existing = next(p for p in (parent, *parent.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < nbytes:
-        raise CheckpointFileError(
-            f"{destination}: needs {nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
-        )
     partial = parent / f".{destination.name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -40,18 +38,48 @@ def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
         raise CheckpointFileError(f"{destination}: cannot be made ({error.strerror})") from None
     try:
         _lock(lock, partial, destination)
-        _empty(partial)
         try:
+            _empty(partial)
+            free = shutil.disk_usage(partial).free
+            if free < nbytes:
+                raise CheckpointFileError(
+                    f"{destination}: needs {nbytes / 1e9:.2f} GB, and the disk has "
+                    f"{free / 1e9:.2f} GB free"
+                )
             yield partial
             _sync(partial)
             check_absent(destination)
             os.rename(partial, destination)
             _sync_one(parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, Exception) and not isinstance(error, CheckpointFileError):
+                raise CheckpointFileError(f"{destination}: {reason(error)}") from error
             raise
     finally:
         os.close(lock)
+
+
+def progress_bar(text: str, total: int, quiet: bool) -> tqdm:
+    """A bar of bytes on stderr."""
+    # Cleared at its end, so that an error is the only line left.
+    return tqdm(
+        desc=text,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=quiet,
+        mininterval=0.5,
+        leave=False,
+    )
+
+
+def reason(error: Exception) -> str:
+    """One line of what went wrong; the array libraries append whole specifications."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return "the disk is full"
+    return f"not done ({text.split(' [')[0][:300] or type(error).__name__})"
 
 
 def check_absent(destination: Path) -> None:

@@ -10,11 +10,15 @@ import dataclasses
 import itertools
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+
+from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.folder import reason
 
 Block = tuple[slice, ...]
 
@@ -114,17 +118,24 @@ class BlockHandler(ocp.type_handlers.TypeHandler):
         return arrays
 
 
-def open_arrays(folder) -> dict[str, LazyArray]:
-    """The arrays of an Orbax item folder by dotted path, none of them read yet."""
-    tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+def open_arrays(folder: Path) -> dict[str, LazyArray]:
+    """The arrays of an Orbax item folder by dotted path, none of them read yet.
+
+    Raises:
+      CheckpointFileError: the folder is damaged.
+    """
     lazily = lambda _: ocp.RestoreArgs(restore_type=LazyArray)
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
             (LazyArray, BlockHandler())
         )
     )
-    restored = ocp.Checkpointer(handler).restore(
-        folder, args=ocp.args.PyTreeRestore(restore_args=jax.tree.map(lazily, tree))
-    )
+    try:
+        tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+        args = ocp.args.PyTreeRestore(restore_args=jax.tree.map(lazily, tree))
+        restored = ocp.Checkpointer(handler).restore(folder, args=args)
+    # Missing and damaged files end in many kinds of exceptions there.
+    except Exception as error:
+        raise CheckpointFileError(f"{folder}: damaged, copy it again ({reason(error)})") from error
     leaves, _ = jax.tree.flatten_with_path(restored)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

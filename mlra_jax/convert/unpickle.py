@@ -14,8 +14,9 @@ import numpy as np
 
 from mlra_jax.convert.archive import CheckpointFileError
 
-MAX_BYTES = 16 << 20
-MAX_OPCODES = 1_000_000
+# A released model has 400 tensors of about 30 opcodes and 110 bytes each.
+MAX_BYTES = 4 << 20
+MAX_OPCODES = 250_000
 MAX_DIMENSIONS = 8
 
 STORAGES = {

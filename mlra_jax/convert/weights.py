@@ -202,6 +202,6 @@ def _read_index(path: Path) -> dict[str, str]:
         plain = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
         if not plain or "/" in name or "\\" in name:
             raise CheckpointFileError(
-                f"{path}: {tensor[:100]!r} is said to be in {str(name)[:100]!r}"
+                f"{path}: {tensor[:100]!r} is in {str(name)[:100]!r}, which is no file name"
             )
     return weight_map

@@ -1,0 +1,398 @@
+"""Conversion: what it refuses, what it leaves behind, and what lies on disk afterwards."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import resource
+import shutil
+import sys
+import types
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import mlra_jax
+from mlra_jax import checkpoints
+from mlra_jax.config import ConfigError
+from mlra_jax.convert import CheckpointFileError, convert
+from mlra_jax.convert import __main__ as command
+from mlra_jax.convert.blocks import parse_mesh
+from mlra_jax.convert.lazy import open_arrays
+from mlra_jax.convert.released import EMBEDDING, HEAD
+from mlra_jax.convert.weights import read_json
+
+from .files import RELEASED, read_folder, write_folder
+
+SHARDS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+INDEX = "pytorch_model.bin.index.json"
+QUERY = "transformer.h.1.attn.c_q.weight"
+
+
+@pytest.fixture(scope="module")
+def mha():
+    return read_folder(RELEASED / "mha"), read_json(RELEASED / "mha" / "config.json")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "mlra_4"
+    convert(RELEASED / "mlra_4", folder, quiet=True, note=lambda line: None)
+    return folder
+
+
+def params_of(folder):
+    arrays = open_arrays(checkpoints.open_checkpoint(folder).folder / "params")
+    return {
+        path: array.read(tuple(slice(0, n) for n in array.shape)) for path, array in arrays.items()
+    }
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without(arrays, name):
+    return {n: a for n, a in arrays.items() if n != name}
+
+
+# Each takes a copy of a released folder and spoils it.
+def _remap(folder, name, shard):
+    path = folder / INDEX
+    weight_map = json.loads(path.read_text())["weight_map"]
+    edit_json(path, weight_map=weight_map | {name: shard})
+
+
+def _damage(folder):
+    path = folder / SHARDS[1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(folder):
+    path = folder / SHARDS[0]
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+SPOILED_FOLDERS = {
+    "missing shard": (lambda f: (f / SHARDS[1]).unlink(), f"{SHARDS[1]}: this shard is missing"),
+    "damaged shard": (_damage, f"{SHARDS[1]}: .* is damaged"),
+    "truncated shard": (_truncate, SHARDS[0]),
+    "index leads out": (lambda f: _remap(f, QUERY, "../mha/x.bin"), "no file name"),
+    "index is absolute": (lambda f: _remap(f, QUERY, "/etc/passwd"), "no file name"),
+    "index names dots": (lambda f: _remap(f, QUERY, ".."), "no file name"),
+    "index of no text": (lambda f: _remap(f, QUERY, 7), "no file name"),
+    "index in wrong shard": (lambda f: _remap(f, QUERY, SHARDS[1]), QUERY),
+    "index of more": (lambda f: _remap(f, "more", SHARDS[0]), "'more' is in the index"),
+    "index without map": (lambda f: (f / INDEX).write_text("{}"), "weight_map"),
+    "index is no JSON": (lambda f: (f / INDEX).write_text('{"weight_map": {'), "JSON"),
+    "index nested deeply": (lambda f: (f / INDEX).write_text("[" * 100_000), "JSON"),
+    "index names twice": (lambda f: (f / INDEX).write_text('{"a": 1, "a": 2}'), "twice"),
+    "config unreadable": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json"),
+    "config absent": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "config lacks a size": (
+        lambda f: (f / "config.json").write_text('{"n_head": 4, "head_dim": 16}'),
+        "vocab_size is missing",
+    ),
+    "size is text": (lambda f: edit_json(f / "config.json", n_embd="48"), "n_embd=48"),
+    "size is absurd": (lambda f: edit_json(f / "config.json", n_layer=10**8), "n_layer=100000000"),
+    "size is negative": (lambda f: edit_json(f / "config.json", vocab_size=-1), "vocab_size=-1"),
+    "other size": (lambda f: edit_json(f / "config.json", n_embd=64), "shape .* instead of"),
+    "more layers": (lambda f: edit_json(f / "config.json", n_layer=3), r"h\.2\..* is missing"),
+    "fewer layers": (lambda f: edit_json(f / "config.json", n_layer=1), r"h\.1\..* is no tensor"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("*.bin*")], "none of pytorch_model"),
+}
+
+
+def refuse(match, source, tmp_path, **flags):
+    """Conversion ends with one line, and nothing is there that was not there before."""
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises((CheckpointFileError, ConfigError), match=match) as caught:
+        convert(source, tmp_path / "out", quiet=True, note=lambda line: None, **flags)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("fault", SPOILED_FOLDERS)
+def test_spoiled_folder(fault, tmp_path):
+    spoil, match = SPOILED_FOLDERS[fault]
+    folder = shutil.copytree(RELEASED / "mha", tmp_path / "mha")
+    spoil(folder)
+    refuse(match, folder, tmp_path)
+
+
+SPOILED_TENSORS = {
+    "missing": (lambda a: without(a, QUERY), f"{QUERY} is missing"),
+    "head missing": (lambda a: without(a, HEAD), f"{HEAD} is missing"),
+    "extra": (lambda a: a | {"extra.weight": a[QUERY]}, "extra.weight is no tensor of this model"),
+    "wrong shape": (lambda a: a | {QUERY: a[QUERY][:-1]}, rf"{QUERY} has shape \[63, 48\]"),
+    "transposed": (lambda a: a | {QUERY: a[QUERY].T.copy()}, rf"{QUERY} has shape \[48, 64\]"),
+    "float64": (lambda a: a | {QUERY: a[QUERY].astype(np.float64)}, f"{QUERY} has dtype float64"),
+    "int64": (lambda a: a | {QUERY: a[QUERY].astype(np.int64)}, f"{QUERY} has dtype int64"),
+    "mixed": (lambda a: a | {QUERY: a[QUERY].astype(np.float16)}, f"{QUERY} has dtype float16"),
+    "untied": (lambda a: a | {HEAD: a[HEAD] + 1}, f"{EMBEDDING} and {HEAD} differ"),
+    "unknown": (
+        lambda a: {n.replace("c_q", "zz"): v for n, v in a.items()},
+        "no attention variant",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED_TENSORS)
+def test_spoiled_tensors(fault, mha, tmp_path):
+    arrays, config = mha
+    spoil, match = SPOILED_TENSORS[fault]
+    refuse(match, write_folder(tmp_path / "mha", spoil(dict(arrays)), config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "match"),
+    [
+        ("mha", "mla", "disagree"),
+        ("mlra_4", "mlra_2", "disagree: .* mlra_4's"),
+        ("mlra_4", "mlra_4_gated", "disagree"),
+        ("mha", "mha_no_scale", "no factors"),
+        ("mha", "transformer", "no released variant"),
+        ("mlra_2_no_scale", None, "--variant=mlra_2_no_scale or --variant=mlra_2"),
+    ],
+)
+def test_variant_is_checked(name, variant, match, tmp_path):
+    refuse(match, RELEASED / name, tmp_path, variant=variant)
+
+
+def test_variant_says_what_weights_cannot(tmp_path):
+    notes = []
+    made = [
+        convert(RELEASED / "mlra_2", tmp_path / str(i), variant=v, quiet=True, note=notes.append)
+        for i, v in enumerate([None, "mlra_2", "mlra_2_no_scale", "mlra_2_normal_initialization"])
+    ]
+    assert [config.attention.scaled for config in made] == [True, True, False, True]
+    assert [config.zero_init for config in made] == [True, True, True, False]
+    assert len(notes) == 1 and "--variant=mlra_2_no_scale" in notes[0]
+    stored = [checkpoints.read_model_config(tmp_path / str(i)) for i in range(4)]
+    assert stored == made
+
+
+def test_destination_is_never_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    refuse("exists already", RELEASED / "mha", tmp_path)
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        refuse("GB free", RELEASED / "mha", tmp_path)
+    # A disk that fills up meanwhile: no file may grow beyond some kilobytes.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        refuse("out: (not done|the disk is full)", RELEASED / "mha", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_interrupted_and_repeated(tmp_path, monkeypatch):
+    """Ctrl-C in the middle leaves nothing; what a killed run left is swept by the next."""
+    from mlra_jax.convert import conversion
+
+    def stop(*_):
+        assert (tmp_path / ".out.partial" / "checkpoints").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(conversion, "_verify", stop)
+        convert(RELEASED / "mha", tmp_path / "out", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+    partial = tmp_path / ".out.partial"
+    (partial / "checkpoints" / "0" / "params").mkdir(parents=True)
+    (partial / "checkpoints" / "0" / "params" / "junk").write_text("half")
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    refuse("another run", RELEASED / "mha", tmp_path)
+    os.close(lock)
+    convert(RELEASED / "mha", tmp_path / "out", quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").rglob("junk"))
+
+
+def test_a_write_that_lies_is_found(tmp_path, monkeypatch):
+    from mlra_jax.convert import conversion
+
+    write = conversion._write
+
+    def lying(folder, arrays, described, progress):
+        sums = write(folder, arrays, described, progress)
+        data = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        changed = bytearray(data.read_bytes())
+        changed[len(changed) // 2] ^= 1
+        data.write_bytes(changed)
+        return sums
+
+    monkeypatch.setattr(conversion, "_write", lying)
+    refuse("reads back differently", RELEASED / "mha", tmp_path)
+
+
+def test_any_orbax_manager_restores_it(converted):
+    """With arguments and without, as any Orbax checkpoint; the values are the released ones."""
+    source = read_folder(RELEASED / "mlra_4")
+    shape = jax.ShapeDtypeStruct(
+        (96, 48), np.float32, sharding=mlra_jax.sharding.named(mlra_jax.make_mesh(fsdp=8), "vocab")
+    )
+    with ocp.CheckpointManager(converted / "checkpoints") as manager:
+        assert manager.all_steps() == [0]
+        restored = manager.restore(
+            0,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(), model=ocp.args.JsonRestore()
+            ),
+        )
+        tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), restored.params)
+        tree["embed"]["embedding"] = shape
+        again = manager.restore(0, args=ocp.args.Composite(params=ocp.args.StandardRestore(tree)))
+    embedding = again.params["embed"]["embedding"]
+    assert isinstance(embedding, jax.Array) and embedding.sharding == shape.sharding
+    np.testing.assert_array_equal(embedding, source[EMBEDDING])
+    up = source["transformer.h.1.attn.kv_b_proj"]  # [latent, width, heads * (key, value)]
+    for p in range(16):
+        latent, head = p // 4, p % 4
+        both = up[latent].reshape(16, 4, 2, 16)[:, head]
+        np.testing.assert_array_equal(
+            restored.params["layers"]["attention"]["k_up"]["kernel"][1, p], both[:, 0]
+        )
+        np.testing.assert_array_equal(
+            restored.params["layers"]["attention"]["v_up"]["kernel"][1, p], both[:, 1]
+        )
+    assert restored.model["format_version"] == 1 and restored.model["tokenizer"] is None
+
+
+def test_tree_is_the_models(converted):
+    """Not only the leaves that loading needs: the checkpoint's description and names are whole."""
+    config = checkpoints.read_model_config(converted)
+    assert config == dataclasses.replace(
+        mlra_jax.preset("mlra_4"),
+        attention=dataclasses.replace(
+            mlra_jax.preset("mlra_4").attention,
+            num_heads=4, latent_dim=64, q_latent_dim=24, nope_dim=16, rope_dim=8,
+        ),
+        vocab_size=96, num_layers=2, embed_dim=48, mlp_dim=64, context_length=64,
+    )  # fmt: skip
+
+
+def test_dtypes(mha, tmp_path):
+    arrays, config = mha
+    convert(RELEASED / "mha", tmp_path / "b", dtype="bfloat16", quiet=True)
+    assert checkpoints.read_model_config(tmp_path / "b").param_dtype == "bfloat16"
+    embedding = params_of(tmp_path / "b")["embed.embedding"]
+    np.testing.assert_array_equal(embedding, arrays[EMBEDDING].astype(ml_dtypes.bfloat16))
+    for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
+        narrow = {name: array.astype(dtype) for name, array in arrays.items()}
+        source = write_folder(tmp_path / f"{dtype}_source", narrow, config)
+        made = convert(source, tmp_path / f"{dtype}", quiet=True)
+        kept = params_of(tmp_path / f"{dtype}")["layers.attention.q.kernel"]
+        assert made.param_dtype == dtype.name and kept.dtype == dtype
+        wanted = narrow[QUERY].reshape(4, 16, 48).transpose(2, 0, 1)
+        assert kept[1].tobytes() == wanted.tobytes()
+    large = write_folder(tmp_path / "large", arrays | {QUERY: arrays[QUERY] + 1e6}, config)
+    refuse(f"{QUERY} has numbers too large for float16", large, tmp_path, dtype="float16")
+    refuse("--dtype=int8", large, tmp_path, dtype="int8")
+
+
+def test_mesh_layout(tmp_path):
+    mesh = parse_mesh("tensor=4,fsdp=2")
+    convert(RELEASED / "mlra_4", tmp_path / "m", mesh=mesh, quiet=True, note=lambda line: None)
+    arrays = open_arrays(checkpoints.open_checkpoint(tmp_path / "m").folder / "params")
+    assert arrays["layers.attention.k_up.kernel"].shape == (2, 16, 16, 16)
+    assert arrays["layers.attention.k_up.kernel"].block == (1, 4, 8, 16)
+    assert arrays["layers.mlp.down.kernel"].block == (1, 16, 24)
+    assert arrays["embed.embedding"].block == (24, 24)
+    plain = tmp_path / "plain"
+    convert(RELEASED / "mlra_4", plain, quiet=True, note=lambda line: None)
+    laid_out = params_of(tmp_path / "m")
+    for path, array in params_of(plain).items():
+        np.testing.assert_array_equal(array, laid_out[path])
+    refuse("does not divide", RELEASED / "mlra_4", tmp_path, mesh=parse_mesh("tensor=3"))
+    for text in ("tensor", "tensor=0", "tensor=x", "tensors=4", "tensor=4,,", ""):
+        with pytest.raises(ConfigError, match="--mesh="):
+            parse_mesh(text)
+
+
+def test_a_mesh_reads_each_byte_once(mha, converted, tmp_path):
+    """Four devices read together hardly more than the arrays have bytes."""
+    rng = np.random.default_rng(0)
+    sizes = dict(
+        vocab_size=8192, n_embd=256, n_layer=2, n_head=8, head_dim=64, intermediate_size=2048
+    )
+    shapes = {
+        "attn.c_q": (512, 256), "attn.c_k": (512, 256), "attn.c_v": (512, 256),
+        "attn.c_proj": (256, 512), "mlp.c_fc1": (2048, 256), "mlp.c_fc2": (2048, 256),
+        "mlp.c_proj": (256, 2048), "input_layernorm": (256,), "post_attention_layernorm": (256,),
+    }  # fmt: skip
+    arrays = {"layernorm.weight": np.ones(256, np.float32)}
+    for i in range(2):
+        for name, shape in shapes.items():
+            arrays[f"transformer.h.{i}.{name}.weight"] = rng.standard_normal(shape, np.float32)
+    arrays[EMBEDDING] = arrays[HEAD] = rng.standard_normal((8192, 256), np.float32)
+    source = write_folder(tmp_path / "source", arrays, mha[1] | sizes)
+    convert(source, tmp_path / "out", quiet=True)
+
+    def read_so_far():
+        with open("/proc/self/io") as file:
+            return int(file.readline().removeprefix("rchar: "))
+
+    total = sum(array.nbytes for name, array in arrays.items() if name != HEAD)
+    # The first load also reads the modules that it imports.
+    mlra_jax.load_model(converted, mesh=mlra_jax.make_mesh(tensor=4))
+    before = read_so_far()
+    mlra_jax.load_model(tmp_path / "out", mesh=mlra_jax.make_mesh(tensor=4))
+    read = read_so_far() - before
+    assert total < read < 1.05 * total
+
+
+def test_command_line(tmp_path, capsys):
+    source = f"--source={RELEASED / 'mlra_4'}"
+    assert command.main([source, f"--destination={tmp_path / 'm'}", "--mesh=tensor=2"]) == 0
+    assert "mlra_4_no_scale" in capsys.readouterr().out
+    assert command.main([source, f"--destination={tmp_path / 'm'}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "exists already" in captured.err
+    assert command.main(["--source=/absent", f"--destination={tmp_path / 'n'}"]) == 2
+    assert capsys.readouterr().err.endswith("--source=/absent: no such folder\n")
+    with pytest.raises(SystemExit) as caught:
+        command.main([source])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_hub(tmp_path, monkeypatch):
+    """Downloads go through huggingface_hub; without it, or without network, there is one line."""
+    asked = {}
+
+    def snapshot_download(repo, allow_patterns):
+        asked.update(repo=repo, patterns=allow_patterns)
+        return str(RELEASED)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    convert("someone/models/mha", tmp_path / "m", quiet=True)
+    assert asked["repo"] == "someone/models"
+    assert "mha/config.json" in asked["patterns"] and "mha/pytorch_model-*.bin" in asked["patterns"]
+    assert checkpoints.finished_steps(tmp_path / "m") == [0]
+    refuse("no folder 'absent'", "someone/models/absent", tmp_path)
+    refuse("no such folder", "someone/models/../mha", tmp_path)
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to host\nand more")
+
+    hub.snapshot_download = offline
+    refuse("not fetched .*no route to host", "someone/models/mha", tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refuse("pip install huggingface_hub", "someone/models/mha", tmp_path)

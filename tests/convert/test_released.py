@@ -1,0 +1,70 @@
+"""Names and shapes of every published model."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mlra_jax.config import PRESETS, ConfigError, preset
+from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.blocks import block_shapes
+from mlra_jax.convert.released import HEAD, layout, recognise, released_values
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_sizes_are_recognised(name):
+    """From the names, shapes and config.json of a 2.9B model back to its preset."""
+    config = preset(name)
+    shapes = layout(config).tensors
+    found, notes = recognise(shapes, released_values(config, "float32"), variant=name)
+    assert found == config and notes == []
+
+
+@pytest.mark.parametrize(
+    "name", ["mha", "gqa_gated", "gta", "mfa", "tpa", "mla_gated", "gla_2_gated", "mlra_2_gated"]
+)
+def test_layout_is_the_models_tree_and_uses_every_number_once(name):
+    config = preset(name, num_layers=2, vocab_size=50304, embed_dim=3072)
+    described = layout(config)
+    blocks = block_shapes(config)
+    assert blocks.keys() == described.leaves.keys()
+    for path, leaf in described.leaves.items():
+        assert len(blocks[path]) == len(leaf.shape)
+        assert all(n % b == 0 for n, b in zip(leaf.shape, blocks[path], strict=True))
+        assert not leaf.stacked or blocks[path][0] == 1
+    # Counting on one number per byte would take gigabytes; one layer's attention is enough.
+    counts = {
+        n: np.zeros(s, np.int8)
+        for n, s in described.tensors.items()
+        if n.startswith("transformer.h.0.attn.")
+    }
+    for path, leaf in described.leaves.items():
+        if path.startswith("layers.attention."):
+            for part in leaf.parts:
+                view = part.view(counts["transformer.h.0." + part.name])
+                assert view.shape == part.shape
+                view += 1
+    assert all((count == 1).all() for count in counts.values())
+    ours = sum(math.prod(leaf.shape) for leaf in described.leaves.values())
+    theirs = sum(math.prod(s) for n, s in described.tensors.items() if n != HEAD)
+    assert ours == theirs
+
+
+def test_large_layers_are_cut_for_eight_devices():
+    blocks = block_shapes(preset("mlra_4"))
+    assert blocks["layers.mlp.gate.kernel"] == (1, 3072, 9880 // 8)
+    assert blocks["layers.attention.k_up.kernel"] == (1, 12, 128, 128)
+    assert blocks["embed.embedding"] == (50304 // 8, 3072)
+    assert blocks["layers.mlp_norm.scale"] == (1, 3072)
+
+
+def test_absurd_descriptions_end_soon():
+    config = preset("mlra_4", num_layers=2)
+    shapes, values = dict(layout(config).tensors), released_values(config, "float32")
+    for name, value in (("n_layer", 2**31 - 1), ("n_head", 10**30), ("n_embd", 1.5), ("n_head", 0)):
+        with pytest.raises(CheckpointFileError, match=f"config.json: {name}"):
+            recognise(shapes, values | {name: value})
+    up = "transformer.h.0.attn.kv_b_proj"
+    for shape in ((2**24, 128, 24 * 256), (4, 128, 24 * 256 + 1), (4, 128, 0), (4,), ()):
+        with pytest.raises((CheckpointFileError, ConfigError)):
+            recognise(shapes | {up: shape}, values)
