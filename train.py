@@ -37,17 +37,27 @@ def parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         sys.exit(f"train.py: unexpected argument {rest[1]!r}; settings are given as --config.key=…")
     for flag in (_CONFIG, _WORKDIR):
-        if flag.value is None:
+        if not flag.value:
             sys.exit(f"train.py: --{flag.name} is missing; {__doc__.splitlines()[0]}")
+    if not isinstance(_CONFIG.value, ConfigDict):
+        sys.exit(f"train.py: {_unreadable(_CONFIG.value)}")
     return rest
 
 
 def _misnamed(argv: list[str]) -> str | None:
     """Names the first `--config.a.b` that the experiment does not have, and its likely meaning."""
-    settings = flags.FLAGS["config"].value
-    for argument in argv[1:]:
-        path = argument.lstrip("-").split("=")[0]
-        if not path.startswith("config.") or not isinstance(settings, ConfigDict):
+    given = [a.lstrip("-").partition("=") for a in argv[1:] if a.startswith("-")]
+    files = [value for name, _, value in given if name == "config"]
+    if not files:
+        return None
+    try:
+        settings = flags.FLAGS["config"].parser.parse(files[-1])
+    except Exception as e:
+        return f"--config={files[-1]}: {str(e).strip().splitlines()[-1]}"
+    if not isinstance(settings, ConfigDict):
+        return _unreadable(settings)
+    for path, _, _ in given:
+        if not path.startswith("config."):
             continue
         known = settings
         for i, name in enumerate(path.split(".")[1:], 1):
@@ -55,10 +65,18 @@ def _misnamed(argv: list[str]) -> str | None:
             if not isinstance(known, ConfigDict):
                 return f"unknown setting --{path}: {parent} has no parts"
             if name not in known:
-                choices = [f"--{parent}.{key}" for key in known]
-                return f"unknown setting --{path}; {closest(f'--{parent}.{name}', choices)}"
+                return f"unknown setting --{path}; {closest(name, known, f'--{parent}.')}"
             known = known[name]
     return None
+
+
+def _unreadable(settings) -> str:
+    """Why there is no experiment: config_flags keeps the error until the value is used."""
+    try:
+        settings.to_dict()
+    except Exception as e:
+        return f"--config cannot be read: {str(e).splitlines()[-1].strip()}"
+    return "--config is no experiment: get_config() must return a ConfigDict"
 
 
 def join_processes() -> None:

@@ -7,7 +7,7 @@ which may override any key; `Experiment.from_dict` checks what comes back.
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -145,18 +145,20 @@ class Experiment:
         return _build(cls, built, "")
 
 
-def closest(name: str, known) -> str:
-    """`; did you mean X?`, or which names there are."""
+def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`did you mean X?`, or which names there are."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    return f"there are {', '.join(prefix + k for k in known)}"
 
 
 def _build(cls, values: Mapping[str, Any], prefix: str):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            raise ConfigError(f"unknown setting {prefix}{name}; {closest(name, fields)}")
+            raise ConfigError(f"unknown setting {prefix}{name}; {closest(name, fields, prefix)}")
     missing = [
         name
         for name, f in fields.items()

@@ -1,0 +1,35 @@
+"""Runs many train.py command lines, importing everything once: JSON in, JSON out.
+
+In: a list of argument lists. Out: for each [exit code, stdout, stderr, its workdir was made].
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import app
+
+import mlra_jax.training.loop  # noqa: F401
+import train
+
+
+def run(arguments):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = ["train.py", *arguments]
+            app.run(train.main, flags_parser=train.parse_flags)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        workdir = [a.split("=")[1] for a in arguments if a.startswith("--workdir=/")][0]
+        code = os.waitstatus_to_exitcode(status)
+        return code, out.read(), err.read(), Path(workdir).exists()
+
+
+if __name__ == "__main__":
+    print(json.dumps([run(arguments) for arguments in json.load(sys.stdin)]))

@@ -1,0 +1,242 @@
+"""train.py as a user meets it: killed, stopped, resumed, on two processes, given wrong input."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlra_jax import checkpoints
+from mlra_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+
+
+class Command:
+    """Starts train.py on the tiny experiment; all runs share a text and a compilation cache."""
+
+    def __init__(self, folder: Path):
+        self.text = folder / "text.txt"
+        self.text.write_text("".join(f"{i} bottles of beer on the wall\n" for i in range(3000)))
+        hidden = ("XLA_FLAGS", "JAX_PLATFORMS")
+        self.environment = {k: v for k, v in os.environ.items() if k not in hidden} | {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "PYTHONPATH": str(ROOT),
+            "TPU_SKIP_MDS_QUERY": "1",
+        }
+
+    def start(self, *arguments) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "train.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(self, workdir, *arguments) -> subprocess.Popen:
+        config = ("--config=tests/training/tiny.py", f"--config.data.source={self.text}")
+        return self.start(*config, f"--workdir={workdir}", *arguments)
+
+
+def finish(process) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for_step(workdir: Path, step: int, *processes) -> None:
+    deadline = time.monotonic() + 300
+    while not any(line["step"] >= step for line in read_metrics(workdir)):
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def losses(workdir: Path) -> list[tuple[int, str, float]]:
+    return [
+        (line["step"], name, line[name])
+        for line in read_metrics(workdir)
+        for name in ("loss", "gradient_norm", "validation_loss")
+        if name in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    return Command(tmp_path_factory.mktemp("command"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    out = finish(command.train(workdir))
+    assert f"step {STEPS}/{STEPS}" in out and "tokens/s" in out and "left" in out
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    assert (undisturbed / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((undisturbed / "tensorboard").iterdir())
+    assert checkpoints.finished_steps(undisturbed) == [STEPS - 4, STEPS]
+    lines = read_metrics(undisturbed)
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, STEPS + 1))
+    assert {"tokens", "tokens_per_second", "learning_rate", "seconds"} <= trained[0].keys()
+    validated = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validated] == [20, 40, 60]
+    # The text is easy: a run that learns is far below a uniform guess.
+    assert validated[-1]["validation_loss"] < np.log(260) / 2
+    opened = checkpoints.open_checkpoint(undisturbed)
+    assert (opened.step, opened.tokenizer) == (STEPS, "bytes")
+
+
+def test_killed_three_times_gives_the_undisturbed_losses(command, undisturbed, tmp_path):
+    seed = random.randrange(10**6)
+    moments = sorted(random.Random(seed).sample(range(1, STEPS - 2), 3))
+    print(f"killed after steps {moments} (seed {seed})")
+    for moment in moments:
+        process = command.train(tmp_path)
+        wait_for_step(tmp_path, moment, process)
+        process.kill()
+        process.communicate()
+    out = finish(command.train(tmp_path))
+    assert moments[-1] < 5 or "resuming" in out
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_two_processes_stopped_by_sigterm_then_resumed_by_one(command, undisturbed, tmp_path):
+    """The signal reaches one process; both save the same step; one process goes on from it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        command.train(
+            tmp_path,
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={i}",
+            "--config.virtual_cpu_devices=4",
+            "--config.steps=100000",
+        )
+        for i in range(2)
+    ]
+    wait_for_step(tmp_path, 3, *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    outs = [finish(process) for process in processes]
+    assert "the same command resumes" in outs[0]
+    assert "step" not in outs[1], "one process speaks for all"
+    stopped_at = checkpoints.finished_steps(tmp_path)[-1]
+    assert stopped_at >= 3
+    finish(command.train(tmp_path, f"--config.steps={stopped_at + 3}"))
+    steps = [step for step, name, _ in losses(tmp_path) if name == "loss"]
+    assert steps == list(range(1, stopped_at + 4))
+    got, want = ({x[:2]: x[2] for x in losses(folder)} for folder in (tmp_path, undisturbed))
+    both = sorted(got.keys() & want.keys())
+    assert len(both) >= 12
+    np.testing.assert_allclose([got[k] for k in both], [want[k] for k in both], rtol=1e-5)
+
+
+def test_sigterm_saves_and_the_same_command_resumes(command, undisturbed, tmp_path):
+    process = command.train(tmp_path, "--config.save_every=1000")
+    wait_for_step(tmp_path, 6, process)
+    process.terminate()
+    out = finish(process)
+    stopped_at = checkpoints.finished_steps(tmp_path)
+    assert len(stopped_at) == 1 and 6 <= stopped_at[0] < STEPS
+    assert f"stopped and saved at step {stopped_at[0]}; the same command resumes" in out
+    assert f"resuming {tmp_path} from step {stopped_at[0]}" in finish(command.train(tmp_path))
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
+    process = command.train(
+        tmp_path, "--config.optimizer.peak_learning_rate=1e38", "--config.save_every=1"
+    )
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = err.strip().splitlines()
+    last = checkpoints.finished_steps(tmp_path)[-1]
+    assert "at step" in line and f"last good checkpoint: {tmp_path}/checkpoints/{last}" in line
+    assert all(np.isfinite(loss) for _, _, loss in losses(tmp_path))
+
+
+WRONG = [
+    ("--config.optimizer.peak_lr=1", "did you mean --config.optimizer.peak_learning_rate?"),
+    ("--config.stpes=9", "unknown setting --config.stpes; did you mean --config.steps?"),
+    ("--config.steps.x=9", "config.steps has no parts"),
+    ("--config.steps=many", "invalid literal for int() with base 10: 'many'"),
+    ("--confg.steps=9", "Unknown command line flag 'confg.steps'"),
+    ("steps=9", "unexpected argument 'steps=9'"),
+    ("--config=configs/none.py", "configs/none.py"),
+    ("--workdir=", "workdir"),
+    ("--workdir=train.py", "is a file"),
+    ("--config.steps=0", "steps=0 must be at least 1"),
+    ("--config.mesh.data=0", "mesh.data=0 must be at least 1"),
+    ("--config.data.source=/no/such/text", "/no/such/text"),
+    ("--config.data.source={short}", "truncated"),
+    ("--config.data.source={foreign}", "is no token file"),
+    ("--config.data.source={beyond}", "token id 260 "),
+    ("--config.data.tokenizer=byte", "no tokenizer 'byte'"),
+    ("--config.mesh.fsdp=2", "needs 16 devices and there are 8"),
+    ("--config.data.global_batch=9", "data.global_batch=9 does not divide"),
+    ("--config.model.attention.groups=3", "num_heads=4 does not divide into groups=3"),
+    ("--config.model.attention.latent_dim=18", "latent_dim=18 does not divide into 4"),
+    ("--config.model.mlp_dim=26", "mlp=26 "),
+    ("--config.model.vocab_size=259", "vocab=259 "),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(command, tmp_path_factory):
+    """What each wrong command says. One process imports everything and forks for each."""
+    folder = tmp_path_factory.mktemp("wrong")
+    header = np.zeros(256, "<i4")
+    for name, magic, count, tokens in (
+        ("short", 20240520, 500, np.zeros(499, "<u2")),
+        ("foreign", 1, 500, np.zeros(500, "<u2")),
+        ("beyond", 20240520, 500, np.full(500, 260, "<u2")),
+    ):
+        header[:3] = magic, 1, count
+        (folder / f"{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    files = {path.stem: path for path in folder.glob("*.bin")}
+    commands = [
+        [
+            "--config=tests/training/tiny.py",
+            f"--config.data.source={command.text}",
+            f"--workdir={folder}/run{i}",
+            wrong.format(**files),
+        ]
+        for i, (wrong, _) in enumerate(WRONG)
+    ]
+    process = subprocess.run(
+        [sys.executable, "tests/training/fork.py"],
+        cwd=ROOT,
+        env=command.environment,
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("i", range(len(WRONG)), ids=[wrong for wrong, _ in WRONG])
+def test_wrong_input_is_one_line_and_touches_nothing(answers, i):
+    code, out, err, written = answers[i]
+    assert code in (1, 2)
+    assert len(err.strip().splitlines()) == 1 and WRONG[i][1] in err, err
+    assert out == "" and not written
