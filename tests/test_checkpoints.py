@@ -1,0 +1,231 @@
+"""Checkpoints come back whole on any mesh, or not at all and with one line that says why."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mlra_jax import checkpoints, sharding
+from mlra_jax.checkpoints import CheckpointError
+from mlra_jax.config import GroupedConfig, ModelConfig
+from mlra_jax.training.state import model_parts
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ModelConfig(
+    attention=GroupedConfig(num_heads=4, num_kv_heads=4, head_dim=8),
+    vocab_size=24,
+    num_layers=3,
+    embed_dim=16,
+    mlp_dim=24,
+)
+
+
+def abstract_params(mesh, dtype=None):
+    _, shapes, shardings = model_parts(CONFIG, mesh)
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def random_params(mesh):
+    generator = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda s: jax.device_put(generator.standard_normal(s.shape, np.float32), s.sharding),
+        abstract_params(mesh),
+    )
+
+
+def write(folder, steps, params, **items):
+    manager = checkpoints.make_manager(folder, keep=2)
+    description = checkpoints.describe(CONFIG, "bytes")
+    for step in steps:
+        checkpoints.save(manager, step, params=params, model=description, **items)
+    manager.wait_until_finished()
+    manager.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(folder with steps 2 and 3 of a training run, its parameters and optimizer state)"""
+    folder = tmp_path_factory.mktemp("run")
+    params = random_params(sharding.make_mesh(data=1, fsdp=2, tensor=4))
+    moments = optax.adamw(1e-3).init(params)
+    write(folder, (1, 2, 3), params, optimizer=moments, iterator={"next": 5}, progress={"step": 3})
+    return folder, params, moments
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    return shutil.copytree(written[0], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 2), (1, 8, 1, 1)])
+def test_every_mesh_reads_what_one_mesh_wrote(written, mesh_shape):
+    folder, params, _ = written
+    abstract = abstract_params(sharding.make_mesh(*mesh_shape))
+    opened = checkpoints.open_checkpoint(folder)
+    restored = opened.restore("params", abstract)
+    for got, want, asked in zip(*map(jax.tree.leaves, (restored, params, abstract)), strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert got.sharding == asked.sharding
+    assert (opened.step, opened.model, opened.tokenizer) == (3, CONFIG, "bytes")
+    assert opened.read_json("iterator") == {"next": 5}
+
+
+def test_reading_casts_to_the_dtype_asked_for(written):
+    folder, params, _ = written
+    abstract = abstract_params(sharding.make_mesh(tensor=4), jnp.bfloat16)
+    restored = checkpoints.open_checkpoint(folder).restore("params", abstract)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(got, np.asarray(want).astype(jnp.bfloat16))
+
+
+def test_optimizer_state_comes_back_in_its_own_structure(written):
+    folder, _, moments = written
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), moments
+    )
+    restored = checkpoints.open_checkpoint(folder).restore("optimizer", abstract)
+    assert jax.tree.structure(restored) == jax.tree.structure(moments)
+    jax.tree.map(np.testing.assert_array_equal, restored, moments)
+
+
+def test_weights_alone_are_a_checkpoint_and_only_the_last_two_stay(written, tmp_path):
+    folder, params, _ = written
+    assert checkpoints.finished_steps(folder) == [2, 3]
+    write(tmp_path, [0], params)
+    opened = checkpoints.open_checkpoint(tmp_path)
+    restored = opened.restore("params", abstract_params(sharding.make_mesh()))
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+    assert not opened.has("optimizer")
+    assert checkpoints.read_model_config(tmp_path) == CONFIG
+
+
+def test_a_save_that_was_killed_is_never_restored(tmp_path):
+    """A process dies while step 2 is being written; step 1 stays the latest, and 2 can be saved."""
+    program = f"""
+import os, numpy as np
+from mlra_jax import checkpoints
+from mlra_jax.config import ModelConfig
+manager = checkpoints.make_manager({str(tmp_path)!r})
+model = checkpoints.describe(ModelConfig.from_dict({CONFIG.to_dict()!r}), None)
+checkpoints.save(manager, 1, params={{"a": np.ones(4, np.float32)}}, model=model)
+manager.wait_until_finished()
+big = np.random.default_rng(0).standard_normal((64, 1 << 18), np.float32)
+checkpoints.save(manager, 2, params={{"a": big}}, model=model)
+os._exit(9)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    died = subprocess.run([sys.executable, "-c", program], env=environment, timeout=300)
+    assert died.returncode == 9
+    left = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert left != ["1"] and "2" not in left, "the process must die in the middle of the save"
+    assert checkpoints.finished_steps(tmp_path) == [1]
+    assert checkpoints.open_checkpoint(tmp_path).step == 1
+    params = {"a": np.zeros(3, np.float32)}
+    manager = checkpoints.make_manager(tmp_path)
+    checkpoints.save(manager, 2, params=params, model=checkpoints.describe(CONFIG, None))
+    manager.close()
+    assert checkpoints.open_checkpoint(tmp_path).step == 2
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def one_line(folder, *needles, restore=True, step=None):
+    with pytest.raises(CheckpointError) as caught:
+        opened = checkpoints.open_checkpoint(folder, step)
+        if restore:
+            opened.restore("params", abstract_params(sharding.make_mesh(tensor=2)))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    for needle in (str(folder), *needles):
+        assert needle in message
+
+
+def test_missing_checkpoints_are_named(written, tmp_path):
+    one_line(tmp_path / "nowhere", "does not exist")
+    one_line(tmp_path, "no finished checkpoint")
+    one_line(written[0], "has no step 7; it has 2, 3", step=7)
+
+
+def test_each_missing_or_cut_file_is_an_error_or_harmless(copy, written, capfd):
+    """Every file of the latest step is removed and cut: the weights are right or not there."""
+    files = sorted(p for p in (copy / "checkpoints/3/params").rglob("*") if p.is_file())
+    failures = 0
+    for file in files:
+        whole = file.read_bytes()
+        for damage in (None, whole[: len(whole) // 2]):
+            if damage is None:
+                file.unlink()
+            else:
+                file.write_bytes(damage)
+            try:
+                opened = checkpoints.open_checkpoint(copy)
+                restored = opened.restore("params", abstract_params(sharding.make_mesh()))
+                jax.tree.map(np.testing.assert_array_equal, restored, written[1])
+            except CheckpointError as e:
+                failures += 1
+                assert "\n" not in str(e) and "to go on from step 2" in str(e)
+            file.write_bytes(whole)
+    assert failures >= 6
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_damaged_descriptions_are_named(copy):
+    model = copy / "checkpoints/3/model/metadata"
+    described = json.loads(model.read_text())
+    model.write_text(json.dumps(described)[:50])
+    one_line(copy, "model is damaged", "delete", "step 2", restore=False)
+    model.write_text(json.dumps(described | {"format_version": 2}))
+    one_line(copy, "format version 2", restore=False)
+    described["model"]["embed_dmi"] = 3
+    model.write_text(json.dumps(described))
+    one_line(copy, "embed_dmi", restore=False)
+    model.unlink()
+    one_line(copy, "model is ", restore=False)
+    shutil.rmtree(copy / "checkpoints/3/params")
+    model.write_text(json.dumps({**described, "model": CONFIG.to_dict()}))
+    one_line(copy, "params is missing", "delete")
+
+
+def test_arrays_of_another_model_are_named(copy):
+    opened = checkpoints.open_checkpoint(copy)
+    abstract = abstract_params(sharding.make_mesh())
+    wide = jax.ShapeDtypeStruct(
+        (24, 17), jnp.float32, sharding=sharding.named(sharding.make_mesh())
+    )
+    with pytest.raises(CheckpointError, match=r"embed.embedding has shape \[24, 16\] there"):
+        opened.restore("params", abstract | {"embed": {"embedding": wide}})
+    with pytest.raises(CheckpointError, match=r"has no array extra, which the model needs"):
+        opened.restore("params", abstract | {"extra": wide})
+    del abstract["final_norm"]
+    with pytest.raises(CheckpointError, match=r"has an array final_norm.scale that the model"):
+        opened.restore("params", abstract)
+
+
+def test_a_workdir_of_another_model_names_the_difference(written):
+    opened = checkpoints.open_checkpoint(written[0])
+
+    def check(tokenizer="bytes", **changes):
+        config = dataclasses.replace(CONFIG, **changes)
+        checkpoints.check_same_model(opened, config, tokenizer, "runs/a")
+
+    check(dtype="float32", remat=False)
+    with pytest.raises(CheckpointError, match=r"runs/a .* model.mlp_dim is 24 there and 32 here"):
+        check(mlp_dim=32)
+    with pytest.raises(CheckpointError, match=r"tokenizer is 'bytes' there and 'gpt2' here"):
+        check(tokenizer="gpt2")
+    with pytest.raises(
+        CheckpointError, match=r"model.attention.num_kv_heads is 4 there and 2 here"
+    ):
+        check(attention=GroupedConfig(num_heads=4, num_kv_heads=2, head_dim=8))
