@@ -8,7 +8,7 @@ a folder whose name is a number is a finished checkpoint; a half-written one is 
 
 import contextlib
 import dataclasses
-import gc
+import inspect
 import json
 import logging
 import sys
@@ -53,7 +53,7 @@ class Checkpoint:
                 shapes than `abstract`.
         """
         with _one_line(self.folder, item), ocp.StandardCheckpointer() as reader:
-            stored = reader.metadata(self.folder / item).item_metadata.tree
+            stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / item).tree
             _check_same_arrays(self.folder / item, stored, abstract)
             return reader.restore(self.folder / item, abstract)
 
@@ -205,29 +205,34 @@ def _check_same_arrays(path: Path, stored: Any, abstract: Any) -> None:
 def _one_line(folder: Path, item: str):
     """Turns whatever the readers raise on a missing or damaged file into one line.
 
-    The readers work in coroutines; those that an error leaves unfinished would print themselves
-    when they are collected, after and around that line.
+    The readers are many coroutines and threads; those that the first error leaves unfinished would
+    report themselves around that line, as exceptions nobody can catch.
     """
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
     level = logger.level
+    sys.unraisablehook = lambda report: None if _is_aftermath(report) else hook(report)
+    logger.setLevel(logging.CRITICAL)
+    damaged = False
     try:
         yield
     except CheckpointError:
         raise
     except Exception as e:
-        sys.unraisablehook = lambda *_: None
-        logger.setLevel(logging.CRITICAL)
+        damaged = True
         reason = "is missing" if not (folder / item).exists() else f"is damaged ({_reason(e)})"
-        e.__traceback__ = None
         others = [str(s) for s in finished_steps(folder.parent.parent) if str(s) != folder.name]
         remedy = f"delete {folder} to go on from step {others[-1]}" if others else "copy it again"
-        message = f"checkpoint {folder}: {item} {reason}; {remedy}"
-    else:
-        return
-    gc.collect()
-    sys.unraisablehook = hook
-    logger.setLevel(level)
-    raise CheckpointError(message)
+        # Without `from`: the cause's frames would keep the unfinished coroutines alive. The hook
+        # stays, since threads may still report.
+        raise CheckpointError(f"checkpoint {folder}: {item} {reason}; {remedy}") from None
+    finally:
+        if not damaged:
+            sys.unraisablehook = hook
+            logger.setLevel(level)
+
+
+def _is_aftermath(report) -> bool:
+    return inspect.iscoroutine(report.object) or "Event loop is closed" in str(report.exc_value)
 
 
 def _reason(e: Exception) -> str:
