@@ -28,6 +28,7 @@ flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 for a
 flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens that reach this probability.")
 flags.DEFINE_integer("seed", 0, "Of the draws.")
 flags.DEFINE_string("mesh", "", "Devices along each axis, as in tensor=4,context=2.")
+flags.DEFINE_integer("virtual_cpu_devices", None, "Decode on this many devices made of the CPU.")
 flags.DEFINE_integer("cache_length", None, "Cache slots; by default what the prompts need.")
 flags.DEFINE_string("dtype", None, "bfloat16 by default on GPUs and TPUs, else the checkpoint's.")
 flags.DEFINE_string("tokenizer", None, "Name or tiktoken ranks file, if not the checkpoint's.")
@@ -91,6 +92,9 @@ def describe_cache(model, batch: int, capacity: int) -> str:
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
+    if FLAGS.virtual_cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", FLAGS.virtual_cpu_devices)
     started = time.perf_counter()
     mesh = sharding.parse_mesh(FLAGS.mesh)
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)

@@ -78,11 +78,10 @@ class RMSNorm(nnx.Module):
         rngs: nnx.Rngs,
         blocks: int = 1,
         factor: float = 1.0,
-        axis: str = "norm",
     ):
         self.blocks, self.width, self.factor, self.eps = blocks, width, factor, config.norm_eps
         self.scale = param(
-            rngs, nnx.initializers.ones, (blocks * width,), (axis,), config.param_dtype
+            rngs, nnx.initializers.ones, (blocks * width,), ("norm",), config.param_dtype
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

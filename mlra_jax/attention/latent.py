@@ -43,7 +43,6 @@ class LatentAttention(nnx.Module):
             C,
             blocks=a.num_latents,
             factor=math.sqrt(D / C) if a.scaled else 1.0,
-            axis="latent",
         )
         self.k_rope = project((D, a.rope_dim), ("embed", "rope"))
         up = ((P, C, a.nope_dim), ("latent_heads", "latent_dim", "head_dim"))
@@ -66,7 +65,7 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """As `__call__`, and what decoding needs to keep: `[B, T, ...]` arrays by name."""
         a, (B, T, _) = self.config, x_BTD.shape
-        q_nope_BTHK, q_rope_BTHR = self._queries(x_BTD, positions_BT)
+        q_nope_BTHK, q_rope_BTHR = self._queries(x_BTD, positions_BT, "heads")
         c_BTLC, k_rope_BTR = self._latents(x_BTD, positions_BT)
 
         q_BTHK = jnp.concatenate([q_nope_BTHK, q_rope_BTHR], axis=-1)
@@ -89,7 +88,8 @@ class LatentAttention(nnx.Module):
         The up-projections are absorbed into the query and the output (paper, section 3.3), so that
         each latent head is a multi-query attention whose value is the first part of its key.
         """
-        q_nope_BTHK, q_rope_BTHR = self._queries(x_BTD, positions_BT)
+        # Every device needs all heads' queries for its latents: gathered once, before the split.
+        q_nope_BTHK, q_rope_BTHR = self._queries(x_BTD, positions_BT, None)
         entries = self._entries(*self._latents(x_BTD, positions_BT))
         whole = sharding.spec("batch", "length", None, None)
         up = sharding.spec("latent_heads", None, None)
@@ -183,17 +183,27 @@ class LatentAttention(nnx.Module):
         copies = kv.held_copies(self.config.num_latents, tensor) // self.config.num_latents
         return {"latents": jnp.repeat(c_BTLC, copies, axis=2), "k_rope": k_rope_BTR}
 
-    def _queries(self, x_BTD, positions_BT):
-        q_BTHK = self.q_up(self.q_norm(self.q_down(x_BTD)))
+    def _queries(self, x_BTD, positions_BT, heads_axis):
+        # Gathered before the norm, whose statistics would cost another exchange. Each product is
+        # named as its weights are split first: else XLA would gather the weights instead.
+        down_BTQ = sharding.constrain(self.q_down(x_BTD), self.mesh, "batch", "length", "q_latent")
+        down_BTQ = sharding.constrain(down_BTQ, self.mesh, "batch", "length", None)
+        q_BTHK = self.q_up(self.q_norm(down_BTQ))
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", "heads", "head_dim")
+        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", heads_axis, "head_dim")
         q_nope, q_rope = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
         return q_nope, rotate(q_rope, positions_BT, self.rope_base)
 
     def _latents(self, x_BTD, positions_BT):
-        a = self.config
-        c_BTE = self.kv_norm(self.kv_down(x_BTD))
+        a, (B, T) = self.config, x_BTD.shape[:2]
+        down_BTE = sharding.constrain(self.kv_down(x_BTD), self.mesh, "batch", "length", "latent")
+        down_BTLC = down_BTE.reshape(B, T, a.num_latents, a.latent_head_dim)
+        fewer = a.num_latents % sharding.size(self.mesh, sharding.TENSOR)
+        axes = ("batch", "length", None if fewer else "cache_latent", None)
+        down_BTLC = sharding.constrain(down_BTLC, self.mesh, *axes)
+        c_BTLC = self.kv_norm(down_BTLC.reshape(B, T, -1)).reshape(down_BTLC.shape)
         k_rope_BTR = rotate(self.k_rope(x_BTD)[:, :, None], positions_BT, self.rope_base)[:, :, 0]
-        return c_BTE.reshape(*c_BTE.shape[:2], a.num_latents, a.latent_head_dim), k_rope_BTR
+        return sharding.constrain(c_BTLC, self.mesh, *axes), k_rope_BTR
 
     def _up(self, c_BTLC, projection):
         """Keys or values of every branch head from its latent head."""
