@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import model as models
@@ -15,6 +16,8 @@ from mlra_jax.sharding import make_mesh
 
 STEPS = 5
 RAGGED = (9, 4, 13)
+# Compiling takes far longer than running here.
+_quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def relative_error(got, want) -> float:
@@ -36,11 +39,36 @@ def small_config(attention: AttentionConfig, num_layers: int = 1) -> ModelConfig
 
 @functools.lru_cache(maxsize=4)
 def _whole_pass(config: ModelConfig, seed: int):
-    """A model's parameters, tokens, and the logits of whole passes, each row by itself."""
-    model = models.create(config, make_mesh(), seed=seed)
+    """Tokens, and the logits of whole passes, each row by itself."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, config.vocab_size, (len(RAGGED), max(RAGGED) + STEPS), np.int32)
-    return nnx.state(model), tokens, np.asarray(model(tokens))
+    return tokens, whole_pass(random_model(config, make_mesh(), seed), tokens)
+
+
+def whole_pass(model: models.Model, tokens_BT, positions_BT=None) -> np.ndarray:
+    graphdef, state = nnx.split(model)
+    forward = _quick_jit(lambda state, *arrays: nnx.merge(graphdef, state)(*arrays))
+    return np.asarray(forward(state, tokens_BT, positions_BT))
+
+
+def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> models.Model:
+    """The same numbers on every mesh, wide enough that softmaxes are far from uniform."""
+    graphdef, shapes = models.abstract_state(config, mesh)
+    # Drawn by NumPy: compiling JAX's generator would take longer than everything else here.
+    rng = np.random.default_rng(seed)
+    placed = []
+    for path, x in nnx.to_flat_state(shapes):
+        values = rng.normal(1.0 if path[-1] == "scale" else 0.0, 0.2, x.shape)
+        values = jax.device_put(values.astype(np.float32), x.get_value().sharding)
+        placed.append((path, x.replace(values)))
+    return nnx.merge(graphdef, nnx.from_flat_state(placed))
+
+
+@functools.lru_cache(maxsize=1)
+def _unstacked(config: ModelConfig, mesh: Mesh, seed: int):
+    model = random_model(config, mesh, seed)
+    model.unstack()
+    return nnx.split(model)
 
 
 def decoding_error(
@@ -57,19 +85,15 @@ def decoding_error(
     Row `b` is a prompt of `lengths[b]` tokens; it should give what it gives alone.
     """
     config, mesh = small_config(attention, num_layers), make_mesh(tensor=tensor, context=context)
-    state, tokens, whole = _whole_pass(config, seed)
-    _, shapes = models.abstract_state(config, mesh)
-    placed = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s.sharding), state, shapes)
-    model = models.from_state(config, mesh, placed)
-    model.unstack()
-    graphdef, state = nnx.split(model)
+    tokens, whole = _whole_pass(config, seed)
+    graphdef, state = _unstacked(config, mesh, seed)
     capacity = kv.round_capacity(max(lengths) + STEPS + 2, mesh)
 
-    @jax.jit
+    @_quick_jit
     def prefill(state, prompts_BT, lengths_B):
         return fill(nnx.merge(graphdef, state), prompts_BT, lengths_B, capacity)
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.partial(_quick_jit, donate_argnums=1)
     def step(state, cache, tokens_BT):
         return nnx.merge(graphdef, state).decode(tokens_BT, cache)
 

@@ -1,0 +1,156 @@
+"""MHA, GQA, MQA, GTA, MFA and TPA: decoding against whole passes, what is cached, what is refused.
+
+That the whole passes compute what they should is shown by the released logits (tests/convert).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoding import RAGGED, decoding_error, random_model, relative_error, small_config, whole_pass
+from flax import nnx
+
+from mlra_jax import model as models
+from mlra_jax.attention import MODULES
+from mlra_jax.attention.heads import HeldHeads
+from mlra_jax.config import (
+    ConfigError,
+    GroupedConfig,
+    MultiMatrixConfig,
+    TensorProductConfig,
+    TiedConfig,
+    preset,
+)
+from mlra_jax.sharding import make_mesh
+
+K = 12
+VARIANTS = {
+    "mha": GroupedConfig(8, 8, K),
+    "gqa": GroupedConfig(8, 4, K),
+    "gqa_gated": GroupedConfig(8, 2, K, gated=True),
+    "mqa": GroupedConfig(8, 1, 10),
+    "gta": TiedConfig(8, 4, K),
+    "mfa": MultiMatrixConfig(8, K, 24),
+    "tpa": TensorProductConfig(8, K, 3, 5),
+}
+MESHES = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (4, 2)]
+UNEVEN = {"gqa": GroupedConfig(24, 6, 8), "gta": TiedConfig(24, 6, 8)}
+"""As published: 24 query heads read 6 key/value heads, which do not divide over 4 devices."""
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, (7,)], ids=["ragged", "single"])
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_gives_what_each_prompt_gives_in_a_whole_pass(name, mesh, lengths):
+    assert decoding_error(VARIANTS[name], *mesh, lengths=lengths) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gqa", "tpa"])
+def test_decoding_through_several_layers_two_tokens_at_a_time(name):
+    assert decoding_error(VARIANTS[name], 2, 2, num_layers=3, queries=2) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", [(4, 1), (4, 2), (8, 1)], ids=lambda m: f"{m[0]}x{m[1]}")
+@pytest.mark.parametrize("name", UNEVEN)
+def test_decoding_where_key_heads_do_not_divide_over_the_devices(name, mesh):
+    assert decoding_error(UNEVEN[name], *mesh) < 1e-5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adding_a_constant_to_all_positions_changes_nothing(name):
+    model = random_model(small_config(VARIANTS[name]), make_mesh())
+    row = np.random.default_rng(0).integers(0, 88, 11, np.int32)
+    positions = np.arange(11, dtype=np.int32)
+    # One prompt four times: from 0, from elsewhere, and with other distances between its tokens.
+    positions = np.stack([positions, positions + 1_000_003, positions + 17, 2 * positions])
+    plain, *shifted, stretched = whole_pass(model, np.stack([row] * 4), positions)
+    assert max(relative_error(x, plain) for x in shifted) < 1e-5
+    assert relative_error(stretched, plain) > 1e-3
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads, tensor", [(24, 6, 4), (24, 6, 8), (30, 6, 5)])
+def test_a_device_keeps_no_more_key_heads_than_its_query_heads_can_touch(
+    num_heads, num_kv_heads, tensor
+):
+    held = HeldHeads(num_heads, num_kv_heads, tensor)
+    group, mine = num_heads // num_kv_heads, num_heads // tensor
+    touched = [{h // group for h in range(t * mine, (t + 1) * mine)} for t in range(tensor)]
+    assert held.each == max(map(len, touched))
+    head_numbers = jnp.arange(num_kv_heads)[None, None, :, None]
+    kept = np.asarray(held.spread(head_numbers)).reshape(tensor, held.each)
+    for t in range(tensor):
+        assert touched[t] <= set(kept[t].tolist())
+
+
+@pytest.mark.parametrize(
+    "name, tensor, values",
+    [
+        # Per token: key and value of the published sizes' heads (d_h = 128), or what replaces them.
+        ("mha", 4, 2 * 6 * 128),
+        ("gqa", 1, 2 * 6 * 128),
+        ("gqa", 2, 2 * 3 * 128),
+        ("gqa", 4, 2 * 2 * 128),
+        ("gqa", 8, 2 * 2 * 128),
+        ("mqa", 8, 2 * 128),
+        ("gta", 1, 6 * 128 + 64),
+        ("gta", 2, 3 * 128 + 64),
+        ("gta", 8, 2 * 128 + 64),
+        ("mfa", 4, 2 * 256),
+        ("tpa", 1, 2 * 2 * (24 + 128)),
+        ("tpa", 4, 2 * 2 * (6 + 128)),
+    ],
+)
+def test_values_cached_per_token_and_device(name, tensor, values):
+    attention = preset(name).attention
+    module = MODULES[type(attention)]
+    shapes = module.cache_shapes(attention, 1, 1, tensor)
+    per_device = 0
+    for entry, shape in shapes.items():
+        split = tensor if "cache_latent" in module.cache_axes[entry] else 1
+        assert shape[2] % split == 0
+        per_device += math.prod(shape) // split
+    assert per_device == values
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cache_shapes_are_those_of_the_prefill(name):
+    config, mesh = small_config(VARIANTS[name]), make_mesh(tensor=4)
+    graphdef, state = models.abstract_state(config, mesh, unstacked=True)
+    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    prefill = lambda state, tokens_BT: nnx.merge(graphdef, state).prefill(tokens_BT)
+    _, entries = jax.eval_shape(prefill, state, tokens)
+    module = MODULES[type(config.attention)]
+    shapes = module.cache_shapes(config.attention, 2, 5, 4)
+    assert {n: x.shape for n, x in entries[0].items()} == shapes
+    assert shapes.keys() == module.cache_axes.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_heads_that_do_not_divide_over_the_mesh_are_refused_in_one_line(name):
+    for mesh in (make_mesh(tensor=3), make_mesh(tensor=4, context=2)):
+        attention = VARIANTS[name]
+        heads = 8 if mesh.shape["tensor"] == 3 else 4
+        changes = {"num_heads": heads}
+        if hasattr(attention, "num_kv_heads"):
+            changes["num_kv_heads"] = math.gcd(attention.num_kv_heads, heads)
+        with pytest.raises(ConfigError, match=f"heads={heads} .* does not divide") as error:
+            models.abstract_state(small_config(dataclasses.replace(attention, **changes)), mesh)
+        assert "\n" not in str(error.value)
+    module = MODULES[type(VARIANTS[name])]
+    with pytest.raises(ConfigError, match="8 .*heads do not divide over tensor=3"):
+        module.cache_shapes(VARIANTS[name], 1, 1, 3)
+
+
+def test_tensor_product_factors_begin_xavier_uniform():
+    D, H, rank, q_rank = 40, 8, 3, 5
+    config = small_config(VARIANTS["tpa"], num_layers=40)
+    attention = models.create(config, make_mesh()).layers.attention
+    for name, r in (("q", q_rank), ("k", rank), ("v", rank)):
+        bounds = {"a": (6 / ((H + D) * r)) ** 0.5, "b": (6 / ((r + D) * K)) ** 0.5}
+        for factor, bound in bounds.items():
+            kernel = np.asarray(getattr(attention, f"{name}_{factor}").kernel[...])
+            assert 0.99 * bound < np.abs(kernel).max() <= bound
+            assert abs(kernel.std() / (bound / 3**0.5) - 1) < 0.02
