@@ -28,7 +28,7 @@ def find_source(source: str | Path) -> Path:
     except ImportError:
         raise CheckpointFileError(
             f"--source={source}: no such folder; to fetch it from the Hugging Face hub, "
-            "pip install huggingface_hub"
+            "pip install 'mlra-jax[hub]'"
         ) from None
     subfolder = named["sub"].strip("/")
     prefix = f"{subfolder}/" if subfolder else ""

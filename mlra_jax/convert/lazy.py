@@ -93,11 +93,20 @@ class BlockHandler(ocp.type_handlers.TypeHandler):
             spec["dtype"] = np.dtype(value.dtype).name
             array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
             self.checksums[info.name] = sums = []
-            for block in value.blocks():
-                part = np.ascontiguousarray(value.read(block), value.dtype)
-                sums.append(zlib.crc32(part.reshape(-1).view(np.uint8)))
-                await array[block].write(part, can_reference_source_data_indefinitely=True)
-                self.progress(part.nbytes)
+            # The next block is read while the last one is on its way to the disk.
+            pending: ts.WriteFutures | None = None
+            try:
+                for block in value.blocks():
+                    part = np.ascontiguousarray(value.read(block), value.dtype)
+                    sums.append(zlib.crc32(part.reshape(-1).view(np.uint8)))
+                    if pending is not None:
+                        await pending
+                    pending = array[block].write(part, can_reference_source_data_indefinitely=True)
+                    self.progress(part.nbytes)
+            finally:
+                # Also after an error: nothing may be written any more when the caller cleans up.
+                if pending is not None:
+                    pending.result()
         return []
 
     async def deserialize(self, infos, args=None) -> Sequence[LazyArray]:

@@ -339,9 +339,8 @@ class _Sizes:
         if name not in self.values:
             raise CheckpointFileError(f"config.json: {name} is missing")
         if type(value) is not int or not 0 < value < 2**31:
-            raise CheckpointFileError(
-                f"config.json: {name}={str(value)[:40]} is no size of a model"
-            )
+            shown = value if isinstance(value, int | float | str) else type(value).__name__
+            raise CheckpointFileError(f"config.json: {name}={shown!r:.40} is no size of a model")
         return value
 
     def divided(self, name: str, by: str) -> int:

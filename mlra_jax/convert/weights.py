@@ -20,6 +20,7 @@ LAYOUTS = (
     "model.safetensors",
 )
 MAX_JSON_BYTES = 64 << 20
+MAX_NAME = 255
 SAFETENSORS_DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -128,6 +129,10 @@ class Weights:
         for name in names:
             self._files[name] = file = reader(self.folder / name)
             for tensor in file.specs:
+                if not tensor.isprintable() or len(tensor) > MAX_NAME:
+                    raise CheckpointFileError(
+                        f"{self.folder / name}: {tensor[:100]!r} is no tensor's name"
+                    )
                 if tensor in self._where:
                     raise CheckpointFileError(f"{self.folder}: {tensor!r} is in two shards")
                 if index is not None and index.get(tensor) != name:
@@ -200,7 +205,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         # Shards lie beside their index; anything with a path in it would lead out of the folder.
         plain = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
-        if not plain or "/" in name or "\\" in name:
+        if not plain or len(name.encode()) > MAX_NAME or "/" in name or "\\" in name:
             raise CheckpointFileError(
                 f"{path}: {tensor[:100]!r} is in {str(name)[:100]!r}, which is no file name"
             )

@@ -85,6 +85,8 @@ SPOILED_FOLDERS = {
     "index leads out": (lambda f: _remap(f, QUERY, "../mha/x.bin"), "no file name"),
     "index is absolute": (lambda f: _remap(f, QUERY, "/etc/passwd"), "no file name"),
     "index names dots": (lambda f: _remap(f, QUERY, ".."), "no file name"),
+    "index names a long file": (lambda f: _remap(f, QUERY, "x" * 300), "no file name"),
+    "size is nested": (lambda f: edit_json(f / "config.json", n_head=[[[]]]), "n_head='list'"),
     "index of no text": (lambda f: _remap(f, QUERY, 7), "no file name"),
     "index in wrong shard": (lambda f: _remap(f, QUERY, SHARDS[1]), QUERY),
     "index of more": (lambda f: _remap(f, "more", SHARDS[0]), "'more' is in the index"),
@@ -99,7 +101,7 @@ SPOILED_FOLDERS = {
         lambda f: (f / "config.json").write_text('{"n_head": 4, "head_dim": 16}'),
         "vocab_size is missing",
     ),
-    "size is text": (lambda f: edit_json(f / "config.json", n_embd="48"), "n_embd=48"),
+    "size is text": (lambda f: edit_json(f / "config.json", n_embd="48"), "n_embd='48'"),
     "size is absurd": (lambda f: edit_json(f / "config.json", n_layer=10**8), "n_layer=100000000"),
     "size is negative": (lambda f: edit_json(f / "config.json", vocab_size=-1), "vocab_size=-1"),
     "other size": (lambda f: edit_json(f / "config.json", n_embd=64), "shape .* instead of"),
@@ -200,17 +202,27 @@ def test_full_disk(tmp_path, monkeypatch):
 
 
 def test_interrupted_and_repeated(tmp_path, monkeypatch):
-    """Ctrl-C in the middle leaves nothing; what a killed run left is swept by the next."""
+    """Ctrl-C leaves nothing, whenever; what a killed run left is swept by the next."""
     from mlra_jax.convert import conversion
 
-    def stop(*_):
-        assert (tmp_path / ".out.partial" / "checkpoints").exists()
-        raise KeyboardInterrupt
+    def interrupted_in(step, after):
+        original, calls = getattr(conversion, step), []
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(conversion, "_verify", stop)
-        convert(RELEASED / "mha", tmp_path / "out", quiet=True)
-    assert not list(tmp_path.iterdir())
+        def stop(*arguments):
+            calls.append(step)
+            if len(calls) <= after:
+                return original(*arguments)
+            assert (tmp_path / ".out.partial" / "checkpoints").exists()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(conversion, step, stop)
+            convert(RELEASED / "mha", tmp_path / "out", quiet=True)
+        assert not list(tmp_path.iterdir())
+
+    interrupted_in("_cast", after=0)
+    interrupted_in("_cast", after=10)
+    interrupted_in("_verify", after=0)
 
     partial = tmp_path / ".out.partial"
     (partial / "checkpoints" / "0" / "params").mkdir(parents=True)
@@ -342,7 +354,7 @@ def test_a_mesh_reads_each_byte_once(mha, converted, tmp_path):
             arrays[f"transformer.h.{i}.{name}.weight"] = rng.standard_normal(shape, np.float32)
     arrays[EMBEDDING] = arrays[HEAD] = rng.standard_normal((8192, 256), np.float32)
     source = write_folder(tmp_path / "source", arrays, mha[1] | sizes)
-    convert(source, tmp_path / "out", quiet=True)
+    convert(source, tmp_path / "out", mesh=parse_mesh("tensor=4"), quiet=True)
 
     def read_so_far():
         with open("/proc/self/io") as file:
@@ -395,4 +407,4 @@ def test_hub(tmp_path, monkeypatch):
     hub.snapshot_download = offline
     refuse("not fetched .*no route to host", "someone/models/mha", tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refuse("pip install huggingface_hub", "someone/models/mha", tmp_path)
+    refuse("pip install 'mlra-jax", "someone/models/mha", tmp_path)
