@@ -16,8 +16,6 @@ from mlra_jax.sharding import make_mesh
 
 STEPS = 5
 RAGGED = (9, 4, 13)
-# Compiling takes far longer than running here.
-_quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def relative_error(got, want) -> float:
@@ -47,7 +45,7 @@ def _whole_pass(config: ModelConfig, seed: int):
 
 def whole_pass(model: models.Model, tokens_BT, positions_BT=None) -> np.ndarray:
     graphdef, state = nnx.split(model)
-    forward = _quick_jit(lambda state, *arrays: nnx.merge(graphdef, state)(*arrays))
+    forward = jax.jit(lambda state, *arrays: nnx.merge(graphdef, state)(*arrays))
     return np.asarray(forward(state, tokens_BT, positions_BT))
 
 
@@ -89,11 +87,11 @@ def decoding_error(
     graphdef, state = _unstacked(config, mesh, seed)
     capacity = kv.round_capacity(max(lengths) + STEPS + 2, mesh)
 
-    @_quick_jit
+    @jax.jit
     def prefill(state, prompts_BT, lengths_B):
         return fill(nnx.merge(graphdef, state), prompts_BT, lengths_B, capacity)
 
-    @functools.partial(_quick_jit, donate_argnums=1)
+    @functools.partial(jax.jit, donate_argnums=1)
     def step(state, cache, tokens_BT):
         return nnx.merge(graphdef, state).decode(tokens_BT, cache)
 
