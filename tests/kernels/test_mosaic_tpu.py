@@ -188,6 +188,7 @@ def test_copies_move_what_is_visible_once(interpreted, monkeypatch):
 
 # Bytes of VMEM per core, which no kernel may exceed.
 CHIPS = {
+    "v4:2x2x1": 16 * MIB,
     "v5e:2x2": 128 * MIB,
     "v5p:2x2x1": 64 * MIB,
     "v6e:2x2": 128 * MIB,

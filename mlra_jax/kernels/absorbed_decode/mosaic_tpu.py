@@ -57,20 +57,23 @@ Config = TpuConfig
 class _Chip:
     cores: int  # that share the work of one JAX device
     vmem: int  # bytes per core, of which the kernel takes at most half
-    flight: int  # bytes that must be on their way to keep HBM busy: bandwidth times about 2 us
+    tile: int  # bytes of a tile large enough to hide what a tile costs beside its copy
+    flight: int  # bytes that must be on their way to keep HBM busy: about 2 us of bandwidth
 
 
 _CHIPS = {
-    "TPU v4": _Chip(cores=2, vmem=16 * _MIB, flight=_MIB),
-    "TPU v5 lite": _Chip(cores=1, vmem=128 * _MIB, flight=2 * _MIB),
-    "TPU v5e": _Chip(cores=1, vmem=128 * _MIB, flight=2 * _MIB),
-    "TPU v5": _Chip(cores=2, vmem=64 * _MIB, flight=3 * _MIB),
-    "TPU v5p": _Chip(cores=2, vmem=64 * _MIB, flight=3 * _MIB),
-    "TPU v6 lite": _Chip(cores=1, vmem=128 * _MIB, flight=4 * _MIB),
-    "TPU v6e": _Chip(cores=1, vmem=128 * _MIB, flight=4 * _MIB),
-    "TPU7x": _Chip(cores=1, vmem=64 * _MIB, flight=8 * _MIB),
+    "TPU v4": _Chip(cores=2, vmem=16 * _MIB, tile=1_000_000, flight=1 * _MIB),
+    "TPU v5 lite": _Chip(cores=1, vmem=128 * _MIB, tile=1_200_000, flight=2 * _MIB),
+    "TPU v5": _Chip(cores=2, vmem=64 * _MIB, tile=1_600_000, flight=3 * _MIB),
+    "TPU v6 lite": _Chip(cores=1, vmem=128 * _MIB, tile=1_600_000, flight=4 * _MIB),
+    "TPU7x": _Chip(cores=1, vmem=64 * _MIB, tile=1_600_000, flight=8 * _MIB),
 }
-_UNKNOWN_CHIP = _Chip(cores=1, vmem=16 * _MIB, flight=2 * _MIB)
+_CHIPS |= {
+    "TPU v5e": _CHIPS["TPU v5 lite"],
+    "TPU v5p": _CHIPS["TPU v5"],
+    "TPU v6e": _CHIPS["TPU v6 lite"],
+}
+_UNKNOWN_CHIP = _Chip(cores=1, vmem=16 * _MIB, tile=1_000_000, flight=2 * _MIB)
 
 
 def supports(problem: Problem) -> str | None:
@@ -93,9 +96,13 @@ def supports(problem: Problem) -> str | None:
 def heuristic(problem: Problem) -> TpuConfig:
     """The configuration for the chip generation when nothing was measured."""
     chip = _chip(problem)
-    tile = 1024 if problem.latents * problem.width <= 256 else 512
-    tile = min(tile, _round_up(problem.cache, LANES))
-    buffers = max(3, 1 + -(-chip.flight // (tile * _position_bytes(problem))))
+    # Few long rows want several tiles each, to compute on one while others arrive; many rows give
+    # enough tiles together, but a tile is computed whole even where a row ends in it.
+    room = problem.cache // (2 if problem.batch >= 8 else 8)
+    tile = min(chip.tile // _position_bytes(problem), max(room, 2 * LANES))
+    tile = max(2 ** int(math.log2(tile)), LANES)
+    in_flight = -(-chip.flight // (tile * _position_bytes(problem)))
+    buffers = 1 + max(2, min(in_flight, problem.batch * -(-problem.cache // tile)))
     config = TpuConfig(tile, buffers, chip.cores)
     while vmem_bytes(problem, config) > chip.vmem // 2 and config.buffers > 2:
         config = dataclasses.replace(config, buffers=config.buffers - 1)
@@ -109,7 +116,7 @@ def candidates(problem: Problem) -> list[TpuConfig]:
     first = heuristic(problem)
     configs = [first] + [
         TpuConfig(tile, buffers, first.splits)
-        for tile in (256, 512, 1024, 2048)
+        for tile in (256, 512, 1024, 2048, 4096)
         for buffers in (2, 4, 8)
     ]
     fits = [c for c in configs if vmem_bytes(problem, c) <= _chip(problem).vmem // 2]
@@ -339,24 +346,34 @@ def _kernel(
                     row_end = jnp.where(row_id >= t * heads, query_ends[t], row_end)
                 visible = (along >= start) & (along < row_end)
             rope_scores = [_dot(q_rope_GMR_ref[g, rows], rope_tile, 1, 0) for g in range(G)]
+            # One stage after the other for all latents: the compiler's scheduler keeps to this
+            # order, and a latent by itself leaves the units idle while each waits for the last.
+            tiles, scores = [], []
             for latent in range(L):
-                latent_tile = take_latent(tiles_ref, slot, latent)
+                tile = take_latent(tiles_ref, slot, latent)
                 if masked:
                     # What was never written may be anything, and 0 * NaN is NaN.
-                    latent_tile = jnp.where(written, latent_tile.astype(jnp.float32), 0)
-                    latent_tile = latent_tile.astype(tiles_ref.dtype)
-                scores = _dot(q_LMC_ref[latent, rows], latent_tile, 1, 1) + rope_scores[latent % G]
-                scores *= scale * math.log2(math.e)
-                if masked:
-                    scores = jnp.where(visible, scores, _HIDDEN)
-                old_top = top_ref[latent, rows, :1]
-                top = jnp.maximum(old_top, scores.max(axis=1, keepdims=True))
-                weights = jnp.exp2(scores - top)
-                fade = jnp.exp2(old_top - top)
-                total = fade * total_ref[latent, rows, :1] + weights.sum(axis=1, keepdims=True)
-                product = _dot(weights.astype(latent_tile.dtype), latent_tile, 1, 0)
-                sum_LMC_ref[latent, rows] = fade * sum_LMC_ref[latent, rows] + product
-                top_ref[latent, rows] = jnp.broadcast_to(top, (M_block, LANES))
+                    tile = jnp.where(written, tile.astype(jnp.float32), 0).astype(tile.dtype)
+                score = _dot(q_LMC_ref[latent, rows], tile, 1, 1) + rope_scores[latent % G]
+                score *= scale * math.log2(math.e)
+                tiles.append(tile)
+                scores.append(jnp.where(visible, score, _HIDDEN) if masked else score)
+            old_tops = [top_ref[latent, rows, :1] for latent in range(L)]
+            tops = [
+                jnp.maximum(old, score.max(axis=1, keepdims=True))
+                for old, score in zip(old_tops, scores, strict=True)
+            ]
+            weights = [jnp.exp2(score - top) for score, top in zip(scores, tops, strict=True)]
+            products = [
+                _dot(weight.astype(tile.dtype), tile, 1, 0)
+                for weight, tile in zip(weights, tiles, strict=True)
+            ]
+            for latent in range(L):
+                fade = jnp.exp2(old_tops[latent] - tops[latent])
+                total = fade * total_ref[latent, rows, :1]
+                total += weights[latent].sum(axis=1, keepdims=True)
+                sum_LMC_ref[latent, rows] = fade * sum_LMC_ref[latent, rows] + products[latent]
+                top_ref[latent, rows] = jnp.broadcast_to(tops[latent], (M_block, LANES))
                 total_ref[latent, rows] = jnp.broadcast_to(total, (M_block, LANES))
 
         if M_block == M:
