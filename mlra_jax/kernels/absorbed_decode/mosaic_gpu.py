@@ -1,20 +1,20 @@
 """Absorbed decode for Hopper GPUs: one pass over the latent cache at the speed of memory.
 
-Two launches. The first walks the cache. Its work is a list of tiles (row of the batch, latent, block
-of query rows, block of cache positions) that is cut into equal runs, one per CTA, so that rows of
-unequal length cost what they read and no CTA waits for another. In a CTA one warpgroup only issues
-TMA copies into a ring of shared-memory stages; two others multiply. A latent tile is loaded once and
-serves as key and as value. The second launch joins the partial results of each query row by their
-log-sum-exp.
+Two launches. The first walks the cache. Its work is a list of tiles (row of the batch, latent,
+block of query rows, block of cache positions) that is cut into equal runs, one per CTA, so that
+rows of unequal length cost what they read and no CTA waits for another. In a CTA one warpgroup only
+issues TMA copies into a ring of shared-memory stages; the others multiply. A latent tile is loaded
+once and serves as key and as value. The second launch joins the partial results of each query row
+by their log-sum-exp.
 
-How the two multiplying warpgroups share the work depends on the problem:
+How the multiplying warpgroups share the work depends on the problem:
 
-  alternate  up to 64 query rows: they take turns at tiles and join their states at the end, so that
+  alternate  up to 64 query rows: two take turns at tiles and join their states at the end, so that
              the softmax of one runs while the other multiplies;
-  together   more than 64 query rows: each has 64 of them, both use every tile;
-  columns    latents of width 512: an accumulator would not fit the registers of one warpgroup, so
-             the first computes the probabilities and the left half of the values, the second the
-             right half.
+  together   more than 64 query rows: each of two has 64 of them, both use every tile;
+  columns    latents of width 512, whose accumulator does not fit the registers of one warpgroup:
+             the first turns tiles into probabilities, the second and third have one half of the
+             value columns each.
 """
 
 import dataclasses
@@ -33,9 +33,11 @@ _ROWS = 64
 # The smallest piece of a tiled shared-memory layout: starts and row counts are multiples of it.
 _ALIGN = 8
 _SMEM_BYTES = 227 * 1024
-# Columns of the accumulator that pass through shared memory at a time.
-_PIECE = 128
 _WIDTHS = (128, 256, 512)
+# Columns that one warpgroup of the joining kernel has, one per thread.
+_LANES = 128
+# Parts that the joining kernel fetches in one copy.
+_FETCH = 16
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 # A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
 _LOWEST = -1e30
@@ -46,13 +48,15 @@ class Config:
     """What can be tuned; `heuristic` chooses it from the sizes.
 
     Attributes:
-      block: cache positions per tile, a multiple of 16.
-      stages: tiles in flight per CTA; an even number where warpgroups alternate.
+      block: cache positions per tile, a multiple of 64.
+      stages: tiles in flight per CTA; an even number where two warpgroups take turns.
       ctas: how many CTAs share the work, so at most how many parts a query row's result has.
       min_tiles: least number of tiles worth a CTA of its own.
       query_stages: 2 loads the next row's queries while the present ones are in use.
-      merge: parts that the joining kernel holds in shared memory at a time, a multiple of 16.
-      overlap: let the joining kernel start while the first drains (programmatic launch).
+      join_rows: query rows per CTA of the joining kernel.
+      join_ways: warpgroups that share the parts of one query row in the joining kernel.
+      join_parts: parts that one of them fetches at a time, a multiple of 16.
+      overlap: let each launch begin while the one before it drains.
     """
 
     block: int = 64
@@ -60,7 +64,9 @@ class Config:
     ctas: int = 132
     min_tiles: int = 1
     query_stages: int = 1
-    merge: int = 48
+    join_rows: int = 1
+    join_ways: int = 4
+    join_parts: int = 48
     overlap: bool = True
 
 
@@ -76,20 +82,32 @@ def _mode(rows: int, width: int) -> str:
     return "alternate" if rows <= _ROWS else "together"
 
 
+def _piece(width: int) -> int:
+    """Columns that a warpgroup passes through shared memory at a time when it has finished."""
+    return 64 if width == 256 else 128
+
+
 def _smem_bytes(config: Config, rows: int, width: int, rope: int) -> int:
     mode = _mode(rows, width)
     tiles = 2 if mode == "together" else 1
     both = width + rope
-    sizes = [
-        config.query_stages * tiles * _ROWS * both * 2,
-        config.stages * config.block * both * 2,
-    ]
+    query = config.query_stages * tiles * _ROWS * both * 2
+    cache = config.stages * config.block * both * 2
     if mode == "columns":
-        sizes += [_ROWS * config.block * 2]
+        exchange = _ROWS * config.block * 2  # Results pass through the space of the queries.
     else:
-        sizes += [tiles * _ROWS * _PIECE * 4]
-    # Two vectors of row statistics, 1 KiB apart, and then the barriers.
-    return sum(sizes) + 1024 + 4 * _ROWS + 1024
+        exchange = tiles * _ROWS * _piece(width) * (4 if mode == "alternate" else 2)
+    # Two vectors of row statistics, each on a KiB of its own, and the barriers.
+    return query + cache + exchange + 1024 + 4 * _ROWS + 768
+
+
+def _with_most_stages(config: Config, rows: int, width: int, rope: int) -> Config | None:
+    step = 2 if _mode(rows, width) == "alternate" else 1
+    for stages in range(8, 0, -step):
+        config = dataclasses.replace(config, stages=stages)
+        if _smem_bytes(config, rows, width, rope) <= _SMEM_BYTES:
+            return config
+    return None
 
 
 def supports(problem: Any) -> str | None:
@@ -102,9 +120,8 @@ def supports(problem: Any) -> str | None:
         return f"rotary width {problem.rope} is none of 16, 32, 64, 128"
     if problem.cache % _ALIGN:
         return f"the cache has {problem.cache} positions, which is no multiple of {_ALIGN}"
-    config = heuristic(problem)
-    rows = problem.queries * problem.heads
-    if _smem_bytes(config, rows, problem.width, problem.rope) > _SMEM_BYTES:
+    config, rows = Config(), problem.queries * problem.heads
+    if _with_most_stages(config, rows, problem.width, problem.rope) is None:
         return f"latents of {problem.width} + {problem.rope} do not fit shared memory"
     return None
 
@@ -112,42 +129,34 @@ def supports(problem: Any) -> str | None:
 def heuristic(problem: Any) -> Config:
     """The Config for a problem that nobody measured."""
     rows = problem.queries * problem.heads
-    width, rope = problem.width, problem.rope
-    mode = _mode(rows, width)
-    query_stages = 2 if width == 128 and problem.batch * problem.latents > 1 else 1
-    base = Config(
-        block=64,
-        ctas=_sm_count(problem.device_kind),
-        query_stages=query_stages,
-        merge=48 if problem.batch * problem.latents <= 2 else 16,
-    )
-    step = 2 if mode == "alternate" else 1
-    stages = 8
-    while stages > step and _smem_bytes(
-        dataclasses.replace(base, stages=stages), rows, width, rope
-    ) > (_SMEM_BYTES):
-        stages -= step
-    return dataclasses.replace(base, stages=stages)
+    units = problem.batch * problem.latents
+    config = Config(ctas=_sm_count(problem.device_kind))
+    if units > 1 and problem.width == 128:
+        config = dataclasses.replace(config, query_stages=2)
+    if units > 2:
+        # Many rows of few parts: several rows per CTA, one warpgroup for each.
+        config = dataclasses.replace(config, join_rows=4, join_ways=1, join_parts=16)
+    return _with_most_stages(config, rows, problem.width, problem.rope)
 
 
 def candidates(problem: Any) -> list[Config]:
     """The settings worth measuring for a problem."""
     first = heuristic(problem)
-    rows = problem.queries * problem.heads
-    step = 2 if _mode(rows, problem.width) == "alternate" else 1
     found = [first]
-    for block in (32, 64, 128):
-        for min_tiles in (1, 2):
-            for query_stages in (1, 2):
+    for block in (64, 128):
+        for query_stages in (1, 2):
+            for changes in (
+                {},
+                dict(min_tiles=2),
+                dict(join_rows=1, join_ways=4, join_parts=48),
+                dict(join_rows=4, join_ways=1, join_parts=16),
+            ):
                 config = dataclasses.replace(
-                    first, block=block, min_tiles=min_tiles, query_stages=query_stages, stages=8
+                    first, block=block, query_stages=query_stages, **changes
                 )
-                while config.stages > step and (
-                    _smem_bytes(config, rows, problem.width, problem.rope) > _SMEM_BYTES
-                ):
-                    config = dataclasses.replace(config, stages=config.stages - step)
-                fits = _smem_bytes(config, rows, problem.width, problem.rope) <= _SMEM_BYTES
-                if fits and config not in found:
+                rows = problem.queries * problem.heads
+                config = _with_most_stages(config, rows, problem.width, problem.rope)
+                if config is not None and config not in found:
                     found.append(config)
     return found
 
@@ -196,7 +205,7 @@ class _Shape:
 
     @property
     def part_rows(self) -> int:
-        return _ROWS if self.mode == "columns" else min(self.rows, _ROWS)
+        return min(self.rows, _ROWS)
 
     def slots(self, config: Config) -> int:
         """Every CTA and every unit begins at most one new partial result."""
@@ -204,7 +213,7 @@ class _Shape:
 
 
 def _schedule(shape: _Shape, config: Config, lengths_ref, starts_ref, table_ref):
-    """Reads how the tiles are numbered: (total, tiles per CTA, first tile and tile count of a row)."""
+    """How tiles are numbered: their total, the share of a CTA, and a row's first tile and count."""
     if table_ref is None:
         start, end = starts_ref[0], lengths_ref[0, 0]
         for t in range(1, shape.queries):
@@ -250,15 +259,16 @@ def _split_kernel(shape: _Shape, config: Config):
     block, stages, width = config.block, config.stages, shape.width
     mode, tiles = shape.mode, shape.tiles
     turns = 2 if mode == "alternate" else 1
+    loader = 3 if mode == "columns" else 2
     factor = shape.scale * math.log2(math.e)
-    half = width // 2
+    half, piece = width // 2, _piece(width)
 
     def body(*refs, **scratch):
         q_ref, q_rope_ref, latents_ref, k_rope_ref, lengths_ref, starts_ref = refs[:6]
         table_ref = refs[6] if shape.batch > 1 else None
         part_ref, part_lse_ref = refs[-2:]
-        q_smem, q_rope_smem = scratch["q"], scratch["q_rope"]
-        c_smem, r_smem = scratch["latents"], scratch["k_rope"]
+        q_smem, *wide_out_smem = scratch["q"] if mode == "columns" else (scratch["q"],)
+        q_rope_smem, c_smem, r_smem = scratch["q_rope"], scratch["latents"], scratch["k_rope"]
         q_full, q_empty = scratch["q_full"], scratch["q_empty"]
         full, empty = scratch["full"], scratch["empty"]
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -296,14 +306,11 @@ def _split_kernel(shape: _Shape, config: Config):
             start = starts_ref[row]
             return start - lax.rem(start, jnp.int32(_ALIGN))
 
-        @pl.when(wg == 2)
-        def _load():
-            plgpu.set_max_registers(40, action="decrease")
-
+        def load():
             def visit(row, latent, rows_block, tile, now, ring, seen):
                 slot = lax.rem(seen, config.query_stages)
                 pl.when(seen >= config.query_stages)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
-                at = pl.ds(pl.multiple_of(rows_block * (_ROWS * tiles), _ROWS), q_smem.shape[1])
+                at = pl.ds(pl.multiple_of(rows_block * (_ROWS * tiles), _ROWS), tiles * _ROWS)
                 group = lax.rem(latent, shape.groups)
                 plgpu.copy_gmem_to_smem(q_ref.at[row, latent, at], q_smem.at[slot], q_full.at[slot])
                 plgpu.copy_gmem_to_smem(
@@ -311,7 +318,7 @@ def _split_kernel(shape: _Shape, config: Config):
                 )
                 begin = begin_of(row)
 
-                def load(i, _):
+                def load_tile(i, _):
                     stage = lax.rem(ring + i, stages)
                     pl.when(ring + i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
                     at = pl.ds(pl.multiple_of(begin + (tile + i) * block, _ALIGN), block)
@@ -322,7 +329,7 @@ def _split_kernel(shape: _Shape, config: Config):
                         k_rope_ref.at[row, at], r_smem.at[stage], full.at[stage]
                     )
 
-                lax.fori_loop(0, now, load, None)
+                lax.fori_loop(0, now, load_tile, None)
 
             for_each_unit(visit)
 
@@ -335,32 +342,35 @@ def _split_kernel(shape: _Shape, config: Config):
 
             return pl.run_scoped(product, plgpu.ACC((_ROWS, block), jnp.float32))
 
-        def hide(s, row, row_in_latent, position):
-            """Puts -inf where a query does not see; only the tiles at the edges need it."""
+        def sight(row, first_query_row):
+            """A function that puts -inf where a query does not see, given where a tile begins."""
             start, ends = starts_ref[row], [lengths_ref[row, t] for t in range(shape.queries)]
-            full_view = (position >= start) & (
-                position + block <= functools.reduce(jnp.minimum, ends)
-            )
+            seen_by_all = functools.reduce(jnp.minimum, ends)
 
-            def hidden(s):
-                iota = functools.partial(
-                    plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA
-                )
-                column, limit = position + iota(1), ends[0]
-                for t, end in enumerate(ends[1:], 1):
-                    limit = jnp.where(row_in_latent + iota(0) >= t * shape.heads, end, limit)
-                return jnp.where((column >= start) & (column < limit), s, -jnp.inf)
+            def hide(s, position):
+                def hidden(s):
+                    iota = functools.partial(
+                        plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA
+                    )
+                    column, limit = position + iota(1), ends[0]
+                    for t, end in enumerate(ends[1:], 1):
+                        limit = jnp.where(first_query_row + iota(0) >= t * shape.heads, end, limit)
+                    return jnp.where((column >= start) & (column < limit), s, -jnp.inf)
 
-            return lax.cond(full_view, lambda s: s, hidden, s)
+                # Only the tiles at the edges need it.
+                in_full_view = (position >= start) & (position + block <= seen_by_all)
+                return lax.cond(in_full_view, lambda s: s, hidden, s)
+
+            return hide
 
         def wide(x, like):
             return lax.broadcast_in_dim(x, like.shape, [0])
 
-        def softmax(s, m, l):
-            new_m = jnp.maximum(m, s.max(axis=1) * factor)
-            alpha = jnp.exp2(m - new_m)
-            p = jnp.exp2(s * factor - wide(new_m, s))
-            return p, alpha, new_m, l * alpha + p.sum(axis=1)
+        def softmax(s, top, denominator):
+            new_top = jnp.maximum(top, s.max(axis=1) * factor)
+            fade = jnp.exp2(top - new_top)
+            p = jnp.exp2(s * factor - wide(new_top, s))
+            return p, fade, new_top, denominator * fade + p.sum(axis=1)
 
         def rows_of(value):
             return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), _ROW_LAYOUT)
@@ -371,22 +381,40 @@ def _split_kernel(shape: _Shape, config: Config):
         def accumulate(acc, p, values):
             return pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(plgpu.ACC.init(acc))
 
-        def slot_of_part(row, latent, rows_block):
+        def accumulate_all(accs, p, values):
+            def products(refs):
+                for ref, value in zip(refs, values, strict=True):
+                    plgpu.wgmma(ref, p, value)
+
+            return pl.run_state(products)([plgpu.ACC.init(acc) for acc in accs])
+
+        def part_of(row, latent, rows_block):
             return cta + (row * shape.latents + latent) * shape.blocks + rows_block
 
-        def finish(m, l):
-            lse = jnp.where(l > 0, m + jnp.log2(l), -jnp.inf)
-            return lse, 1.0 / jnp.where(l > 0, l, 1.0)
+        def finish(top, denominator):
+            seen = denominator > 0
+            lse = jnp.where(seen, top + jnp.log2(denominator), -jnp.inf)
+            return lse, 1.0 / jnp.where(seen, denominator, 1.0)
+
+        def send(staging, value, target):
+            """Writes 64 query rows of a partial result to device memory."""
+            staging[...] = value.astype(shape.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staging.at[pl.ds(0, shape.part_rows)], target)
 
         def multiply():
-            out_smem, m_smem, l_smem = scratch["out"], scratch["m"], scratch["l"]
-            merge_full, merge_empty = scratch["merge_full"], scratch["merge_empty"]
+            if turns == 2:
+                other_smem, out_smem = scratch["out"]
+                top_smem, denominator_smem = scratch["statistics"]
+                handed_over, taken = scratch["handed_over"], scratch["taken"]
+            else:
+                out_smem = scratch["out"]
             row_tile = wg if mode == "together" else 0
 
             def visit(row, latent, rows_block, tile, now, ring, seen):
                 slot = lax.rem(seen, config.query_stages)
                 begin = begin_of(row)
-                row_in_latent = (rows_block * tiles + row_tile) * _ROWS
+                hide = sight(row, (rows_block * tiles + row_tile) * _ROWS)
                 plgpu.barrier_wait(q_full.at[slot])
                 if turns == 2:
                     mine = lax.rem(wg + lax.rem(ring, 2), 2)
@@ -395,200 +423,211 @@ def _split_kernel(shape: _Shape, config: Config):
                     mine, steps = 0, now
 
                 def step(k, carry):
-                    acc, m, l = carry
+                    acc, top, denominator = carry
                     i = mine + k * turns
                     stage = lax.rem(ring + i, stages)
                     plgpu.barrier_wait(full.at[stage])
-                    s = scores(slot, row_tile, stage)
-                    s = hide(s, row, row_in_latent, begin + (tile + i) * block)
-                    p, alpha, m, l = softmax(s, m, l)
-                    acc = acc * wide(alpha, acc)
+                    s = hide(scores(slot, row_tile, stage), begin + (tile + i) * block)
+                    p, fade, top, denominator = softmax(s, top, denominator)
+                    acc = acc * wide(fade, acc)
                     acc = accumulate(acc, p.astype(shape.dtype), c_smem.at[stage])
                     plgpu.barrier_arrive(empty.at[stage])
-                    return acc, m, l
+                    return acc, top, denominator
 
                 carry = (zeros(width), rows_of(_LOWEST), rows_of(0.0))
-                acc, m, l = lax.fori_loop(0, steps, step, carry)
+                acc, top, denominator = lax.fori_loop(0, steps, step, carry)
                 plgpu.barrier_arrive(q_empty.at[slot])
-                part = slot_of_part(row, latent, rows_block)
-
-                def write(columns, value):
-                    out = out_smem.at[row_tile]
-                    out[...] = value
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        out.at[pl.ds(0, shape.part_rows)], part_ref.at[part, row_tile, :, columns]
-                    )
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                part = part_of(row, latent, rows_block)
 
                 def column_pieces():
-                    for at in range(0, width, _PIECE):
-                        yield at == 0, pl.ds(at, _PIECE), acc[:, at : at + _PIECE]
+                    for at in range(0, width, piece):
+                        target = part_ref.at[part, row_tile, :, pl.ds(at, piece)]
+                        yield at == 0, acc[:, at : at + piece], target
 
                 if turns == 1:
-                    lse, inverse = finish(m, l)
+                    lse, inverse = finish(top, denominator)
                     part_lse_ref[part, row_tile] = lse
-                    for _, columns, value in column_pieces():
-                        write(columns, value * wide(inverse, value))
+                    for _, value, target in column_pieces():
+                        send(out_smem.at[row_tile], value * wide(inverse, value), target)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     return
 
                 @pl.when(wg == 1)
                 def _hand_over():
-                    for is_first, _, value in column_pieces():
+                    for is_first, value, _ in column_pieces():
                         if is_first:
-                            pl.when(seen > 0)(lambda: plgpu.barrier_wait(merge_empty))
-                            m_smem[...] = m
-                            l_smem[...] = l
+                            pl.when(seen > 0)(lambda: plgpu.barrier_wait(taken))
+                            top_smem[...] = top
+                            denominator_smem[...] = denominator
                         else:
-                            plgpu.barrier_wait(merge_empty)
-                        out_smem[0] = value
-                        plgpu.barrier_arrive(merge_full)
+                            plgpu.barrier_wait(taken)
+                        other_smem[...] = value
+                        plgpu.barrier_arrive(handed_over)
 
                 @pl.when(wg == 0)
-                def _join():
-                    for is_first, columns, value in column_pieces():
-                        plgpu.barrier_wait(merge_full)
+                def _take():
+                    for is_first, value, target in column_pieces():
+                        plgpu.barrier_wait(handed_over)
                         if is_first:
-                            other_m = plgpu.load(m_smem, layout=_ROW_LAYOUT)
-                            other_l = plgpu.load(l_smem, layout=_ROW_LAYOUT)
-                            top = jnp.maximum(m, other_m)
-                            mine, theirs = jnp.exp2(m - top), jnp.exp2(other_m - top)
-                            lse, inverse = finish(top, l * mine + other_l * theirs)
+                            other_top = plgpu.load(top_smem, layout=_ROW_LAYOUT)
+                            others = plgpu.load(denominator_smem, layout=_ROW_LAYOUT)
+                            joint = jnp.maximum(top, other_top)
+                            mine, theirs = jnp.exp2(top - joint), jnp.exp2(other_top - joint)
+                            lse, inverse = finish(joint, denominator * mine + others * theirs)
                             part_lse_ref[part, 0] = lse
                             mine, theirs = mine * inverse, theirs * inverse
-                        other = plgpu.load(out_smem.at[0], layout=plgpu.Layout.WGMMA)
-                        write(columns, value * wide(mine, value) + other * wide(theirs, other))
-                        plgpu.barrier_arrive(merge_empty)
+                        other = plgpu.load(other_smem, layout=plgpu.Layout.WGMMA)
+                        value = value * wide(mine, value) + other * wide(theirs, other)
+                        send(out_smem, value, target)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        plgpu.barrier_arrive(taken)
 
             for_each_unit(visit)
 
-        def multiply_left():
-            p_smem, alpha_smem, l_smem = scratch["p"], scratch["alpha"], scratch["l"]
+        def make_probabilities():
+            p_smem, (fade_smem, inverse_smem) = scratch["p"], scratch["statistics"]
             p_full, p_empty = scratch["p_full"], scratch["p_empty"]
-            l_full, l_empty = scratch["l_full"], scratch["l_empty"]
+            inverse_full, inverse_empty = scratch["inverse_full"], scratch["inverse_empty"]
 
             def visit(row, latent, rows_block, tile, now, ring, seen):
                 slot = lax.rem(seen, config.query_stages)
                 begin = begin_of(row)
+                hide = sight(row, rows_block * _ROWS)
                 plgpu.barrier_wait(q_full.at[slot])
 
                 def step(i, carry):
-                    acc, m, l = carry
+                    top, denominator = carry
                     stage = lax.rem(ring + i, stages)
                     plgpu.barrier_wait(full.at[stage])
-                    s = scores(slot, 0, stage)
-                    s = hide(s, row, rows_block * _ROWS, begin + (tile + i) * block)
-                    p, alpha, m, l = softmax(s, m, l)
+                    s = hide(scores(slot, 0, stage), begin + (tile + i) * block)
+                    p, fade, top, denominator = softmax(s, top, denominator)
                     p = p.astype(shape.dtype)
                     pl.when(ring + i > 0)(lambda: plgpu.barrier_wait(p_empty))
                     p_smem[...] = p
-                    alpha_smem[...] = alpha
+                    fade_smem[...] = fade
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(p_full)
-                    acc = acc * wide(alpha, acc)
-                    acc = accumulate(acc, p, c_smem.at[stage, :, pl.ds(0, half)])
-                    plgpu.barrier_arrive(empty.at[stage])
-                    return acc, m, l
+                    return top, denominator
 
-                carry = (zeros(half), rows_of(_LOWEST), rows_of(0.0))
-                acc, m, l = lax.fori_loop(0, now, step, carry)
-                plgpu.barrier_arrive(q_empty.at[slot])
-                lse, inverse = finish(m, l)
-                pl.when(seen > 0)(lambda: plgpu.barrier_wait(l_empty))
-                l_smem[...] = inverse
-                plgpu.barrier_arrive(l_full)
-                part = slot_of_part(row, latent, rows_block)
-                part_lse_ref[part, 0] = lse
-                part_ref[part, 0, :, pl.ds(0, half)] = acc * wide(inverse, acc)
+                carry = rows_of(_LOWEST), rows_of(0.0)
+                top, denominator = lax.fori_loop(0, now, step, carry)
+                lse, inverse = finish(top, denominator)
+                pl.when(seen > 0)(lambda: plgpu.barrier_wait(inverse_empty))
+                inverse_smem[...] = inverse
+                plgpu.barrier_arrive(inverse_full)
+                part_lse_ref[part_of(row, latent, rows_block), 0] = lse
 
             for_each_unit(visit)
 
-        def multiply_right():
-            p_smem, alpha_smem, l_smem = scratch["p"], scratch["alpha"], scratch["l"]
+        def multiply_half():
+            p_smem, (fade_smem, inverse_smem) = scratch["p"], scratch["statistics"]
             p_full, p_empty = scratch["p_full"], scratch["p_empty"]
-            l_full, l_empty = scratch["l_full"], scratch["l_empty"]
+            inverse_full, inverse_empty = scratch["inverse_full"], scratch["inverse_empty"]
+            which = wg - 1
 
             def visit(row, latent, rows_block, tile, now, ring, seen):
-                def step(i, acc):
+                slot = lax.rem(seen, config.query_stages)
+                first_column = pl.multiple_of(which * half, half)
+                # Two narrow products, as a kernel of 512 threads may not name the registers of a
+                # wide one.
+                ats = [first_column + at for at in range(0, half, piece)]
+
+                def step(i, accs):
                     stage = lax.rem(ring + i, stages)
                     plgpu.barrier_wait(full.at[stage])
                     plgpu.barrier_wait(p_full)
-                    alpha = plgpu.load(alpha_smem, layout=_ROW_LAYOUT)
-                    acc = acc * wide(alpha, acc)
-                    acc = accumulate(acc, p_smem, c_smem.at[stage, :, pl.ds(half, half)])
+                    fade = plgpu.load(fade_smem, layout=_ROW_LAYOUT)
+                    accs = [acc * wide(fade, acc) for acc in accs]
+                    accs = accumulate_all(
+                        accs, p_smem, [c_smem.at[stage, :, pl.ds(at, piece)] for at in ats]
+                    )
                     plgpu.barrier_arrive(p_empty)
                     plgpu.barrier_arrive(empty.at[stage])
-                    return acc
+                    return accs
 
-                acc = lax.fori_loop(0, now, step, zeros(half))
-                plgpu.barrier_wait(l_full)
-                inverse = plgpu.load(l_smem, layout=_ROW_LAYOUT)
-                plgpu.barrier_arrive(l_empty)
-                part = slot_of_part(row, latent, rows_block)
-                part_ref[part, 0, :, pl.ds(half, half)] = acc * wide(inverse, acc)
+                accs = lax.fori_loop(0, now, step, [zeros(piece) for _ in ats])
+                plgpu.barrier_wait(inverse_full)  # Also says that the queries were read.
+                inverse = plgpu.load(inverse_smem, layout=_ROW_LAYOUT)
+                plgpu.barrier_arrive(inverse_empty)
+                part = part_of(row, latent, rows_block)
+                for k, (at, acc) in enumerate(zip(ats, accs, strict=True)):
+                    staging = wide_out_smem[0].at[slot, which * len(ats) + k]
+                    target = part_ref.at[part, 0, :, pl.ds(at, piece)]
+                    send(staging, acc * wide(inverse, acc), target)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(q_empty.at[slot])
 
             for_each_unit(visit)
+
+        # The register file is divided anew: little for copies, much for accumulators.
+        @pl.when(wg == loader)
+        def _load():
+            plgpu.set_max_registers(40, action="decrease")
+            load()
 
         if mode == "columns":
 
             @pl.when(wg == 0)
-            def _left():
-                plgpu.set_max_registers(232, action="increase")
-                multiply_left()
+            def _make_probabilities():
+                plgpu.set_max_registers(112, action="decrease")
+                make_probabilities()
 
-            @pl.when(wg == 1)
-            def _right():
-                plgpu.set_max_registers(232, action="increase")
-                multiply_right()
+            @pl.when((wg == 1) | (wg == 2))
+            def _multiply_half():
+                plgpu.set_max_registers(176, action="increase")
+                multiply_half()
+
         else:
 
             @pl.when(wg < 2)
-            def _both():
+            def _multiply():
                 plgpu.set_max_registers(232, action="increase")
                 multiply()
 
-    row_vector = plgpu.SMEM((_ROWS,), jnp.float32)
+    slots = shape.slots(config)
+    queries = _swizzled((config.query_stages, tiles * _ROWS, width), shape.dtype)
+    statistics = [plgpu.SMEM((_ROWS,), jnp.float32)] * 2
     scratch = dict(
-        q=_swizzled((config.query_stages, tiles * _ROWS, width), shape.dtype),
         q_rope=_swizzled((config.query_stages, tiles * _ROWS, shape.rope), shape.dtype),
         latents=_swizzled((stages, block, width), shape.dtype),
         k_rope=_swizzled((stages, block, shape.rope), shape.dtype),
         q_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
-        q_empty=plgpu.Barrier(
-            num_arrivals=1 if mode == "columns" else 2, num_barriers=config.query_stages
-        ),
+        q_empty=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=1 if mode == "alternate" else 2, num_barriers=stages),
     )
     if mode == "columns":
+        out = _swizzled((config.query_stages, width // piece, _ROWS, piece), shape.dtype)
         scratch |= dict(
+            q=plgpu.RefUnion(queries, out),
             p=_swizzled((_ROWS, block), shape.dtype),
-            alpha=row_vector,
-            l=row_vector,
+            statistics=statistics,
             p_full=plgpu.Barrier(),
-            p_empty=plgpu.Barrier(),
-            l_full=plgpu.Barrier(),
-            l_empty=plgpu.Barrier(),
+            p_empty=plgpu.Barrier(num_arrivals=2),
+            inverse_full=plgpu.Barrier(),
+            inverse_empty=plgpu.Barrier(num_arrivals=2),
+        )
+    elif mode == "alternate":
+        other, out = _swizzled((_ROWS, piece), jnp.float32), _swizzled((_ROWS, piece), shape.dtype)
+        scratch |= dict(
+            q=queries,
+            out=plgpu.RefUnion(other, out),
+            statistics=statistics,
+            handed_over=plgpu.Barrier(),
+            taken=plgpu.Barrier(),
         )
     else:
-        scratch |= dict(
-            out=_swizzled((tiles, _ROWS, _PIECE), jnp.float32),
-            m=row_vector,
-            l=row_vector,
-            merge_full=plgpu.Barrier(),
-            merge_empty=plgpu.Barrier(),
-        )
-    slots = shape.slots(config)
+        scratch |= dict(q=queries, out=_swizzled((tiles, _ROWS, piece), shape.dtype))
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((slots, tiles, shape.part_rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((slots, tiles, shape.part_rows, width), shape.dtype),
             jax.ShapeDtypeStruct((slots, tiles, _ROWS), jnp.float32),
         ),
         scratch_types=scratch,
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=3,
+        num_threads=loader + 1,
         thread_name="wg",
         kernel_name="absorbed_decode_split",
         compiler_params=plgpu.CompilerParams(
@@ -600,18 +639,21 @@ def _split_kernel(shape: _Shape, config: Config):
 
 
 def _join_kernel(shape: _Shape, config: Config):
-    """Builds the launch that joins the parts of every query row; a CTA has 128 columns of one."""
-    lanes, piece = 128, 16
-    pieces = config.merge // piece
+    """Builds the launch that joins the parts of every query row.
 
-    def body(*refs, o_smem, lse_smem, ready):
+    A CTA has `join_rows` rows and 128 columns; `join_ways` warpgroups share the parts of a row.
+    """
+    lanes, piece = _LANES, _FETCH
+    ways, rows = config.join_ways, config.join_rows
+    pieces = config.join_parts // piece
+    vector = plgpu.Layout.WG_STRIDED((lanes,), 1)
+
+    def body(*refs, o_smem, lse_smem, ready, sums, tops, totals, done):
         part_ref, part_lse_ref, lengths_ref, starts_ref = refs[:4]
         table_ref = refs[4] if shape.batch > 1 else None
         out_ref, lse_ref = refs[-2:]
-        if config.overlap:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-        unit_tile, row, columns = (lax.axis_index(n) for n in ("unit", "row", "columns"))
+        unit_tile, row, columns, wg = (lax.axis_index(n) for n in ("unit", "row", "columns", "wg"))
+        way, row = lax.div(wg, rows), row * rows + lax.rem(wg, rows)
         unit, tile = lax.div(unit_tile, shape.tiles), lax.rem(unit_tile, shape.tiles)
         batch_row, unit_in_row = lax.div(unit, shape.units), lax.rem(unit, shape.units)
         latent, rows_block = lax.div(unit_in_row, shape.blocks), lax.rem(unit_in_row, shape.blocks)
@@ -623,62 +665,96 @@ def _join_kernel(shape: _Shape, config: Config):
         slot = cta + unit
         row_in_latent = (rows_block * shape.tiles + tile) * _ROWS + row
         column = pl.ds(columns * lanes, lanes)
+        few_rows = pl.ds(lax.div(row, 4) * 4, 4)
+        row_of_few = lax.rem(row, 4)
+        if config.overlap:
+            # What was read so far is older than the first launch; the parts are not.
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
 
         def flat(value):
-            return plgpu.layout_cast(
-                jnp.full((lanes,), value, jnp.float32), plgpu.Layout.WG_STRIDED((lanes,), 1)
-            )
+            return plgpu.layout_cast(jnp.full((lanes,), value, jnp.float32), vector)
 
         def batch_of_parts(turn, carry):
-            base = turn * config.merge
+            base = (turn * ways + way) * config.join_parts
             for i in range(pieces):
 
                 @pl.when(base + i * piece < parts)
                 def _fetch(i=i):
                     at, here = pl.ds(slot + base + i * piece, piece), pl.ds(i * piece, piece)
                     plgpu.copy_gmem_to_smem(
-                        part_lse_ref.at[at, tile], lse_smem.at[here], ready.at[i]
+                        part_lse_ref.at[at, tile, few_rows], lse_smem.at[wg, here], ready.at[wg, i]
                     )
                     plgpu.copy_gmem_to_smem(
-                        part_ref.at[at, tile, row, column], o_smem.at[here], ready.at[i]
+                        part_ref.at[at, tile, row, column], o_smem.at[wg, here], ready.at[wg, i]
                     )
 
             def join(i, carry):
                 acc, top, total = carry
-                plgpu.barrier_wait(ready.at[i])
+                plgpu.barrier_wait(ready.at[wg, i])
                 at = [i * piece + k for k in range(piece)]
                 there = [base + a < parts for a in at]
-                lse = [jnp.where(t, lse_smem[a, row], -jnp.inf) for a, t in zip(at, there)]
+                lse = [
+                    jnp.where(there[k], lse_smem[wg, at[k], row_of_few], -jnp.inf)
+                    for k in range(piece)
+                ]
                 new_top = functools.reduce(jnp.maximum, lse, top)
                 fade = jnp.exp2(top - new_top)
                 acc, total = acc * fade, total * fade
                 for k in range(piece):
                     weight = jnp.exp2(lse[k] - new_top)
-                    value = plgpu.load(
-                        o_smem.at[at[k]], layout=plgpu.Layout.WG_STRIDED((lanes,), 1)
-                    )
+                    value = plgpu.load(o_smem.at[wg, at[k]], layout=vector)
+                    value = value.astype(jnp.float32)
                     total = total + weight
                     acc = acc + jnp.where(there[k], value, flat(0.0)) * weight
                 return acc, new_top, total
 
-            ready_pieces = jnp.minimum(_cdiv(parts - base, piece), pieces)
+            ready_pieces = jnp.clip(_cdiv(parts - base, piece), 0, pieces)
             return lax.fori_loop(0, ready_pieces, join, carry)
 
         carry = (flat(0.0), jnp.float32(_LOWEST), jnp.float32(0))
-        turns = _cdiv(parts, config.merge)
+        turns = _cdiv(parts, config.join_parts * ways)
         acc, top, total = lax.fori_loop(0, turns, batch_of_parts, carry)
-        seen = total > 0
-        acc = acc * (1.0 / jnp.where(seen, total, 1.0))
 
-        @pl.when(row_in_latent < shape.rows)
-        def _store():
-            out_ref[batch_row, latent, row_in_latent, column] = acc.astype(shape.dtype)
-            lse = (top + jnp.log2(total)) * math.log(2)
+        def store(acc, top, total):
+            seen = total > 0
+            acc = acc * (1.0 / jnp.where(seen, total, 1.0))
 
-            @pl.when(columns == 0)
-            def _store_lse():
-                lse_ref[batch_row, latent, row_in_latent] = jnp.where(seen, lse, -jnp.inf)
+            @pl.when(row_in_latent < shape.rows)
+            def _store():
+                out_ref[batch_row, latent, row_in_latent, column] = acc.astype(shape.dtype)
+                lse = (top + jnp.log2(total)) * math.log(2)
 
+                @pl.when(columns == 0)
+                def _store_lse():
+                    lse_ref[batch_row, latent, row_in_latent] = jnp.where(seen, lse, -jnp.inf)
+
+        if ways == 1:
+            store(acc, top, total)
+            return
+
+        @pl.when(way > 0)
+        def _hand_over():
+            sums[wg] = acc
+            tops[wg] = flat(0.0) + top
+            totals[wg] = flat(0.0) + total
+            plgpu.barrier_arrive(done.at[lax.rem(wg, rows)])
+
+        @pl.when(way == 0)
+        def _join_ways():
+            plgpu.barrier_wait(done.at[wg])
+            others = [wg + k * rows for k in range(1, ways)]
+            other_tops = [tops[o, 0] for o in others]
+            best = functools.reduce(jnp.maximum, other_tops, top)
+            fade = jnp.exp2(top - best)
+            joined, joined_total = acc * fade, total * fade
+            for o, other_top in zip(others, other_tops, strict=True):
+                fade = jnp.exp2(other_top - best)
+                joined = joined + plgpu.load(sums.at[o], layout=vector) * fade
+                joined_total = joined_total + totals[o, 0] * fade
+            store(joined, best, joined_total)
+
+    threads = ways * rows
     return plgpu.kernel(
         body,
         out_type=(
@@ -688,17 +764,21 @@ def _join_kernel(shape: _Shape, config: Config):
             jax.ShapeDtypeStruct((shape.batch, shape.latents, shape.rows), jnp.float32),
         ),
         scratch_types=dict(
-            o_smem=plgpu.SMEM((config.merge, lanes), jnp.float32),
-            lse_smem=plgpu.SMEM((config.merge, _ROWS), jnp.float32),
-            ready=plgpu.Barrier(num_arrivals=2, num_barriers=pieces),
+            o_smem=plgpu.SMEM((threads, config.join_parts, lanes), shape.dtype),
+            lse_smem=plgpu.SMEM((threads, config.join_parts, 4), jnp.float32),
+            ready=plgpu.Barrier(num_arrivals=2, num_barriers=(threads, pieces)),
+            sums=plgpu.SMEM((threads, lanes), jnp.float32),
+            tops=plgpu.SMEM((threads, lanes), jnp.float32),
+            totals=plgpu.SMEM((threads, lanes), jnp.float32),
+            done=plgpu.Barrier(num_arrivals=max(ways - 1, 1), num_barriers=rows),
         ),
         grid=(
             shape.batch * shape.units * shape.tiles,
-            min(shape.rows, _ROWS),
+            -(-min(shape.rows, _ROWS) // rows),
             shape.width // lanes,
         ),
         grid_names=("unit", "row", "columns"),
-        num_threads=1,
+        num_threads=threads,
         thread_name="wg",
         kernel_name="absorbed_decode_join",
         compiler_params=plgpu.CompilerParams(
