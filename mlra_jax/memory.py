@@ -50,8 +50,8 @@ def table(names: Sequence[str], tokens: int, batch: int) -> str:
         f"Cache per device in GiB, {batch} x {tokens} tokens, bfloat16; "
         "in brackets values a token and layer in units of d_h = 128.",
         "",
-        f"{'':20}{'tensor':^48}{'context':^36}{'tensor x context':^24}",
-        f"{'ways':20}" + "".join(f"{h:>12}" for h in heading),
+        f"{'':20}{'tensor':^52}{'context':^39}{'tensor x context':^26}",
+        f"{'ways':20}" + "".join(f"{h:>13}" for h in heading),
     ]
     for name in names:
         config, cells = preset(name), []
@@ -63,7 +63,7 @@ def table(names: Sequence[str], tokens: int, batch: int) -> str:
                 cells.append(f"{gib:.2f} ({widths:.3g})")
             except ConfigError:
                 cells.append("-")
-        lines.append(f"{name:20}" + "".join(f"{c:>12}" for c in cells))
+        lines.append(f"{name:20}" + "".join(f"{c:>13}" for c in cells))
     return "\n".join(lines)
 
 

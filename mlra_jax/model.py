@@ -163,7 +163,10 @@ class Model(nnx.Module):
         return self.logits(self.final_norm(x_BTD)), cache
 
     def _embed(self, tokens_BT):
-        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0).astype(self.config.dtype)
+        # Gathered over the devices that split the batch: their tokens' vectors would be far more.
+        table_VD = self.embed.embedding[...].astype(self.config.dtype)
+        table_VD = sharding.constrain(table_VD, self.mesh, "vocab", None)
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
 
 

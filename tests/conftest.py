@@ -1,4 +1,4 @@
-"""Every test sees eight virtual CPU devices and float32 products that are float32."""
+"""Every test sees eight virtual CPU devices."""
 
 import os
 
@@ -15,7 +15,3 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The ahead-of-time TPU compiler, in several test processes at once, on a machine without TPU.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-
-import jax
-
-jax.config.update("jax_default_matmul_precision", "highest")

@@ -223,7 +223,7 @@ class LatentAttention(nnx.Module):
         """Sum of the branches, gate, output projection."""
         a, (B, T) = self.config, o_BTPK.shape[:2]
         o_BTHK = o_BTPK.reshape(B, T, a.branches, a.num_heads, a.value_dim)
-        o_BTHK = (o_BTHK.astype(jnp.float32).sum(2) * self.branch_factor).astype(x_BTD.dtype)
+        o_BTHK = o_BTHK.sum(2) * self.branch_factor
         o_BTHK = sharding.constrain(o_BTHK, self.mesh, "batch", "length", "heads", "head_dim")
         if a.gated:
             o_BTHK = o_BTHK * jax.nn.sigmoid(self.gate(x_BTD))

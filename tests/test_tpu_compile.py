@@ -1,0 +1,96 @@
+"""The published 2.9B MLRA-4 compiles for TPU pods, by the TPU compiler and without a TPU."""
+
+import importlib.util
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mlra_jax import cache as kv
+from mlra_jax import model as models
+from mlra_jax import sharding
+from mlra_jax.attention import MODULES
+from mlra_jax.config import preset
+from mlra_jax.generation.loop import compiled
+from mlra_jax.generation.sampling import Sampling
+from mlra_jax.memory import cache_bytes_per_device
+from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
+from mlra_jax.training.step import abstract_batch, abstract_state, make_train_step
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed (pip install libtpu)",
+)
+V5E_MEMORY = 16 * 2**30
+
+
+@pytest.fixture(scope="module")
+def v5e_16():
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+
+
+def report(what: str, compiled_program, capsys) -> int:
+    """Prints the compiler's memory per device, and returns it."""
+    m = compiled_program.memory_analysis()
+    kept, work = m.argument_size_in_bytes, m.temp_size_in_bytes
+    total = kept + work + m.output_size_in_bytes - m.alias_size_in_bytes
+    with capsys.disabled():
+        print(
+            f"\n{what}: {total / 2**30:.2f} GiB per device "
+            f"({kept / 2**30:.2f} held, {work / 2**30:.2f} work)"
+        )
+    return total
+
+
+def test_training_step(v5e_16, capsys):
+    experiment = Experiment(
+        model=preset("mlra_4"),
+        data=DataSettings(source="tokens.bin", global_batch=16),
+        mesh=MeshSettings(fsdp=4, tensor=4),
+    )
+    mesh = sharding.make_mesh(fsdp=4, tensor=4, devices=v5e_16)
+    step = make_train_step(experiment, mesh)
+    program = step.lower(abstract_state(experiment, mesh), abstract_batch(experiment, mesh))
+    program = program.compile()
+    name = "2.9B MLRA-4 training step, v5e 4x4, fsdp=4 x tensor=4, 16 x 2048 tokens"
+    assert report(name, program, capsys) < V5E_MEMORY
+    # Weights, moments: 12 bytes a parameter, each in one place only (norms and k_rope aside).
+    state = program.memory_analysis().argument_size_in_bytes
+    assert state < 1.02 * 12 * 2_873_220_096 / 16
+
+
+def test_decoding_step(v5e_16, capsys):
+    config = preset("mlra_4", param_dtype="bfloat16")
+    batch, slots = 4, 131072
+    mesh = sharding.make_mesh(data=4, tensor=4, devices=v5e_16)
+    module = MODULES[type(config.attention)]
+    layer = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=sharding.named(mesh, *module.cache_axes[name])
+        )
+        for name, shape in module.cache_shapes(config.attention, batch, slots, 4).items()
+    }
+    everywhere = sharding.named(mesh)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32, sharding=everywhere)
+    cache = kv.Cache((layer,) * config.num_layers, shape(), shape(batch))
+    _, parameters = models.abstract_state(config, mesh, unstacked=True)
+    _, step = compiled(config, mesh, Sampling(), 50257)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = step.lower(parameters, cache, shape(batch), key, shape()).compile()
+    name = "2.9B MLRA-4 decoding step, v5e 4x4, data=4 x tensor=4, 4 x 131072 positions"
+    assert report(name, program, capsys) < V5E_MEMORY
+
+    held = cache_bytes_per_device(config, batch=1, capacity=slots, tensor=4)
+    assert held == config.num_layers * slots * (128 + 64) * 2
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= held, "the cache is not changed in place"
+    assert memory.temp_size_in_bytes < held / config.num_layers, "a layer's cache is copied"
+    text = program.as_text()
+    assert text.count("tpu_custom_call") >= config.num_layers, "the kernel is not used"
+    moved = re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:all-|reduce-scatter|collective)", text)
+    assert moved, "no collectives found: has the text form changed?"
+    assert max(math.prod(map(int, dims.split(","))) for dims in moved) < slots
