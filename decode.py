@@ -148,12 +148,12 @@ def main(_) -> None:
     print(describe_cache(model, len(prompts), steps.capacity), file=sys.stderr)
 
 
+def run(argv) -> None:
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"decode.py: {' '.join(str(error).split())}")
+
+
 if __name__ == "__main__":
-
-    def run(argv):
-        try:
-            main(argv)
-        except (ValueError, OSError) as error:
-            sys.exit(f"decode.py: {' '.join(str(error).split())}")
-
     app.run(run)

@@ -20,7 +20,7 @@ def get_config():
     )
     model = ModelConfig(
         attention=attention,
-        vocab_size=260,
+        vocab_size=264,
         num_layers=4,
         embed_dim=128,
         mlp_dim=384,
