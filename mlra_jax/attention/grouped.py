@@ -25,8 +25,9 @@ class GroupedAttention(nnx.Module):
         self.scale = 1 / math.sqrt(K)
         project = functools.partial(Projection, config=config, rngs=rngs)
         self.q = project((D, H, K), ("embed", "heads", "head_dim"))
-        axes = ("embed", *heads.kv_axes(mesh, J, K))
-        self.k, self.v = project((D, J, K), axes), project((D, J, K), axes)
+        self.kv_axes = heads.kv_axes(mesh, J, K)
+        self.k = project((D, J, K), ("embed", *self.kv_axes))
+        self.v = project((D, J, K), ("embed", *self.kv_axes))
         self.gate = project((D, H, K), ("embed", "heads", "head_dim")) if a.gated else None
         self.out = project(
             (H, K, D), ("heads", "head_dim", "embed"), num_in=2, init=output_init(config)
@@ -106,8 +107,8 @@ class GroupedAttention(nnx.Module):
         return rotate(q_BTHK, positions_BT, self.rope_base)
 
     def _keys_values(self, x_BTD, positions_BT):
-        k_BTJK = heads.whole_heads(self.k(x_BTD), self.mesh)
-        v_BTJK = heads.whole_heads(self.v(x_BTD), self.mesh)
+        k_BTJK = heads.whole_heads(self.k(x_BTD), self.kv_axes, self.mesh)
+        v_BTJK = heads.whole_heads(self.v(x_BTD), self.kv_axes, self.mesh)
         return rotate(k_BTJK, positions_BT, self.rope_base), v_BTJK
 
     def _output(self, x_BTD, o_BTHK):

@@ -36,10 +36,13 @@ def kv_axes(mesh: Mesh, num_kv_heads: int, width: int) -> tuple[str | None, str]
     return None, feature_axis(mesh, width)
 
 
-def whole_heads(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
-    """Gathers the features of heads whose kernel is split within the head."""
-    by_head, _ = kv_axes(mesh, *x_BTJK.shape[2:])
-    return sharding.constrain(x_BTJK, mesh, "batch", "length", by_head, "head_dim")
+def whole_heads(x_BTJK: jax.Array, axes: tuple[str | None, str], mesh: Mesh) -> jax.Array:
+    """Key/value heads as a kernel with these `axes` made them, features gathered.
+
+    Named as the kernel is split first: else XLA would gather the kernel instead.
+    """
+    x_BTJK = sharding.constrain(x_BTJK, mesh, "batch", "length", *axes)
+    return sharding.constrain(x_BTJK, mesh, "batch", "length", axes[0], "head_dim")
 
 
 def repeat_for_mesh(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:

@@ -27,8 +27,9 @@ class MultiMatrixAttention(GroupedAttention):
         self.q_down = project((D, Q), ("embed", "q_latent"))
         self.q_norm = RMSNorm(Q, config=config, rngs=rngs)
         self.q_up = project((Q, H, K), ("q_latent", "heads", "head_dim"))
-        axes = ("embed", heads.feature_axis(mesh, K))
-        self.k, self.v = project((D, K), axes), project((D, K), axes)
+        self.kv_axes = heads.kv_axes(mesh, 1, K)
+        self.k = project((D, K), ("embed", self.kv_axes[1]))
+        self.v = project((D, K), ("embed", self.kv_axes[1]))
         self.gate = None
         self.out = project(
             (H, K, D), ("heads", "head_dim", "embed"), num_in=2, init=output_init(config)
@@ -39,11 +40,15 @@ class MultiMatrixAttention(GroupedAttention):
         return heads.HeldHeads(a.num_heads, 1, tensor)
 
     def _queries(self, x_BTD, positions_BT):
-        q_BTHK = self.q_up(self.q_norm(self.q_down(x_BTD)))
+        # Gathered before the norm, whose statistics would cost another exchange; named as the
+        # kernel is split first, else XLA would gather the kernel instead.
+        down_BTQ = sharding.constrain(self.q_down(x_BTD), self.mesh, "batch", "length", "q_latent")
+        down_BTQ = sharding.constrain(down_BTQ, self.mesh, "batch", "length", None)
+        q_BTHK = self.q_up(self.q_norm(down_BTQ))
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", "heads", "head_dim")
         return rotate(q_BTHK, positions_BT, self.rope_base)
 
     def _keys_values(self, x_BTD, positions_BT):
-        k_BT1K = heads.whole_heads(self.k(x_BTD)[:, :, None], self.mesh)
-        v_BT1K = heads.whole_heads(self.v(x_BTD)[:, :, None], self.mesh)
+        k_BT1K = heads.whole_heads(self.k(x_BTD)[:, :, None], self.kv_axes, self.mesh)
+        v_BT1K = heads.whole_heads(self.v(x_BTD)[:, :, None], self.kv_axes, self.mesh)
         return rotate(k_BT1K, positions_BT, self.rope_base), v_BT1K

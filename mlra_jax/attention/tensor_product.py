@@ -30,6 +30,8 @@ class TensorProductAttention(nnx.Module):
         self.scale = 1 / math.sqrt(K)
         project = functools.partial(Projection, config=config, rngs=rngs)
 
+        self.shared_axes = (None, heads.feature_axis(mesh, K))
+
         def factors(rank):
             """Projections to A `[H, rank]` and B `[rank, K]`, Xavier-uniform."""
             by_head = project(
@@ -39,7 +41,7 @@ class TensorProductAttention(nnx.Module):
             )
             shared = project(
                 (D, rank, K),
-                ("embed", None, heads.feature_axis(mesh, K)),
+                ("embed", *self.shared_axes),
                 init=_uniform(math.sqrt(6 / ((rank + D) * K))),
             )
             return by_head, shared
@@ -141,7 +143,7 @@ class TensorProductAttention(nnx.Module):
         return sharding.constrain(x_BTHK, self.mesh, "batch", "length", "heads", None)
 
     def _shared(self, projection, x_BTD):
-        return sharding.constrain(projection(x_BTD), self.mesh, "batch", "length", None, "head_dim")
+        return heads.whole_heads(projection(x_BTD), self.shared_axes, self.mesh)
 
     def _output(self, o_BTHK):
         return self.out(self._by_head(o_BTHK))

@@ -31,7 +31,8 @@ class TiedAttention(nnx.Module):
         self.scale = 1 / math.sqrt(K)
         project = functools.partial(Projection, config=config, rngs=rngs)
         self.q = project((D, H, K), ("embed", "heads", "head_dim"))
-        self.kv = project((D, J, K), ("embed", *heads.kv_axes(mesh, J, K)))
+        self.kv_axes = heads.kv_axes(mesh, J, K)
+        self.kv = project((D, J, K), ("embed", *self.kv_axes))
         self.k_rope = project((D, a.rope_dim), ("embed", "rope"))
         self.out = project(
             (H, K, D), ("heads", "head_dim", "embed"), num_in=2, init=output_init(config)
@@ -114,7 +115,7 @@ class TiedAttention(nnx.Module):
 
     def _tied(self, x_BTD, positions_BT):
         k_rope_BTR = rotate(self.k_rope(x_BTD)[:, :, None], positions_BT, self.rope_base)[:, :, 0]
-        return heads.whole_heads(self.kv(x_BTD), self.mesh), k_rope_BTR
+        return heads.whole_heads(self.kv(x_BTD), self.kv_axes, self.mesh), k_rope_BTR
 
     def _output(self, o_BTHK):
         o_BTHK = sharding.constrain(o_BTHK, self.mesh, "batch", "length", "heads", "head_dim")

@@ -5,6 +5,7 @@ That the whole passes compute what they should is shown by the released logits (
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import nnx
 from mlra_jax import model as models
 from mlra_jax.attention import MODULES
 from mlra_jax.attention.heads import HeldHeads
+from mlra_jax.cache import Cache
 from mlra_jax.config import (
     ConfigError,
     GroupedConfig,
@@ -24,7 +26,7 @@ from mlra_jax.config import (
     TiedConfig,
     preset,
 )
-from mlra_jax.sharding import make_mesh
+from mlra_jax.sharding import make_mesh, named
 
 K = 12
 VARIANTS = {
@@ -126,6 +128,38 @@ def test_cache_shapes_are_those_of_the_prefill(name):
     shapes = module.cache_shapes(config.attention, 2, 5, 4)
     assert {n: x.shape for n, x in entries[0].items()} == shapes
     assert shapes.keys() == module.cache_axes.keys()
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [*VARIANTS.values(), *UNEVEN.values()],
+    ids=[*VARIANTS, *(f"uneven_{name}" for name in UNEVEN)],
+)
+def test_a_step_moves_neither_cache_nor_weights_between_devices(attention):
+    B, T, S = 2, 1, 512
+    config, mesh = small_config(attention), make_mesh(tensor=2, context=2)
+    graphdef, state = models.abstract_state(config, mesh, unstacked=True)
+    module = MODULES[type(attention)]
+    layer = {
+        n: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=named(mesh, *module.cache_axes[n]))
+        for n, shape in module.cache_shapes(attention, B, S, 2).items()
+    }
+    scalar = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named(mesh))
+    cache = Cache((layer,), scalar(), scalar(B))
+    step = jax.jit(
+        lambda state, tokens, cache: nnx.merge(graphdef, state).decode(tokens, cache),
+        donate_argnums=2,
+    )
+    compiled = step.lower(state, scalar(B, T), cache).compile()
+    # Changed in place: what is donated is written to.
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache.nbytes_per_device
+    moved = [
+        math.prod(map(int, shape.split(",")))
+        for shapes in re.findall(r"= (.*?) (?:all-|reduce-scatter|collective)", compiled.as_text())
+        for shape in re.findall(r"\[([\d,]+)\]", shapes)
+    ]
+    widest = B * T * max(config.embed_dim, attention.num_heads * attention.query_dim)
+    assert 0 < max(moved) <= widest
 
 
 @pytest.mark.parametrize("name", VARIANTS)
