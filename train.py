@@ -5,6 +5,7 @@ The same command goes on where the last checkpoint of DIR stands.
 """
 
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -53,7 +54,8 @@ def _misnamed(argv: list[str]) -> str | None:
     try:
         settings = flags.FLAGS["config"].parser.parse(files[-1])
     except Exception as e:
-        return f"--config={files[-1]}: {str(e).strip().splitlines()[-1]}"
+        reason = re.sub(r"^[\w.]+Error: ", "", str(e).strip().splitlines()[-1])
+        return f"--config={files[-1]}: {reason}"
     if not isinstance(settings, ConfigDict):
         return _unreadable(settings)
     for path, _, _ in given:

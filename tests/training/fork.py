@@ -1,13 +1,12 @@
 """Runs many train.py command lines, importing everything once: JSON in, JSON out.
 
-In: a list of argument lists. Out: for each [exit code, stdout, stderr, its workdir was made].
+In: a list of argument lists. Out: for each [exit code, stdout, stderr].
 """
 
 import json
 import os
 import sys
 import tempfile
-from pathlib import Path
 
 from absl import app
 
@@ -26,9 +25,7 @@ def run(arguments):
         _, status = os.waitpid(child, 0)
         out.seek(0)
         err.seek(0)
-        workdir = [a.split("=")[1] for a in arguments if a.startswith("--workdir=/")][0]
-        code = os.waitstatus_to_exitcode(status)
-        return code, out.read(), err.read(), Path(workdir).exists()
+        return os.waitstatus_to_exitcode(status), out.read(), err.read()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,7 +52,10 @@ class Command:
 
 
 def finish(process) -> str:
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, err
     return out
 
@@ -199,10 +203,31 @@ WRONG = [
 ]
 
 
+# In a workdir that holds the undisturbed run.
+ELSEWHERE = [
+    ("--config.model.mlp_dim=32", "holds another model: model.mlp_dim is 24 there and 32 here"),
+    ("--config.model.attention.gated=true", "model.attention.gated is False there and True here"),
+    ("--config.seed=1", "seed was 0 in the saved run and is 1 now"),
+    ("--config.data.global_batch=16", "global_batch was 8 in the saved run and is 16 now"),
+    ("--config.data.source=pydoc", "fingerprint was"),
+    ("--workdir={damaged}", "delete {damaged}/checkpoints/60 to go on from step 56"),
+    ("--workdir={weights}", "has weights but no training state"),
+]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.fixture(scope="module")
-def answers(command, tmp_path_factory):
+def answers(command, undisturbed, tmp_path_factory):
     """What each wrong command says. One process imports everything and forks for each."""
     folder = tmp_path_factory.mktemp("wrong")
+    copies = {name: shutil.copytree(undisturbed, folder / name) for name in ("damaged", "weights")}
+    for file in (copies["damaged"] / "checkpoints/60/params/d").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    for item in ("optimizer", "iterator", "progress"):
+        shutil.rmtree(copies["weights"] / "checkpoints/60" / item)
     header = np.zeros(256, "<i4")
     for name, magic, count, tokens in (
         ("short", 20240520, 500, np.zeros(499, "<u2")),
@@ -211,16 +236,18 @@ def answers(command, tmp_path_factory):
     ):
         header[:3] = magic, 1, count
         (folder / f"{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    files = {path.stem: path for path in folder.glob("*.bin")}
+    names = copies | {path.stem: path for path in folder.glob("*.bin")}
+    workdirs = [folder / f"run{i}" for i in range(len(WRONG))] + [undisturbed] * len(ELSEWHERE)
     commands = [
         [
             "--config=tests/training/tiny.py",
             f"--config.data.source={command.text}",
-            f"--workdir={folder}/run{i}",
-            wrong.format(**files),
+            f"--workdir={workdir}",
+            wrong.format(**names),
         ]
-        for i, (wrong, _) in enumerate(WRONG)
+        for workdir, (wrong, _) in zip(workdirs, WRONG + ELSEWHERE, strict=True)
     ]
+    before = [tree(folder), tree(undisturbed)]
     process = subprocess.run(
         [sys.executable, "tests/training/fork.py"],
         cwd=ROOT,
@@ -231,12 +258,16 @@ def answers(command, tmp_path_factory):
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    assert [tree(folder), tree(undisturbed)] == before, "nothing may be written or changed"
+    texts = [text.format(**names) for _, text in WRONG + ELSEWHERE]
+    return list(zip(texts, json.loads(process.stdout), strict=True))
 
 
-@pytest.mark.parametrize("i", range(len(WRONG)), ids=[wrong for wrong, _ in WRONG])
+@pytest.mark.parametrize(
+    "i", range(len(WRONG + ELSEWHERE)), ids=[wrong for wrong, _ in WRONG + ELSEWHERE]
+)
 def test_wrong_input_is_one_line_and_touches_nothing(answers, i):
-    code, out, err, written = answers[i]
+    text, (code, out, err) = answers[i]
     assert code in (1, 2)
-    assert len(err.strip().splitlines()) == 1 and WRONG[i][1] in err, err
-    assert out == "" and not written
+    assert len(err.strip().splitlines()) == 1 and text in err, err
+    assert out == ""
