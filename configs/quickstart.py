@@ -33,9 +33,9 @@ def get_config():
         data=DataSettings(source="pydoc", tokenizer="bytes", global_batch=16),
         mesh=MeshSettings(data=2, tensor=4),
         optimizer=OptimizerSettings(peak_learning_rate=4e-3, warmup_steps=40),
-        steps=600,
+        steps=300,
         log_every=20,
-        validate_every=200,
-        save_every=200,
+        validate_every=100,
+        save_every=100,
         virtual_cpu_devices=8,
     ).to_config_dict()

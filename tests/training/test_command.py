@@ -209,7 +209,7 @@ ELSEWHERE = [
     ("--config.model.attention.gated=true", "model.attention.gated is False there and True here"),
     ("--config.seed=1", "seed was 0 in the saved run and is 1 now"),
     ("--config.data.global_batch=16", "global_batch was 8 in the saved run and is 16 now"),
-    ("--config.data.source=pydoc", "fingerprint was"),
+    ("--config.data.source=pydoc", "windows was 7749 in the saved run"),
     ("--workdir={damaged}", "delete {damaged}/checkpoints/60 to go on from step 56"),
     ("--workdir={weights}", "has weights but no training state"),
 ]
