@@ -96,10 +96,10 @@ def supports(problem: Problem) -> str | None:
 def heuristic(problem: Problem) -> TpuConfig:
     """The configuration for the chip generation when nothing was measured."""
     chip = _chip(problem)
-    # Few long rows want several tiles each, to compute on one while others arrive; many rows give
-    # enough tiles together, but a tile is computed whole even where a row ends in it.
-    room = problem.cache // (2 if problem.batch >= 8 else 8)
-    tile = min(chip.tile // _position_bytes(problem), max(room, 2 * LANES))
+    # Two tiles of a full row at least: one arrives while the other is computed. More would not pay
+    # for what every tile costs beside its copy, a few hundred cycles.
+    room = max(problem.cache // 2, 2 * LANES)
+    tile = min(chip.tile // _position_bytes(problem), room)
     tile = max(2 ** int(math.log2(tile)), LANES)
     in_flight = -(-chip.flight // (tile * _position_bytes(problem)))
     buffers = 1 + max(2, min(in_flight, problem.batch * -(-problem.cache // tile)))
