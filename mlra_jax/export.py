@@ -79,7 +79,7 @@ def export(
     sources = _sources(opened.model, released)
     with (
         whole_folder(destination, total + (1 << 20)) as partial,
-        progress_bar("writing", total, quiet) as bar,
+        progress_bar("writing", total, quiet) as progress,
     ):
         weight_map = {}
         for number, sizes in enumerate(shards, 1):
@@ -93,7 +93,7 @@ def export(
                 for tensor, shape in shapes.items():
                     values = _gather(arrays, sources[tensor], shape, dtype)
                     file.write(memoryview(values.reshape(-1).view(np.uint8)))
-                    bar.update(values.nbytes)
+                    progress(values.nbytes)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(partial / "model.safetensors.index.json", index)

@@ -74,17 +74,17 @@ def convert(
         arrays = _arrays(weights, config, blocks.block_shapes(config, mesh))
         for line in notes:
             note(line)
-        with progress_bar("checking", weights.size, quiet) as bar:
-            weights.verify(bar.update)
+        with progress_bar("checking", weights.size, quiet) as progress:
+            weights.verify(progress)
         _check_tied(weights)
         total = sum(array.nbytes for array in arrays.values())
         with whole_folder(destination, total + (64 << 20)) as partial:
             tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
             described = checkpoints.describe(config, tokenizer)
-            with progress_bar("writing", total, quiet) as bar:
-                sums = _write(partial, arrays, described, bar.update)
-            with progress_bar("reading back", total, quiet) as bar:
-                _verify(partial, sums, bar.update)
+            with progress_bar("writing", total, quiet) as progress:
+                sums = _write(partial, arrays, described, progress)
+            with progress_bar("reading back", total, quiet) as progress:
+                _verify(partial, sums, progress)
     return config
 
 

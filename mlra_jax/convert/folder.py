@@ -5,7 +5,9 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -60,10 +62,32 @@ def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
         os.close(lock)
 
 
-def progress_bar(text: str, total: int, quiet: bool) -> tqdm:
-    """A bar of bytes on stderr."""
+@contextlib.contextmanager
+def progress_bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr; gives the function to tell it how many more are done.
+
+    While it is there, Ctrl-C (and SIGTERM, where a handler is set) takes effect when that function
+    is called: not in the middle of the array libraries, which would go on writing in the
+    background. A second Ctrl-C takes effect at once.
+    """
+    asked: list[int] = []
+    handlers = {}
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, handlers[number])
+
+    def update(done: int) -> None:
+        bar.update(done)
+        if asked:
+            raise RuntimeError("interrupted")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, ask)
     # Cleared at its end, so that an error is the only line left.
-    return tqdm(
+    bar = tqdm(
         desc=text,
         total=total,
         unit="B",
@@ -72,6 +96,17 @@ def progress_bar(text: str, total: int, quiet: bool) -> tqdm:
         mininterval=0.5,
         leave=False,
     )
+    try:
+        with bar:
+            yield update
+    except Exception:
+        if not asked:
+            raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def reason(error: Exception) -> str:

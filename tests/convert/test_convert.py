@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import types
 
@@ -205,7 +206,7 @@ def test_interrupted_and_repeated(tmp_path, monkeypatch):
     """Ctrl-C leaves nothing, whenever; what a killed run left is swept by the next."""
     from mlra_jax.convert import conversion
 
-    def interrupted_in(step, after):
+    def interrupted_in(step, after, act):
         original, calls = getattr(conversion, step), []
 
         def stop(*arguments):
@@ -213,16 +214,23 @@ def test_interrupted_and_repeated(tmp_path, monkeypatch):
             if len(calls) <= after:
                 return original(*arguments)
             assert (tmp_path / ".out.partial" / "checkpoints").exists()
-            raise KeyboardInterrupt
+            act()
+            return original(*arguments)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(conversion, step, stop)
             convert(RELEASED / "mha", tmp_path / "out", quiet=True)
         assert not list(tmp_path.iterdir())
 
-    interrupted_in("_cast", after=0)
-    interrupted_in("_cast", after=10)
-    interrupted_in("_verify", after=0)
+    def raising():
+        raise KeyboardInterrupt
+
+    interrupted_in("_cast", 0, raising)
+    interrupted_in("_cast", 10, raising)
+    interrupted_in("_verify", 0, raising)
+    handler = signal.getsignal(signal.SIGINT)
+    interrupted_in("_cast", 10, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert signal.getsignal(signal.SIGINT) is handler
 
     partial = tmp_path / ".out.partial"
     (partial / "checkpoints" / "0" / "params").mkdir(parents=True)
