@@ -1,8 +1,9 @@
 """The Hopper kernel as far as a machine without a GPU can tell.
 
-Numbers are checked on the GPU by `python -m benchmarks.absorbed_decode --quick`: the Pallas
-interpreter cannot run wgmma inside loops. Here every way of sharing the work among warpgroups is
-lowered to the GPU dialect, which checks shapes, layouts, copies and the size of shared memory.
+Numbers are checked on a GPU by `python -m benchmarks.absorbed_decode --quick`: the interpreter of JAX
+0.12 rejects the kernel ("Cannot lower jaxpr with effects: _WGMMAPipelineEffect"). Here every way of
+sharing the work among warpgroups is lowered to the GPU dialect, which checks shapes, layouts, copies
+and the size of shared memory.
 """
 
 import dataclasses
@@ -44,8 +45,9 @@ def problem(**changes):
         dict(width=512, cache=1000),
         dict(width=256, heads=32, dtype="float16"),
         dict(batch=3, queries=4, latents=4, groups=2, heads=12, cache=1000),
+        dict(batch=2, queries=2),
     ],
-    ids=["alternate", "columns", "wide", "rows_of_a_batch"],
+    ids=["alternate", "columns", "wide", "rows_of_a_batch", "together"],
 )
 def test_lowers_for_hopper(changes):
     p = problem(**changes)
