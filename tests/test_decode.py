@@ -21,7 +21,7 @@ from mlra_jax.sharding import make_mesh, parse_mesh
 
 CONFIG = ModelConfig(
     LatentConfig(
-        num_heads=4,
+        num_heads=8,
         groups=1,
         branches=4,
         latent_dim=32,
