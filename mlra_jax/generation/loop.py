@@ -1,5 +1,6 @@
 """Prefill, then one token a step."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -109,11 +110,23 @@ class Stream:
         self.programs = compiled(model.config, model.mesh, sampling or Sampling(), model.num_tokens)
 
     def __iter__(self) -> Iterator[list[int]]:
+        yield from self._steps(None)
+
+    def from_filled(self, length: int) -> Iterator[list[int]]:
+        """As if `length` tokens came before: for measuring at a context without prefilling it.
+
+        The cache must have room; what it holds before the prompt's end is the prompt and zeros.
+        """
+        yield from self._steps(length)
+
+    def _steps(self, length: int | None) -> Iterator[list[int]]:
         prefill, step = self.programs
         state, key = nnx.state(self.model), jax.random.key(self.seed)
         tokens_B, cache = prefill(
             state, self.tokens_BT, self.lengths_B, key, capacity=self.capacity
         )
+        if length is not None:
+            cache = dataclasses.replace(cache, length=jnp.full_like(cache.length, length))
         for n in range(1, self.max_new_tokens):
             ahead_B, cache = step(state, cache, tokens_B, key, np.int32(n))
             yield np.asarray(tokens_B).tolist()
