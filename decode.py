@@ -91,7 +91,7 @@ def describe_cache(model, batch: int, capacity: int) -> str:
 
 
 def main(_) -> None:
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # the checkpoint library says much
     if FLAGS.virtual_cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", FLAGS.virtual_cpu_devices)
@@ -104,6 +104,7 @@ def main(_) -> None:
         dtype = "bfloat16"
     print(f"loading {FLAGS.checkpoint} ...", file=sys.stderr, flush=True)
     model = mlra_jax.load_model(FLAGS.checkpoint, mesh=mesh, dtype=dtype)
+    logging.set_verbosity(logging.WARNING)
     tokenizer = get_tokenizer(FLAGS.tokenizer or model.tokenizer or "gpt2")
     model.num_tokens = min(tokenizer.vocab_size, model.config.vocab_size)
     ids = [tokenizer.encode(p) for p in prompts]
