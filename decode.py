@@ -14,8 +14,9 @@ from absl import app, flags, logging
 import mlra_jax
 from mlra_jax import sharding
 from mlra_jax.config import LatentConfig
-from mlra_jax.data.tokenizers import StreamDecoder, get_tokenizer
+from mlra_jax.data.tokenizers import StreamDecoder
 from mlra_jax.generation import Sampling, Stream
+from mlra_jax.loading import tokenizer_of
 from mlra_jax.memory import cache_bytes_per_device
 
 FLAGS = flags.FLAGS
@@ -105,8 +106,8 @@ def main(_) -> None:
     print(f"loading {FLAGS.checkpoint} ...", file=sys.stderr, flush=True)
     model = mlra_jax.load_model(FLAGS.checkpoint, mesh=mesh, dtype=dtype)
     logging.set_verbosity(logging.WARNING)
-    tokenizer = get_tokenizer(FLAGS.tokenizer or model.tokenizer or "gpt2")
-    model.num_tokens = min(tokenizer.vocab_size, model.config.vocab_size)
+    tokenizer = tokenizer_of(model, FLAGS.tokenizer)
+    model.num_tokens = tokenizer.vocab_size
     ids = [tokenizer.encode(p) for p in prompts]
     steps = Stream(
         model,

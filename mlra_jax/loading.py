@@ -51,6 +51,26 @@ def load_model(
     return jax.block_until_ready(model)
 
 
+def tokenizer_of(model: models.Model, name: str | Path | None = None) -> tokenizers.Tokenizer:
+    """The tokenizer that the model's checkpoint names (GPT-2's if none), or `name`.
+
+    Raises:
+      ValueError: `name` is another tokenizer than the checkpoint's, or larger than its vocabulary.
+      FileNotFoundError, ConnectionError: as `get_tokenizer`.
+    """
+    tokenizer = tokenizers.get_tokenizer(name or model.tokenizer or "gpt2")
+    if model.tokenizer is not None and tokenizer.name != model.tokenizer:
+        raise ValueError(
+            f"tokenizer {name} is {tokenizer.name}, and the checkpoint's is {model.tokenizer}"
+        )
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, and the model knows "
+            f"{model.config.vocab_size}: give the model's with --tokenizer"
+        )
+    return tokenizer
+
+
 def _num_tokens(tokenizer: str | None, vocab_size: int) -> int:
     """Ids below this mean something; the published vocabularies are padded beyond GPT-2's."""
     if tokenizer == "gpt2" or (tokenizer is None and vocab_size == _GPT2_PADDED):

@@ -13,34 +13,12 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from mlra_jax import sharding
-from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.evaluation import scoring
 from mlra_jax.generation import Sampling
-from mlra_jax.loading import load_model
-from mlra_jax.model import Model
+from mlra_jax.loading import load_model, tokenizer_of
 
 _MAX_NEW_TOKENS = 256
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens")
-
-
-def tokenizer_of(model: Model, name: str | Path | None = None) -> Tokenizer:
-    """The tokenizer that the model's checkpoint names (GPT-2's if none), or `name`.
-
-    Raises:
-      ValueError: `name` is another tokenizer than the checkpoint's, or larger than its vocabulary.
-      FileNotFoundError, ConnectionError: as `get_tokenizer`.
-    """
-    tokenizer = get_tokenizer(name or model.tokenizer or "gpt2")
-    if model.tokenizer is not None and tokenizer.name != model.tokenizer:
-        raise ValueError(
-            f"tokenizer {name} is {tokenizer.name}, and the checkpoint's is {model.tokenizer}"
-        )
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, and the model knows "
-            f"{model.config.vocab_size}: give the model's with --tokenizer"
-        )
-    return tokenizer
 
 
 @register_model("mlra_jax")
