@@ -410,7 +410,7 @@ def take_latent(tiles_ref, slot, latent: int) -> jax.Array:
 
     With several latents, positions are the outer dimension of `tiles_ref[slot]` `[tile, L, C]` and
     each 32-bit word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are loaded
-    with a stride and their half taken, which is far cheaper than a transposition.
+    with a stride and their half taken, so that nothing has to be transposed.
     """
     if len(tiles_ref.shape) == 3:
         return tiles_ref[slot]
