@@ -76,8 +76,20 @@ class LatentConfig:
         return self.nope_dim
 
 
+class _WholeHeads:
+    """Queries, keys and values as wide as a head."""
+
+    @property
+    def query_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim
+
+
 @dataclasses.dataclass(frozen=True)
-class GroupedConfig:
+class GroupedConfig(_WholeHeads):
     """MHA (`num_kv_heads == num_heads`), GQA, and MQA (`num_kv_heads == 1`)."""
 
     kind: ClassVar[str] = "grouped"
@@ -94,17 +106,9 @@ class GroupedConfig:
         )
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
-    @property
-    def query_dim(self) -> int:
-        return self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.head_dim
-
 
 @dataclasses.dataclass(frozen=True)
-class TiedConfig:
+class TiedConfig(_WholeHeads):
     """GTA: a key and its value share one vector; half of each key is a shared rotary key."""
 
     kind: ClassVar[str] = "tied"
@@ -124,17 +128,9 @@ class TiedConfig:
     def rope_dim(self) -> int:
         return self.head_dim // 2
 
-    @property
-    def query_dim(self) -> int:
-        return self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.head_dim
-
 
 @dataclasses.dataclass(frozen=True)
-class MultiMatrixConfig:
+class MultiMatrixConfig(_WholeHeads):
     """MFA: queries through a narrow latent, one key head and one value head."""
 
     kind: ClassVar[str] = "multi_matrix"
@@ -146,17 +142,9 @@ class MultiMatrixConfig:
         _require_positive(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
-    @property
-    def query_dim(self) -> int:
-        return self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.head_dim
-
 
 @dataclasses.dataclass(frozen=True)
-class TensorProductConfig:
+class TensorProductConfig(_WholeHeads):
     """TPA: queries, keys and values are sums of `rank` outer products of two factors."""
 
     kind: ClassVar[str] = "tensor_product"
@@ -168,14 +156,6 @@ class TensorProductConfig:
     def __post_init__(self):
         _require_positive(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
-
-    @property
-    def query_dim(self) -> int:
-        return self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.head_dim
 
 
 AttentionConfig = (
