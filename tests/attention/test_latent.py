@@ -33,7 +33,7 @@ def test_decoding_a_ragged_batch_gives_what_each_prompt_gives_alone(member, mesh
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
-@pytest.mark.parametrize("member", ["mla", "mlra_2_gated", "mlra_4"])
+@pytest.mark.parametrize("member", MEMBERS)
 def test_decoding_a_single_prompt(member, mesh):
     assert decoding_error(MEMBERS[member], *mesh, lengths=(7,)) < 1e-5
 
