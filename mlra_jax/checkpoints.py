@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,16 +47,21 @@ class Checkpoint:
             item: `params` or `optimizer`.
             abstract: a tree of `jax.ShapeDtypeStruct` with shardings. Each process reads the
                 parts that its own devices hold. Another dtype than the stored one is cast to
-                while reading.
+                while reading; beside the result, about the largest array is in memory.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the stored arrays have other names or
                 shapes than `abstract`.
         """
-        with _one_line(self.folder, item), ocp.StandardCheckpointer() as reader:
+        with _one_line(self.folder, item):
             stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / item).tree
             _check_same_arrays(self.folder / item, stored, abstract)
-            return reader.restore(self.folder / item, abstract)
+            # A read that is larger than the limit is refused, so it is that of the largest array.
+            # Without one, all arrays are in memory as stored before the first of them is cast.
+            largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(stored))
+            handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1.1 * largest / 1e9)
+            with ocp.Checkpointer(handler) as reader:
+                return reader.restore(self.folder / item, abstract)
 
     def read_json(self, item: str) -> Any:
         """Reads a JSON item: `model`, `iterator` or `progress`."""

@@ -70,6 +70,29 @@ def copy(written, tmp_path):
     return shutil.copytree(written[0], tmp_path / "copy")
 
 
+def test_arrays_are_cast_one_after_the_other(tmp_path):
+    """Beside the result, few arrays are in memory as stored, not all of them."""
+    where = sharding.named(sharding.make_mesh(tensor=4), "heads")
+
+    def kilobytes(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    # The small ones first: imports and threads are there afterwards.
+    for size in (1, 1 << 18):
+        ones = np.ones((8, size), np.float32)
+        params = {f"{i}": ones for i in range(32)}
+        write(tmp_path / f"{size}", (0,), params)
+        asked = jax.ShapeDtypeStruct(ones.shape, jnp.bfloat16, sharding=where)
+        opened = checkpoints.open_checkpoint(tmp_path / f"{size}")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = kilobytes("VmRSS")
+        restored = jax.tree.leaves(opened.restore("params", dict.fromkeys(params, asked)))
+        grown = (kilobytes("VmHWM") - before) << 10
+    assert all(x.dtype == jnp.bfloat16 and (x == 1).all() for x in restored)
+    assert grown < sum(x.nbytes for x in restored) + 5 * ones.nbytes
+
+
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 2), (1, 8, 1, 1)])
 def test_every_mesh_reads_what_one_mesh_wrote(written, mesh_shape):
     folder, params, _ = written
