@@ -9,7 +9,7 @@ import sys
 from absl import logging
 
 from mlra_jax import sharding
-from mlra_jax.convert.command import Parser
+from mlra_jax.command import Parser
 from mlra_jax.evaluation.perplexity import MAX_TOKENS, WINDOW, evaluate, table
 
 

@@ -2,8 +2,8 @@
 
 import sys
 
+from mlra_jax.command import Parser, run
 from mlra_jax.convert.blocks import parse_mesh
-from mlra_jax.convert.command import Parser, run
 from mlra_jax.convert.conversion import convert
 
 

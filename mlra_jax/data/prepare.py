@@ -6,7 +6,6 @@ interruptions. A journal beside them says after which shard to go on.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -23,9 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from mlra_jax.command import Parser
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import PYDOC, pydoc_documents, read_pieces, text_files
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.files import whole_file
 
 HUB_PREFIX = "hf:"
 _BATCH_CHARACTERS = 1 << 18
@@ -220,10 +221,16 @@ def prepare(
 
         _check_finished(destination, name, journal, shard_path)
         journal.save()
-        if not journal.complete:
-            _write_shards(source, tokenizer, shard_tokens, workers, journal, shard_path)
-        if not journal.shards:
-            raise ValueError("there is no text in the source")
+        try:
+            if not journal.complete:
+                _write_shards(source, tokenizer, shard_tokens, workers, journal, shard_path)
+            if not journal.shards:
+                raise ValueError("there is no text in the source")
+        except ValueError:
+            # A source that is mended is another input, and nothing of this one is there.
+            if not journal.shards:
+                journal.path.unlink()
+            raise
         return [shard_path(number) for number in range(len(journal.shards))]
 
 
@@ -340,12 +347,8 @@ class _Journal:
             "used": self.used,
             "complete": self.complete,
         }
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with open(partial, "w") as file:
+        with whole_file(self.path) as file:
             json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
 
 
 def _check_finished(
@@ -447,7 +450,7 @@ def _open_hub(name: str, text_key: str, split: str) -> Input:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mlra_jax.data.prepare",
         description="Tokenise text into .bin shards; run again to go on after an interruption.",
     )

@@ -6,11 +6,12 @@ rest is zero. This is the format of the reference's FineWeb shards.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from mlra_jax.files import whole_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -62,29 +63,18 @@ def write(path: str | Path, chunks: np.ndarray | Iterable[np.ndarray]) -> int:
     Raises:
       ValueError: a token is negative or does not fit 16 bits, or there are 2**31 or more.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     count = 0
-    try:
-        with open(partial, "wb") as file:
-            file.write(bytes(HEADER_BYTES))
-            for chunk in [chunks] if isinstance(chunks, np.ndarray) else chunks:
-                if chunk.size and not 0 <= chunk.min() <= chunk.max() < MAX_VOCAB_SIZE:
-                    raise ValueError(f"{path}: token ids must be 0 to {MAX_VOCAB_SIZE - 1}")
-                count += chunk.size
-                if count > _MAX_TOKENS:
-                    raise ValueError(f"{path}: a token file holds at most {_MAX_TOKENS} tokens")
-                file.write(chunk.astype("<u2").tobytes())
-            header = np.zeros(HEADER_BYTES // 4, "<i4")
-            header[:3] = MAGIC, VERSION, count
-            file.seek(0)
-            file.write(header.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk: say which file found no place
-        raise
+    with whole_file(path, "wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        for chunk in [chunks] if isinstance(chunks, np.ndarray) else chunks:
+            if chunk.size and not 0 <= chunk.min() <= chunk.max() < MAX_VOCAB_SIZE:
+                raise ValueError(f"{path}: token ids must be 0 to {MAX_VOCAB_SIZE - 1}")
+            count += chunk.size
+            if count > _MAX_TOKENS:
+                raise ValueError(f"{path}: a token file holds at most {_MAX_TOKENS} tokens")
+            file.write(chunk.astype("<u2").tobytes())
+        header = np.zeros(HEADER_BYTES // 4, "<i4")
+        header[:3] = MAGIC, VERSION, count
+        file.seek(0)
+        file.write(header.tobytes())
     return count

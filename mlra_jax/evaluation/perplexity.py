@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from mlra_jax import checkpoints, sharding
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows, fingerprint
 from mlra_jax.evaluation.scoring import check_batch, token_scores
+from mlra_jax.files import whole_file
 from mlra_jax.loading import load_model
 from mlra_jax.model import Model
 
@@ -249,12 +249,8 @@ def check_output(output: str | Path | None) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes one file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.new")
-    with open(temporary, "w") as file:
+    with whole_file(path) as file:
         json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _progress(name: str, done: Tally, total: int, quiet: bool) -> tqdm:

@@ -182,6 +182,10 @@ def test_faults_are_one_line_and_leave_finished_shards_alone(corpus, ranks_file,
     assert "shard_tokens must be" in failure(capsys, flags(shard_tokens=0))
     assert "workers must be" in failure(capsys, flags(workers=0))
     assert "cannot begin a file name" in failure(capsys, flags(name="../x"))
+    with pytest.raises(SystemExit):
+        main([*flags(), "--workers=x"])
+    error = capsys.readouterr().err
+    assert "invalid int value: 'x'" in error and error.count("\n") == 1
     assert contents(done) == before
     (done / "x_prepare.json").unlink()
     assert "is there already" in failure(capsys, flags())
@@ -204,7 +208,10 @@ def test_bad_json_lines(tmp_path, capsys, content, message):
     path.write_text(content)
     flags = [f"--source={path}", f"--destination={tmp_path / 'out'}", "--tokenizer=bytes"]
     assert message in failure(capsys, flags)
-    assert not list((tmp_path / "out").glob("*.bin"))
+    assert not list((tmp_path / "out").iterdir())
+    # Nothing is in the way of the mended input.
+    path.write_text('{"text": "a"}\n')
+    assert main(flags) == 0
 
 
 def test_a_damaged_finished_shard_is_not_taken_for_whole(corpus, ranks_file, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Perplexity against NumPy on the logits, on one device and eight, whole and interrupted."""
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,19 @@ def test_interrupted_goes_on_where_it_was(checkpoint, files, result, tmp_path, m
     assert found["sets"] == result["sets"]
     assert json.loads(output.read_text()) == found and list(tmp_path.iterdir()) == [output]
     assert evaluate(checkpoint, files, output=output, **SETTINGS) == found and len(calls) == 8
+
+
+def test_a_full_disk_leaves_nothing_half_written(checkpoint, files, tmp_path, capsys):
+    output = tmp_path / "r.json"
+    flags = [f"--checkpoint={checkpoint}", f"--tokens={files[0]}", f"--window={WINDOW}"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        assert main([*flags, f"--output={output}"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"{str(tmp_path)}/.r.json.partial'")
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_line_and_its_limit(checkpoint, files, result, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What the two command lines share: errors in one line, a clean end when interrupted."""
+"""What the command lines share: errors in one line, a clean end when interrupted."""
 
 import argparse
 import signal
