@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlra_jax.convert.command import Parser
+from mlra_jax.command import Parser
 from mlra_jax.evaluation.perplexity import check_output, write_json
 
 PAPER_TASKS = (
@@ -69,6 +69,8 @@ def run(
         use_cache=cache,
         task_manager=manager,
         log_samples=False,
+        # Its estimates of the error of other metrics than accuracies fork a process with JAX in it.
+        bootstrap_iters=0,
     )
     return summarise(found["results"], found["n-samples"])
 

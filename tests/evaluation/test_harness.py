@@ -42,6 +42,19 @@ metric_list:
   - metric: acc
   - metric: acc_norm
 """
+NEXT = """
+task: local_next
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {data}
+output_type: loglikelihood
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " {{{{choices[0]}}}}"
+metric_list:
+  - metric: perplexity
+"""
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +76,23 @@ def checkpoint(tmp_path_factory):
 
 
 @needs_harness
-def test_a_local_task_from_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
+def test_local_tasks_from_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     from mlra_jax.evaluation.harness import HarnessModel
 
+    def fork():
+        raise AssertionError("a process with JAX in it may hang when it forks")
+
+    monkeypatch.setattr(os, "fork", fork)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setitem(os.environ, name, "1")
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     (tmp_path / "local_choice.yaml").write_text(TASK.format(data=data))
+    (tmp_path / "local_next.yaml").write_text(NEXT.format(data=data))
     code = tasks.main(
         [
             f"--checkpoint={checkpoint}",
-            "--tasks=local_choice",
+            "--tasks=local_choice,local_next",
             f"--include_path={tmp_path}",
             "--batch=4",
             "--mesh=data=2",
@@ -92,8 +110,14 @@ def test_a_local_task_from_the_command_line(checkpoint, tmp_path, monkeypatch, c
         right["acc"] += scores.argmax() == question["gold"]
         lengths = [len(choice) for choice in question["choices"]]
         right["acc_norm"] += (scores / lengths).argmax() == question["gold"]
-    found = json.loads((tmp_path / "result.json").read_text())["tasks"]["local_choice"]
-    assert found == {m: pytest.approx(n / 7) for m, n in right.items()} | {"examples": 7}
+    found = json.loads((tmp_path / "result.json").read_text())
+    choice = {m: pytest.approx(n / 7) for m, n in right.items()} | {"examples": 7}
+    assert found["tasks"] == {"local_choice": choice}
+    pairs = [
+        tuple(map(model.tok_encode, (q["question"], f" {q['choices'][0]}"))) for q in QUESTIONS
+    ]
+    mean = np.mean([score for score, _ in loglikelihood(model.model, pairs)])
+    assert found["others"]["local_next"]["perplexity,none"] == pytest.approx(np.exp(-mean))
     assert "local_choice" in printed.out
 
 
