@@ -75,7 +75,9 @@ class StoredArchive:
                 self.release(start, size)
                 progress(size)
             if crc != entry.crc:
-                raise self._error(f"{name!r} is damaged (its CRC-32 does not match)")
+                raise self._error(
+                    f"{name!r} is damaged (its CRC-32 does not match); fetch it again"
+                )
 
     def release(self, start: int, size: int) -> None:
         """Gives the pages of a range back to the system; they are read again when touched."""
@@ -89,10 +91,10 @@ class StoredArchive:
 
     def _unpack(self, layout: struct.Struct, signature: bytes, offset: int) -> tuple:
         if not 0 <= offset <= len(self.map) - layout.size:
-            raise self._error("a zip record lies outside the file (truncated?)")
+            raise self._error("a zip record lies outside the file; fetch it again, whole")
         fields = layout.unpack_from(self.map, offset)
         if fields[0] != signature:
-            raise self._error("not a whole zip archive as torch.save writes it (truncated?)")
+            raise self._error("no whole zip archive as torch.save writes it; fetch it again")
         return fields
 
     def _read_directory(self) -> dict[str, Entry]:
@@ -109,7 +111,7 @@ class StoredArchive:
         if disk or first_disk or comment:
             raise self._error("a zip archive in parts or with a comment is not a checkpoint")
         if offset + size != end:
-            raise self._error("the zip directory is not where the end record says (truncated?)")
+            raise self._error("the zip directory is not where the end record says; fetch it again")
         if count > MAX_ENTRIES or size > MAX_DIRECTORY_BYTES:
             raise self._error(f"{count} entries in {size} bytes of zip directory are too many")
 

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints
-from mlra_jax.config import DTYPES, ModelConfig
+from mlra_jax.config import DTYPES, ConfigError, ModelConfig
 from mlra_jax.convert import blocks, lazy
 from mlra_jax.convert.archive import CheckpointFileError
 from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
@@ -68,8 +68,11 @@ def convert(
     folder = find_source(source)
     with Weights(folder) as weights:
         shapes = {name: spec.shape for name, spec in weights.specs.items()}
-        config, notes = recognise(shapes, weights.config, variant, folder.name)
-        stored = check_tensors(config, weights.specs, weights.complete)
+        try:
+            config, notes = recognise(shapes, weights.config, variant, folder.name)
+            stored = check_tensors(config, weights.specs, weights.complete)
+        except (CheckpointFileError, ConfigError) as error:
+            raise CheckpointFileError(f"{folder}: {error}") from None
         config = dataclasses.replace(config, param_dtype=dtype or stored.name)
         arrays = _arrays(weights, config, blocks.block_shapes(config, mesh))
         for line in notes:
@@ -130,7 +133,9 @@ def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     if not np.array_equal(np.isfinite(cast), np.isfinite(values)):
-        raise CheckpointFileError(f"tensor {name} has numbers too large for {dtype}")
+        raise CheckpointFileError(
+            f"tensor {name} has numbers too large for {dtype}; give another --dtype"
+        )
     return cast
 
 
@@ -143,7 +148,9 @@ def _check_tied(weights: Weights) -> None:
     for start in range(0, rows, step):
         part = slice(start, start + step)
         if weights.read(EMBEDDING)[part].tobytes() != weights.read(HEAD)[part].tobytes():
-            raise CheckpointFileError(f"{EMBEDDING} and {HEAD} differ; the released are one tensor")
+            raise CheckpointFileError(
+                f"{weights.folder}: {EMBEDDING} and {HEAD} differ; a model has one tensor for both"
+            )
         weights.release()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import threading
@@ -32,6 +33,7 @@ def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
     """
     check_absent(destination)
     parent = destination.absolute().parent
+    absent = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     partial = parent / f".{destination.name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,9 @@ def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
             _sync_one(parent)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in absent:
+                    folder.rmdir()
             if isinstance(error, Exception) and not isinstance(error, CheckpointFileError):
                 raise CheckpointFileError(f"{destination}: {reason(error)}") from error
             raise
@@ -114,6 +119,8 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return "the disk is full"
+    if system := re.search(r"os_error_code='(\d+)'", text):
+        return f"not done ({os.strerror(int(system[1]))})"
     return f"not done ({text.split(' [')[0][:300] or type(error).__name__})"
 
 

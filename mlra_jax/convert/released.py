@@ -452,14 +452,16 @@ def check_tensors(config: ModelConfig, specs: Mapping[str, Any], complete: bool 
     wanted = dict(layout(config).tensors)
     if not complete and (EMBEDDING in specs or HEAD in specs):
         wanted = {n: s for n, s in wanted.items() if n in specs or n not in (EMBEDDING, HEAD)}
-    _complain([f"{n} is missing" for n in wanted if n not in specs])
-    _complain([f"{n} is no tensor of this model" for n in specs if n not in wanted])
+    other = "; is config.json another model's?"
+    _complain([f"{n} is missing" for n in wanted if n not in specs], "; fetch all files again")
+    _complain([f"{n} is no tensor of this model" for n in specs if n not in wanted], other)
     _complain(
         [
             f"{n} has shape {list(specs[n].shape)} instead of {list(shape)}"
             for n, shape in wanted.items()
             if specs[n].shape != shape
-        ]
+        ],
+        other,
     )
     usual = specs[next(n for n in (EMBEDDING, HEAD) if n in specs)].dtype
     floats = ("float32", "bfloat16", "float16")
@@ -475,12 +477,13 @@ def check_tensors(config: ModelConfig, specs: Mapping[str, Any], complete: bool 
             f"{n} has dtype {spec.dtype}, the embedding {usual}"
             for n, spec in specs.items()
             if spec.dtype != usual
-        ]
+        ],
+        "; one dtype is wanted",
     )
     return usual
 
 
-def _complain(faults: list[str]) -> None:
+def _complain(faults: list[str], remedy: str = "") -> None:
     if faults:
         more = f" (and {len(faults) - 1} more like it)" if len(faults) > 1 else ""
-        raise CheckpointFileError(f"tensor {faults[0]}{more}")
+        raise CheckpointFileError(f"tensor {faults[0]}{more}{remedy}")

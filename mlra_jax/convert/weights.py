@@ -125,7 +125,9 @@ class Weights:
         reader = TorchFile if self.complete else SafetensorsFile
         for name in names:
             if not (self.folder / name).exists():
-                raise CheckpointFileError(f"{self.folder / name}: this shard is missing")
+                raise CheckpointFileError(
+                    f"{self.folder / name}: this shard is missing; fetch it, too"
+                )
         for name in names:
             self._files[name] = file = reader(self.folder / name)
             for tensor in file.specs:
@@ -185,7 +187,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointFileError(f"{path}: not readable as JSON ({reason})") from None
+        raise CheckpointFileError(
+            f"{path}: not readable as JSON ({reason}); fetch it again"
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointFileError(f"{path}: holds no JSON object")
     return value

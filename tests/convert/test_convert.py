@@ -112,13 +112,14 @@ SPOILED_FOLDERS = {
 }
 
 
-def refuse(match, source, tmp_path, **flags):
-    """Conversion ends with one line, and nothing is there that was not there before."""
+def refuse(match, source, tmp_path, out=None, **flags):
+    """Conversion ends with one line, the result, and nothing is there that was not there before."""
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises((CheckpointFileError, ConfigError), match=match) as caught:
-        convert(source, tmp_path / "out", quiet=True, note=lambda line: None, **flags)
+        convert(source, out or tmp_path / "out", quiet=True, note=lambda line: None, **flags)
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("fault", SPOILED_FOLDERS)
@@ -126,7 +127,7 @@ def test_spoiled_folder(fault, tmp_path):
     spoil, match = SPOILED_FOLDERS[fault]
     folder = shutil.copytree(RELEASED / "mha", tmp_path / "mha")
     spoil(folder)
-    refuse(match, folder, tmp_path)
+    assert str(folder) in refuse(match, folder, tmp_path)
 
 
 SPOILED_TENSORS = {
@@ -150,7 +151,8 @@ SPOILED_TENSORS = {
 def test_spoiled_tensors(fault, mha, tmp_path):
     arrays, config = mha
     spoil, match = SPOILED_TENSORS[fault]
-    refuse(match, write_folder(tmp_path / "mha", spoil(dict(arrays)), config), tmp_path)
+    folder = write_folder(tmp_path / "mha", spoil(dict(arrays)), config)
+    assert str(folder) in refuse(match, folder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,8 @@ def test_full_disk(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-        refuse("out: (not done|the disk is full)", RELEASED / "mha", tmp_path)
+        refuse(r"out: not done \(File too large\)", RELEASED / "mha", tmp_path)
+        refuse(r"out: not done \(File", RELEASED / "mha", tmp_path, out=tmp_path / "new" / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
