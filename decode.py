@@ -42,7 +42,10 @@ def read_prompts() -> list[str]:
         path = Path(FLAGS.prompt_file)
         if not path.is_file():
             raise ValueError(f"--prompt_file={path} is not a file")
-        prompts += path.read_text(encoding="utf-8").splitlines()
+        try:
+            prompts += path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt_file={path} is not UTF-8 text ({error})") from None
     if not prompts:
         raise ValueError("nothing to continue: give --prompt=TEXT or --prompt_file=FILE")
     for i, prompt in enumerate(prompts):

@@ -1,6 +1,6 @@
 """Converts a synthetic 2.9B MLRA-4 checkpoint and loads it on four devices; prints time and memory.
 
-    python benchmarks/convert.py [--preset=mlra_4] [--layers=24] [--folder=DIR]
+    python -m benchmarks.convert [--preset=mlra_4] [--layers=24] [--folder=DIR]
 
 Writes about 24 GB to a temporary folder (made in --folder) and deletes it at the end: random
 float32 weights in the released layout, three shards as torch.save writes them, and their

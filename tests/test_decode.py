@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -94,6 +95,7 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
         ([], "nothing to continue"),
         (["--prompt="], "prompt 0 is empty"),
         (["--prompt_file=/nowhere.txt"], "/nowhere.txt is not a file"),
+        ([f"--prompt_file={sys.executable}"], f"{sys.executable} is not UTF-8 text"),
         (["--prompt=x", "--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["--prompt=" + 50 * "x", "--cache_length=40"], "need 177 cache slots"),
         (["--prompt=x", "--mesh=tensor=16"], "needs 16 devices and there are 8"),

@@ -168,7 +168,6 @@ def _fetch_gpt2() -> Tokenizer:
 
 
 def _read_ranks_file(path: Path) -> Tokenizer:
-    expected = "no tiktoken ranks file, expected 'base64-of-token rank' a line"
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
@@ -178,7 +177,7 @@ def _read_ranks_file(path: Path) -> Tokenizer:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(
-                f"{path} is no tiktoken ranks file: line {number}, {expected}"
+                f"{path} is no tiktoken ranks file: line {number} is not 'base64-of-token rank'"
             ) from None
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     if [rank for _, rank in ordered] != list(range(len(ranks))) or not ranks:
