@@ -38,9 +38,10 @@ def find_source(source: str | Path) -> Path:
         )
     # Each kind of failure (network, name, permission, disk) has its own exception there.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointFileError(
-            f"--source={source}: not fetched from the Hugging Face hub ({reason})"
+            f"--source={source}: not fetched from the Hugging Face hub ({reason}); check the name "
+            "and the network"
         ) from None
     folder = Path(local) / subfolder
     if not folder.is_dir():

@@ -419,6 +419,10 @@ def test_hub(tmp_path, monkeypatch):
         raise ConnectionError("no route to host\nand more")
 
     hub.snapshot_download = offline
-    refuse("not fetched .*no route to host", "someone/models/mha", tmp_path)
+    refuse(
+        "not fetched .*no route to host and more.; check the name and the network",
+        "someone/models/mha",
+        tmp_path,
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refuse("pip install 'mlra-jax", "someone/models/mha", tmp_path)
