@@ -68,6 +68,14 @@ def test_exported_files_convert_again(tmp_path):
         (out / "model.safetensors").write_bytes(data[:size])
         with pytest.raises(CheckpointFileError, match="safetensors"):
             convert(out, tmp_path / "never", quiet=True)
+    # One that the library would read.
+    empty = ",".join(
+        f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(90_000)
+    )
+    huge = f"{{{empty}}}".encode()
+    (out / "model.safetensors").write_bytes(len(huge).to_bytes(8, "little") + huge)
+    with pytest.raises(CheckpointFileError, match=f"a header of {len(huge)} bytes"):
+        convert(out, tmp_path / "never", quiet=True)
     header = int.from_bytes(data[:8], "little")
     for _ in range(200):
         changed = bytearray(data)

@@ -19,7 +19,8 @@ LAYOUTS = (
     "model.safetensors.index.json",
     "model.safetensors",
 )
-MAX_JSON_BYTES = 64 << 20
+# Parsed, JSON may take thirty times its size; that of a released model has 50,000 bytes.
+MAX_JSON_BYTES = 4 << 20
 MAX_NAME = 255
 SAFETENSORS_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -43,7 +44,11 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self._path = path
-        map_file(path).close()  # refuses pipes, devices and empty files, which the library opens
+        # Pipes, devices and large headers are refused, all of which the library opens.
+        with map_file(path) as mapped:
+            header = int.from_bytes(mapped[:8], "little")
+        if header > MAX_JSON_BYTES:
+            raise CheckpointFileError(f"{path}: no safetensors file (a header of {header} bytes)")
         self._last: tuple[str, np.ndarray] | None = None
         with self._open() as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

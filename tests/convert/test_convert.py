@@ -95,6 +95,10 @@ SPOILED_FOLDERS = {
     "index is no JSON": (lambda f: (f / INDEX).write_text('{"weight_map": {'), "JSON"),
     "index nested deeply": (lambda f: (f / INDEX).write_text("[" * 100_000), "JSON"),
     "index names twice": (lambda f: (f / INDEX).write_text('{"a": 1, "a": 2}'), "twice"),
+    "index is huge": (
+        lambda f: (f / INDEX).write_text('{"weight_map": [' + "{}," * 1_400_000 + "{}]}"),
+        "too many for this file",
+    ),
     "config unreadable": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json"),
     "config absent": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
