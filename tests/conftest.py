@@ -1,6 +1,9 @@
-"""Every test sees eight virtual CPU devices."""
+"""Every test sees eight virtual CPU devices; released checkpoints are converted once."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Most of the time of these tests is LLVM's, on programs that run once.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -15,3 +18,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The ahead-of-time TPU compiler, in several test processes at once, on a machine without TPU.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+
+RELEASED = Path(__file__).parent / "data" / "released"
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """A function from a released folder's name to its converted checkpoint."""
+    from mlra_jax.convert import convert
+
+    folder, made = tmp_path_factory.mktemp("converted"), {}
+
+    def converted(name: str) -> Path:
+        if name not in made:
+            variant = name if name.endswith("_no_scale") else None
+            made[name] = folder / name
+            convert(RELEASED / name, made[name], variant=variant, quiet=True)
+        return made[name]
+
+    return converted

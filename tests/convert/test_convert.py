@@ -39,10 +39,8 @@ def mha():
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("converted") / "mlra_4"
-    convert(RELEASED / "mlra_4", folder, quiet=True, note=lambda line: None)
-    return folder
+def converted(released):
+    return released("mlra_4")
 
 
 def params_of(folder):
