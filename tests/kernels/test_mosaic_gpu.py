@@ -1,9 +1,8 @@
 """The Hopper kernel as far as a machine without a GPU can tell.
 
-Numbers are checked on a GPU by `python -m benchmarks.absorbed_decode`: the interpreter of JAX 0.12
-rejects the kernel ("Cannot lower jaxpr with effects: _WGMMAPipelineEffect"). Here every way of
-sharing the work among warpgroups is lowered to the GPU dialect, which checks shapes, layouts,
-copies and the size of shared memory.
+Numbers are checked by `test_mosaic_gpu_interpreted.py`, and on a GPU by `python -m
+benchmarks.absorbed_decode`. Here every way of sharing the work among warpgroups is lowered to the
+GPU dialect, which checks shapes, layouts, copies and the size of shared memory.
 """
 
 import dataclasses
