@@ -1,5 +1,6 @@
 """The TPU kernel: interpreted numerics, and what the ahead-of-time TPU compiler makes of it."""
 
+import dataclasses
 import functools
 import re
 
@@ -384,4 +385,9 @@ def test_every_candidate_fits_and_the_heuristic_is_one(device_kind):
             continue
         configs = mosaic_tpu.candidates(problem)
         assert configs[0] == mosaic_tpu.heuristic(problem)
+        # Enough is on its way to keep this chip's memory busy, if it fits.
+        first, chip = configs[0], mosaic_tpu._chip(problem)
+        more = dataclasses.replace(first, buffers=first.buffers + 1)
+        flying = (first.buffers - 1) * first.tile * 2 * (problem.latents * problem.width + 64)
+        assert flying >= chip.flight or mosaic_tpu.vmem_bytes(problem, more) > chip.vmem // 2
         assert all(mosaic_tpu.vmem_bytes(problem, c) <= 64 * MIB for c in configs)
