@@ -70,7 +70,9 @@ def interpreted(monkeypatch):
     # When a launch may begin: no rule for it on a CPU, and no effect on the numbers.
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: None)
     monkeypatch.setattr(plgpu, "griddepcontrol_launch_dependents", lambda: None)
-    # Each part of a fetch is a call into Python; with fewer there are also more fetches.
+    # Joining a row and fetching a part are calls into Python: fewer rows to a product, which the
+    # interpreter allows, and fewer parts to a fetch, for which there are more fetches.
+    monkeypatch.setattr(mosaic_gpu, "_ROWS", 16)
     monkeypatch.setattr(mosaic_gpu, "_FETCH", 2)
 
     def run(config, *arrays):
@@ -106,15 +108,15 @@ def interpreted(monkeypatch):
         # GLA-2's width in float16; the first query sees nothing.
         (
             "alternate",
-            dict(B=1, T=3, L=1, H=7, C=256, S=264, G=1, dtype="float16"),
+            dict(B=1, T=3, L=1, H=5, C=256, S=264, G=1, dtype="float16"),
             dict(ctas=9, stages=2, min_tiles=4, join_ways=1, join_parts=2),
             [[0, 1, 261]],
             [0],
         ),
-        # More than 128 query rows: two blocks of them, each of two tiles.
+        # Two blocks of query rows, each of two tiles.
         (
             "together",
-            dict(B=1, T=7, L=1, H=19, C=128, S=200, G=1, R=16),
+            dict(B=1, T=7, L=1, H=5, C=128, S=200, G=1, R=16),
             dict(ctas=3, stages=1, join_ways=1, join_parts=2),
             [[131, 132, 133, 134, 135, 136, 193]],
             [59],
