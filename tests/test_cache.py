@@ -16,6 +16,7 @@ from mlra_jax.attention import MODULES
 from mlra_jax.config import VARIANTS, LatentConfig, preset
 from mlra_jax.generation.loop import compiled
 from mlra_jax.generation.sampling import Sampling
+from mlra_jax.kernels.absorbed_decode.config import Problem
 
 B, S, D_C, D_ROPE = 2, 512, 48, 6
 LATENT = dict(num_heads=8, latent_dim=D_C, q_latent_dim=24, nope_dim=10, rope_dim=D_ROPE, groups=1)
@@ -131,3 +132,18 @@ def test_dealt_slots_cover_every_position_once(shares):
             prompt = entry[b, : length - starts[b]]
             want = np.concatenate([prompt, new[b, : t + 1]])
             np.testing.assert_array_equal(np.sort(seen, axis=0), np.sort(want, axis=0))
+
+
+@pytest.mark.parametrize("context", [1, 2, 8])
+def test_no_capacity_keeps_a_kernel_from_serving(context):
+    mosaic_gpu = pytest.importorskip(
+        "mlra_jax.kernels.absorbed_decode.mosaic_gpu",
+        reason="this jaxlib has no Mosaic GPU dialect",
+    )
+    mesh = sharding.make_mesh(context=context)
+    for slots in (1, 40, 1001):
+        capacity = kv.round_capacity(slots, mesh)
+        assert slots <= capacity < slots + 8 * context and capacity % context == 0
+        share = capacity // context
+        problem = Problem("NVIDIA H200", 1, 1, 1, 24, 1, 128, 64, share, "bfloat16")
+        assert mosaic_gpu.supports(problem) is None

@@ -221,7 +221,7 @@ def test_fallback_is_logged_once_per_reason(monkeypatch):
     monkeypatch.setattr(
         api, "_target_device", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
     )
-    api._log_fallback.cache_clear()
+    api._log_once.cache_clear()
     plain = tile_used(implementation="reference")
     for reason in ("too wide", "too wide", "too long"):
         fake_backend(monkeypatch, why_not=reason)
@@ -250,6 +250,43 @@ def test_tuned_settings_are_measured_saved_and_used(monkeypatch, tmp_path):
         *arguments(S=38), jnp.array([9, 9]), scale=SCALE, implementation="mosaic_tpu"
     )
     assert other[1][0, 0, 0, 0] == 128
+
+
+def test_settings_of_another_version_are_left_aside_with_one_line(monkeypatch, tmp_path):
+    fake_backend(monkeypatch)
+    monkeypatch.setattr(config, "_tuned", {})
+    lines = []
+    monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append(text % args))
+    api._log_once.cache_clear()
+    problem = api._problem(jax.devices()[0].device_kind, *arguments()[:3])
+    path = tmp_path / "tuned.json"
+    for settings in (dict(tile=384, stages=2), dict(tile=384, buffers=2, splits=0)):
+        rows = [dict(implementation="mosaic_tpu", problem=vars(problem), config=settings)]
+        path.write_text(json.dumps({"format_version": 1, "tuned": rows}))
+        load_tuned(path)
+        assert [tile_used(implementation="mosaic_tpu") for _ in range(2)] == [128, 128]
+    assert len(lines) == 2
+    assert all(x.startswith("absorbed decode leaves tuned settings of mosaic_tpu") for x in lines)
+
+
+@pytest.mark.parametrize("name", ["mosaic_tpu", "mosaic_gpu"])
+def test_settings_of_the_kernels_survive_a_file(monkeypatch, tmp_path, name):
+    backend = pytest.importorskip(
+        f"mlra_jax.kernels.absorbed_decode.{name}", reason="this jaxlib lacks the kernel's dialect"
+    )
+    monkeypatch.setattr(config, "_tuned", {})
+    problem = config.Problem("TPU v5 lite", 2, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
+    last = backend.candidates(problem)[-1]
+    assert last != backend.heuristic(problem)
+    config.remember_tuned(name, problem, last)
+    save_tuned(tmp_path / "tuned.json")
+    config._tuned.clear()
+    load_tuned(tmp_path / "tuned.json")
+    assert api._config(name, problem) == last
+
+
+def test_nothing_to_tune_where_the_reference_serves():
+    assert autotune(*arguments(), jnp.array([9, 9]), scale=SCALE) is None
 
 
 def test_autotuner_passes_over_what_does_not_run():

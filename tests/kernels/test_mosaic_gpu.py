@@ -1,20 +1,23 @@
 """The Hopper kernel as far as a machine without a GPU can tell.
 
-Numbers are checked on a GPU by `python -m benchmarks.absorbed_decode`: the interpreter of JAX 0.12
-rejects the kernel ("Cannot lower jaxpr with effects: _WGMMAPipelineEffect"). Here every way of
-sharing the work among warpgroups is lowered to the GPU dialect, which checks shapes, layouts,
-copies and the size of shared memory.
+Numbers are checked by `test_mosaic_gpu_interpreted.py`, and on a GPU by `python -m
+benchmarks.absorbed_decode`. Here every way of sharing the work among warpgroups is lowered to the
+GPU dialect, which checks shapes, layouts, copies and the size of shared memory.
 """
 
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.kernels.absorbed_decode import config as config_lib
 
 mosaic_gpu = pytest.importorskip(
@@ -46,8 +49,11 @@ def problem(**changes):
         dict(width=256, heads=32, dtype="float16"),
         dict(batch=3, queries=4, latents=4, groups=2, heads=12, cache=1000),
         dict(batch=2, queries=2),
+        # 2**32 elements: offsets beyond what 32 bits count.
+        dict(batch=4, heads=1, width=512, cache=2**21),
+        dict(latents=2, queries=8, heads=128, width=256),
     ],
-    ids=["alternate", "columns", "wide", "rows_of_a_batch", "together"],
+    ids=["alternate", "columns", "wide", "rows_of_a_batch", "together", "longest", "most_rows"],
 )
 def test_lowers_for_hopper(changes):
     p = problem(**changes)
@@ -61,10 +67,70 @@ def test_lowers_for_hopper(changes):
     text = jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 2
     # The cache goes in as it lies: nothing pads, transposes or converts an array of its size.
-    big = "x".join(map(str, shapes[2]))
-    for line in text.splitlines():
-        if f"tensor<{big}x" in line and "stablehlo." in line:
-            assert "mosaic_gpu_v2" in line, line
+    assert operations_on(text, *shapes[2:]) == {"custom_call"}
+
+
+def operations_on(text, *shapes):
+    """The StableHLO operations that an array of one of these shapes goes into or comes out of."""
+    tensors = ["tensor<" + "x".join(map(str, shape)) + "x" for shape in shapes]
+    lines = [line for line in text.splitlines() if any(t in line for t in tensors)]
+    return {match[1] for line in lines if (match := re.search(r"stablehlo\.(\w+)", line))}
+
+
+def test_donated_cache_is_updated_and_read_in_place():
+    """A decode step of four GPUs under shard_map: new entry into the cache, then attention."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("tensor",))
+    B, T, L, H, C, R, S = 2, 1, 4, 24, 128, 64, 4096
+    split, whole = P(None, None, "tensor"), P()
+
+    def shard(q, q_rope, latents, k_rope, new_latents, new_k_rope, length, starts):
+        latents = jax.lax.dynamic_update_slice(latents, new_latents, (0, length, 0, 0))
+        k_rope = jax.lax.dynamic_update_slice(k_rope, new_k_rope, (0, length, 0))
+        lengths = jnp.broadcast_to(length + T, [B])
+        out, lse = absorbed_decode(
+            q, q_rope, latents, k_rope, lengths, starts, scale=0.1, implementation="mosaic_gpu"
+        )
+        return out, lse, latents, k_rope
+
+    step = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(split, whole, split, whole, split, whole, whole, whole),
+        out_specs=(split, split, split, whole),
+        check_vma=True,
+    )
+
+    def array(spec, *shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    traced = jax.jit(step, donate_argnums=(2, 3)).trace(
+        array(split, B, T, L, H, C),
+        array(whole, B, T, H, R),
+        array(split, B, S, L, C),
+        array(whole, B, S, R),
+        array(split, B, T, L, C),
+        array(whole, B, T, R),
+        array(whole, dtype=jnp.int32),
+        array(whole, B, dtype=jnp.int32),
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == 2
+    on_a_device = (B, S, 1, C), (B, S, R)
+    assert operations_on(text, *on_a_device) == {"dynamic_update_slice", "custom_call"}
+
+
+@pytest.mark.parametrize(
+    "latents, width", [(1, 128), (2, 128), (4, 128), (1, 256), (2, 256), (1, 512)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_serves_every_member_and_number_of_heads(latents, width, dtype):
+    for queries in (1, 8):
+        for heads in range(1, 129):
+            sizes = dict(queries=queries, heads=heads, latents=latents, width=width, dtype=dtype)
+            p = problem(batch=3, **sizes)
+            assert mosaic_gpu.supports(p) is None
+            config = mosaic_gpu.heuristic(p)
+            assert mosaic_gpu._smem_bytes(config, queries * heads, width, p.rope) <= 227 * 1024
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The TPU kernel: interpreted numerics, and what the ahead-of-time TPU compiler makes of it."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from mlra_jax.kernels.absorbed_decode import absorbed_decode, mosaic_tpu
+from mlra_jax.kernels.absorbed_decode import absorbed_decode, api, mosaic_tpu
 from mlra_jax.kernels.absorbed_decode.config import Problem
 from mlra_jax.kernels.absorbed_decode.mosaic_tpu import TpuConfig
 
@@ -155,7 +156,8 @@ def test_latents_are_taken_out_of_packed_words(L, C):
     np.testing.assert_array_equal(taken, jnp.swapaxes(tiles[1], 0, 1))
 
 
-def test_copies_move_what_is_visible_once(interpreted, monkeypatch):
+@pytest.mark.parametrize("latents, last_row", [(1, 264), (2, 260)])
+def test_copies_move_what_is_visible_once(interpreted, monkeypatch, latents, last_row):
     """Counts the bytes of every copy from HBM that the kernel starts."""
     moved = []
     original = pltpu.make_async_copy
@@ -174,7 +176,7 @@ def test_copies_move_what_is_visible_once(interpreted, monkeypatch):
         return copy
 
     monkeypatch.setattr(pltpu, "make_async_copy", counted)
-    sizes = dict(B=3, T=1, L=1, H=8, C=128, S=384, G=1)
+    sizes = dict(B=3, T=1, L=latents, H=8, C=128, S=384, G=1)
     interpreted(
         TpuConfig(tile=128, buffers=3, splits=1),
         *arguments(**sizes),
@@ -183,8 +185,14 @@ def test_copies_move_what_is_visible_once(interpreted, monkeypatch):
     )
     jax.effects_barrier()
     per_row = [sum(n for b, n in moved if b == row) for row in range(3)]
-    # Copies begin at multiples of 128 positions; the last ends at one of 8 (latents) or 128 (rope).
-    assert per_row == [384 * (128 + 64) * 2, 0, (264 - 128) * 128 * 2 + (384 - 128) * 64 * 2]
+    # Copies begin at multiples of 128 positions. The last ends at one of 8 (a single latent), where
+    # the row ends (several) or at a multiple of 128 (the rotary keys, which all latents share).
+    width = latents * 128
+    assert per_row == [
+        384 * (width + 64) * 2,
+        0,
+        (last_row - 128) * width * 2 + (384 - 128) * 64 * 2,
+    ]
 
 
 # --- Compiled ahead of time for TPUs that are not here ---
@@ -275,6 +283,32 @@ def test_compiles_at_odd_sizes_and_at_two_million_tokens():
     compile_decode(device, B=4, T=1, L=1, H=16, C=512, S=2**21)
 
 
+@pytest.mark.parametrize("topology", [x for x in CHIPS if not x.startswith("v4")])
+def test_compiles_for_the_fewest_and_the_most_query_rows(topology):
+    device = devices_of(topology)[0]
+    compile_decode(device, B=1, T=1, L=1, H=1, C=512, S=130)
+    compile_decode(device, B=1, T=8, L=1, H=128, C=512, S=4096)
+
+
+@pytest.mark.parametrize("chip", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+@pytest.mark.parametrize(
+    "latents, width", [(1, 128), (2, 128), (4, 128), (1, 256), (2, 256), (1, 512)]
+)
+def test_serves_every_member_and_number_of_heads(chip, latents, width):
+    for queries in (1, 8):
+        for heads in range(1, 129):
+            problem = Problem(chip, 3, queries, latents, heads, 1, width, 64, 4001, "bfloat16")
+            assert mosaic_tpu.supports(problem) is None
+            config = mosaic_tpu.heuristic(problem)
+            assert mosaic_tpu.vmem_bytes(problem, config) <= mosaic_tpu._chip(problem).vmem // 2
+
+
+@pytest.mark.parametrize("chip", ["TPU v2", "TPU v3"])
+def test_chips_without_bfloat16_are_left_to_the_reference(chip):
+    problem = Problem(chip, 1, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
+    assert api._choose(None, AbstractDevice(chip, 1, "tpu"), problem) == "reference"
+
+
 @pytest.mark.parametrize("latents", [4, 16])
 def test_donated_cache_is_updated_and_read_in_place(latents):
     """A decode step over four TPUs: new entry into the cache, then attention, under shard_map."""
@@ -351,4 +385,9 @@ def test_every_candidate_fits_and_the_heuristic_is_one(device_kind):
             continue
         configs = mosaic_tpu.candidates(problem)
         assert configs[0] == mosaic_tpu.heuristic(problem)
+        # Enough is on its way to keep this chip's memory busy, if it fits.
+        first, chip = configs[0], mosaic_tpu._chip(problem)
+        more = dataclasses.replace(first, buffers=first.buffers + 1)
+        flying = (first.buffers - 1) * first.tile * 2 * (problem.latents * problem.width + 64)
+        assert flying >= chip.flight or mosaic_tpu.vmem_bytes(problem, more) > chip.vmem // 2
         assert all(mosaic_tpu.vmem_bytes(problem, c) <= 64 * MIB for c in configs)

@@ -83,11 +83,8 @@ def absorbed_decode(
     if name == "reference":
         kernel = reference.absorbed_decode
     else:
-        module = _backend(name)
-        kernel = module.absorbed_decode
-        if config is None:
-            tuned = config_lib.find_tuned(name, problem)
-            config = module.Config(**tuned) if tuned else module.heuristic(problem)
+        kernel = _backend(name).absorbed_decode
+        config = _config(name, problem) if config is None else config
     return kernel(
         q_BTLHC,
         q_rope_BTGHR,
@@ -222,11 +219,11 @@ def _choose(implementation: str | None, device: Any, problem: config_lib.Problem
     elif device.platform in ("gpu", "cuda") and _is_hopper(device.device_kind):
         name = "mosaic_gpu"
     else:
-        _log_fallback(f"there is no kernel for {device.device_kind}", logging.INFO)
+        _log_once(f"runs in plain JAX: there is no kernel for {device.device_kind}", logging.INFO)
         return "reference"
     reason = _why_not(name, problem)
     if reason:
-        _log_fallback(f"{name}: {reason}", logging.WARNING)
+        _log_once(f"runs in plain JAX: {name}: {reason}", logging.WARNING)
         return "reference"
     return name
 
@@ -243,11 +240,22 @@ def _why_not(name: str, problem: config_lib.Problem) -> str | None:
     return module.supports(problem)
 
 
+def _config(name: str, problem: config_lib.Problem) -> Any:
+    module = _backend(name)
+    tuned = config_lib.find_tuned(name, problem)
+    if tuned is not None:
+        try:
+            return module.Config(**tuned)
+        except (TypeError, ValueError) as error:  # Saved by a version with other settings.
+            _log_once(f"leaves tuned settings of {name} aside: {error}", logging.WARNING)
+    return module.heuristic(problem)
+
+
 def _backend(name: str) -> Any:
     # Late, because a backend's Pallas dialect is not importable with every jaxlib.
     return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
 @functools.cache
-def _log_fallback(reason: str, level: int) -> None:
-    logging.log(level, "absorbed decode runs in plain JAX: %s", reason)
+def _log_once(text: str, level: int) -> None:
+    logging.log(level, "absorbed decode %s", text)

@@ -74,10 +74,13 @@ _CHIPS |= {
     "TPU v6e": _CHIPS["TPU v6 lite"],
 }
 _UNKNOWN_CHIP = _Chip(cores=1, vmem=16 * _MIB, tile=1_000_000, flight=2 * _MIB)
+_WITHOUT_BFLOAT16 = ("TPU v2", "TPU v3")  # whose Mosaic multiplies float32 only
 
 
 def supports(problem: Problem) -> str | None:
     """None, or in one phrase why the kernel cannot serve the problem."""
+    if problem.device_kind in _WITHOUT_BFLOAT16:
+        return f"it computes in bfloat16, which Mosaic does not on {problem.device_kind}"
     if problem.dtype != "bfloat16":
         return f"it computes in bfloat16, the call is {problem.dtype}"
     if problem.width % LANES:

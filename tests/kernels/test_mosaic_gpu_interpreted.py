@@ -1,0 +1,188 @@
+"""The Hopper kernel's numbers without a GPU: both launches in JAX's interpreter of Mosaic GPU.
+
+Schedule, copies, barriers, masks, softmax, hand-over and joining are interpreted as they are
+written; memory never written holds NaN, and races and reads out of bounds are errors. Only a GPU
+shows what the interpreter does not model: registers and layouts, products that run on while the
+program goes ahead (and the fences and waits that they need), CTAs side by side, and launches that
+overlap.
+"""
+
+import functools
+import secrets
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from mlra_jax.kernels.absorbed_decode import reference
+
+mosaic_gpu = pytest.importorskip(
+    "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
+)
+plgpu = mosaic_gpu.plgpu
+
+SCALE = 0.09
+
+
+class Accumulator:
+    """An accumulator with a start value, which the interpreter does not have (`pl.run_state`)."""
+
+    def __init__(self, ref: plgpu.ACC):
+        self.value, self.shape = ref._init, ref.shape
+
+
+def run_state(products):
+    def run(refs):
+        leaf = lambda kind: dict(is_leaf=lambda x: isinstance(x, kind))
+        accumulators = jax.tree.map(Accumulator, refs, **leaf(plgpu.ACC))
+        products(accumulators)
+        return jax.tree.map(lambda acc: acc.value, accumulators, **leaf(Accumulator))
+
+    return run
+
+
+def wgmma(acc, a, b, product=plgpu.wgmma):
+    if not isinstance(acc, Accumulator):
+        product(acc, a, b)
+    elif isinstance(a, jax.Array):
+        # The interpreter has no product whose left side is in registers.
+        acc.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        # A product reads as copies write; a load needs a fence between itself and the next copy.
+        plgpu.commit_smem()
+    else:
+
+        def from_zero(ref):
+            product(ref, a, b)
+            return ref[...]
+
+        acc.value += pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Stands in for the three things the interpreter lacks and runs the kernel in it."""
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("the interpreter of JAX before 0.12 wants all barriers waited for")
+    monkeypatch.setattr(pl, "run_state", run_state)
+    monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    # When a launch may begin: no rule for it on a CPU, and no effect on the numbers.
+    monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: None)
+    monkeypatch.setattr(plgpu, "griddepcontrol_launch_dependents", lambda: None)
+    # Joining a row and fetching a part are calls into Python: fewer rows to a product, which the
+    # interpreter allows, and fewer parts to a fetch, for which there are more fetches.
+    monkeypatch.setattr(mosaic_gpu, "_ROWS", 16)
+    monkeypatch.setattr(mosaic_gpu, "_FETCH", 2)
+
+    def run(config, *arrays):
+        # The race detector takes all stages of a union of references for one place.
+        one_place = arrays[0].shape[-1] == 512 and config.query_stages > 1
+        interpreter = plgpu.InterpretGPUParams(detect_races=not one_place)
+        kernel = functools.partial(mosaic_gpu.absorbed_decode, scale=SCALE, config=config)
+        with plgpu.force_gpu_interpret_mode(interpreter):
+            return jax.jit(kernel)(*arrays)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "mode, sizes, config, lengths_BT, starts_B",
+    [
+        # One row over four CTAs, whose parts are joined by several warpgroups.
+        (
+            "alternate",
+            dict(B=1, T=1, L=1, H=5, C=128, S=608, G=1),
+            dict(ctas=5, stages=2, join_parts=4, join_ways=2),
+            [[603]],
+            [5],
+        ),
+        # An empty row, one of a few positions, latents in two groups, two rows' queries in flight.
+        (
+            "alternate",
+            dict(B=3, T=2, L=4, H=3, C=128, S=208, G=2),
+            dict(ctas=5, stages=2, query_stages=2, join_rows=4, join_ways=1, join_parts=4),
+            [[203, 204], [0, 0], [5, 6]],
+            [11, 0, 3],
+        ),
+        # GLA-2's width in float16; the first query sees nothing.
+        (
+            "alternate",
+            dict(B=1, T=3, L=1, H=5, C=256, S=264, G=1, dtype="float16"),
+            dict(ctas=9, stages=2, min_tiles=4, join_ways=1, join_parts=2),
+            [[0, 1, 261]],
+            [0],
+        ),
+        # Two blocks of query rows, each of two tiles.
+        (
+            "together",
+            dict(B=1, T=7, L=1, H=5, C=128, S=200, G=1, R=16),
+            dict(ctas=3, stages=1, join_ways=1, join_parts=2),
+            [[131, 132, 133, 134, 135, 136, 193]],
+            [59],
+        ),
+        # MLA's width; the results pass through the memory of the queries.
+        (
+            "columns",
+            dict(B=2, T=2, L=1, H=3, C=512, S=200, G=1, R=32),
+            dict(ctas=2, stages=2, join_ways=1, join_parts=2),
+            [[196, 197], [66, 67]],
+            [0, 1],
+        ),
+        (
+            "columns",
+            dict(B=1, T=1, L=2, H=5, C=512, S=264, G=1),
+            dict(block=128, ctas=3, stages=1, query_stages=2, join_ways=1, join_parts=2),
+            [[259]],
+            [3],
+        ),
+    ],
+    ids=["splits", "ragged", "wide", "together", "MLA", "MLA-L2"],
+)
+def test_numerics(interpreted, mode, sizes, config, lengths_BT, starts_B):
+    B, T, L, H, C, S, G = (sizes[n] for n in "BTLHCSG")
+    R, dtype = sizes.get("R", 64), sizes.get("dtype", "bfloat16")
+    assert mosaic_gpu._mode(T * H, C) == mode
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    random = np.random.default_rng(seed)
+    shapes = (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), (B, S, R)
+    arrays = [jnp.asarray(random.standard_normal(s, np.float32), dtype) for s in shapes]
+    bounds = jnp.array(lengths_BT, jnp.int32), jnp.array(starts_B, jnp.int32)
+
+    out, lse = interpreted(mosaic_gpu.Config(**config), *arrays, *bounds)
+
+    assert out.dtype == dtype and lse.dtype == jnp.float32
+    out, lse = np.asarray(out, np.float32), np.asarray(lse)
+    truth = jax.jit(functools.partial(reference.absorbed_decode, scale=SCALE))
+    wanted, wanted_lse = map(np.asarray, truth(*(x.astype(jnp.float32) for x in arrays), *bounds))
+    hidden = np.isneginf(wanted_lse)
+    assert (np.isneginf(lse) == hidden).all() and not out[hidden].any()
+    assert np.linalg.norm(out - wanted) <= 5e-3 * np.linalg.norm(wanted)
+    np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=1e-4)
+
+
+def test_latents_are_copied_once_and_only_where_a_row_sees(interpreted, monkeypatch):
+    moved = []
+    copy = plgpu.copy_gmem_to_smem
+    shapes = (3, 1, 2, 4, 128), (3, 1, 1, 4, 64), (3, 336, 2, 128), (3, 336, 64)
+
+    def recorded(source, *others):
+        copy(source, *others)
+        if source.ref.shape == shapes[2]:
+            row, positions, latent, _ = source.transforms[-1].indices
+            record = lambda *at: moved.append(tuple(map(int, at)))
+            jax.debug.callback(record, row, latent, positions.start)
+
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", recorded)
+    interpreted(
+        mosaic_gpu.Config(ctas=3, stages=2, join_ways=1, join_parts=2),
+        *(jnp.zeros(s, jnp.bfloat16) for s in shapes),
+        jnp.array([[330], [0], [200]]),
+        jnp.array([0, 0, 70]),
+    )
+    jax.effects_barrier()
+    begins = {0: range(0, 330, 64), 2: range(64, 200, 64)}
+    assert sorted(moved) == [
+        (row, latent, at) for row in begins for latent in range(2) for at in begins[row]
+    ]
