@@ -67,7 +67,11 @@ def test_lowers_for_hopper(changes):
     text = jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 2
     # The cache goes in as it lies: nothing pads, transposes or converts an array of its size.
-    assert operations_on(text, *shapes[2:]) == {"custom_call"}
+    assert operations_on(text, *shapes[2:]) <= ONLY_READ
+
+
+# Giving latents and their widths one dimension moves nothing.
+ONLY_READ = {"custom_call", "reshape"}
 
 
 def operations_on(text, *shapes):
@@ -116,7 +120,7 @@ def test_donated_cache_is_updated_and_read_in_place():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == 2
     on_a_device = (B, S, 1, C), (B, S, R)
-    assert operations_on(text, *on_a_device) == {"dynamic_update_slice", "custom_call"}
+    assert operations_on(text, *on_a_device) == {"dynamic_update_slice"} | ONLY_READ
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_serves_every_member_and_number_of_heads(latents, width, dtype):
             p = problem(batch=3, **sizes)
             assert mosaic_gpu.supports(p) is None
             config = mosaic_gpu.heuristic(p)
-            assert mosaic_gpu._smem_bytes(config, queries * heads, width, p.rope) <= 227 * 1024
+            assert mosaic_gpu._smem_bytes(config, p) <= 227 * 1024
 
 
 @pytest.mark.parametrize(
@@ -153,15 +157,15 @@ def test_candidates_fit_and_hold_the_heuristic():
         assert mosaic_gpu.heuristic(p) in found
         assert len(set(found)) == len(found)
         for config in found:
-            used = mosaic_gpu._smem_bytes(config, p.queries * p.heads, p.width, p.rope)
+            used = mosaic_gpu._smem_bytes(config, p)
             assert used <= 227 * 1024
             assert mosaic_gpu.Config(**dataclasses.asdict(config)) == config
 
 
 def test_table_numbers_the_tiles_of_ragged_rows():
     p = problem(batch=5, latents=2, cache=1000)
-    config = dataclasses.replace(mosaic_gpu.heuristic(p), ctas=7)
-    shape = mosaic_gpu._Shape(5, 1, 2, 64, 1, 128, 64, 1000, 64, 0.1, jnp.dtype("bfloat16"))
+    config = dataclasses.replace(mosaic_gpu.heuristic(p), ctas=7, shared=1)
+    shape = mosaic_gpu._Shape(5, 1, 2, 64, 1, 128, 64, 1000, 64, 1, 0.1, jnp.dtype("bfloat16"))
     ends, starts = [1000, 0, 65, 3, 500], [0, 0, 3, 3, 490]
     table = np.asarray(
         mosaic_gpu._table(shape, config, jnp.asarray(ends)[:, None], jnp.asarray(starts))

@@ -26,6 +26,14 @@ plgpu = mosaic_gpu.plgpu
 SCALE = 0.09
 
 
+def weigh(values, smem, count):
+    """What the kernel writes in the GPU's own instructions: sums of values by weight."""
+    weights = smem[pl.ds(0, len(values) * values[0].shape[0])]
+    rows = jnp.concatenate(values).astype(jnp.float32)
+    weighted = jnp.where(jnp.arange(len(rows)) < count, weights, 0)[:, None] * rows
+    smem[pl.ds(0, 512)] = jnp.pad(weighted[:count].sum(axis=0), (0, 384))
+
+
 class Accumulator:
     """An accumulator with a start value, which the interpreter does not have (`pl.run_state`)."""
 
@@ -62,7 +70,7 @@ def wgmma(acc, a, b, product=plgpu.wgmma):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Stands in for the three things the interpreter lacks and runs the kernel in it."""
+    """Stands in for what the interpreter lacks and runs the kernel in it."""
     if jax.__version_info__ < (0, 12):
         pytest.skip("the interpreter of JAX before 0.12 wants all barriers waited for")
     monkeypatch.setattr(pl, "run_state", run_state)
@@ -70,10 +78,9 @@ def interpreted(monkeypatch):
     # When a launch may begin: no rule for it on a CPU, and no effect on the numbers.
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: None)
     monkeypatch.setattr(plgpu, "griddepcontrol_launch_dependents", lambda: None)
-    # Joining a row and fetching a part are calls into Python: fewer rows to a product, which the
-    # interpreter allows, and fewer parts to a fetch, for which there are more fetches.
+    monkeypatch.setattr(mosaic_gpu, "_weigh", weigh)
+    # Joining a row is a call into Python: fewer rows to a product, which the interpreter allows.
     monkeypatch.setattr(mosaic_gpu, "_ROWS", 16)
-    monkeypatch.setattr(mosaic_gpu, "_FETCH", 2)
 
     def run(config, *arrays):
         # The race detector takes all stages of a union of references for one place.
@@ -93,7 +100,7 @@ def interpreted(monkeypatch):
         (
             "alternate",
             dict(B=1, T=1, L=1, H=5, C=128, S=608, G=1),
-            dict(ctas=5, stages=2, join_parts=4, join_ways=2),
+            dict(ctas=5, stages=2, stripes=True),
             [[603]],
             [5],
         ),
@@ -101,7 +108,7 @@ def interpreted(monkeypatch):
         (
             "alternate",
             dict(B=3, T=2, L=4, H=3, C=128, S=208, G=2),
-            dict(ctas=5, stages=2, query_stages=2, join_rows=4, join_ways=1, join_parts=4),
+            dict(ctas=5, stages=2, query_stages=2, join_rows=4),
             [[203, 204], [0, 0], [5, 6]],
             [11, 0, 3],
         ),
@@ -109,15 +116,30 @@ def interpreted(monkeypatch):
         (
             "alternate",
             dict(B=1, T=3, L=1, H=5, C=256, S=264, G=1, dtype="float16"),
-            dict(ctas=9, stages=2, min_tiles=4, join_ways=1, join_parts=2),
+            dict(ctas=9, stages=2, stripes=True),
             [[0, 1, 261]],
             [0],
+        ),
+        # Two units of two latents each, and more CTAs than tiles for one of them.
+        (
+            "latents",
+            dict(B=1, T=2, L=4, H=3, C=128, S=264, G=4, R=32),
+            dict(ctas=12, stages=2, shared=2, stripes=True),
+            [[258, 259]],
+            [9],
+        ),
+        (
+            "latents",
+            dict(B=3, T=1, L=2, H=5, C=128, S=208, G=1),
+            dict(ctas=4, stages=2, shared=2, join_rows=2),
+            [[203], [0], [66]],
+            [11, 0, 3],
         ),
         # Two blocks of query rows, each of two tiles.
         (
             "together",
             dict(B=1, T=7, L=1, H=5, C=128, S=200, G=1, R=16),
-            dict(ctas=3, stages=1, join_ways=1, join_parts=2),
+            dict(ctas=4, stages=1, stripes=True),
             [[131, 132, 133, 134, 135, 136, 193]],
             [59],
         ),
@@ -125,24 +147,24 @@ def interpreted(monkeypatch):
         (
             "columns",
             dict(B=2, T=2, L=1, H=3, C=512, S=200, G=1, R=32),
-            dict(ctas=2, stages=2, join_ways=1, join_parts=2),
+            dict(ctas=2, stages=2, join_rows=3),
             [[196, 197], [66, 67]],
             [0, 1],
         ),
         (
             "columns",
             dict(B=1, T=1, L=2, H=5, C=512, S=264, G=1),
-            dict(block=128, ctas=3, stages=1, query_stages=2, join_ways=1, join_parts=2),
+            dict(block=128, ctas=3, stages=1, query_stages=2),
             [[259]],
             [3],
         ),
     ],
-    ids=["splits", "ragged", "wide", "together", "MLA", "MLA-L2"],
+    ids=["splits", "ragged", "wide", "pairs", "pairs-ragged", "together", "MLA", "MLA-L2"],
 )
 def test_numerics(interpreted, mode, sizes, config, lengths_BT, starts_B):
     B, T, L, H, C, S, G = (sizes[n] for n in "BTLHCSG")
     R, dtype = sizes.get("R", 64), sizes.get("dtype", "bfloat16")
-    assert mosaic_gpu._mode(T * H, C) == mode
+    assert mosaic_gpu._mode(T * H, C, config.get("shared", 1)) == mode
     seed = secrets.randbits(32)
     print("seed", seed)
     random = np.random.default_rng(seed)
@@ -165,18 +187,18 @@ def test_numerics(interpreted, mode, sizes, config, lengths_BT, starts_B):
 def test_latents_are_copied_once_and_only_where_a_row_sees(interpreted, monkeypatch):
     moved = []
     copy = plgpu.copy_gmem_to_smem
-    shapes = (3, 1, 2, 4, 128), (3, 1, 1, 4, 64), (3, 336, 2, 128), (3, 336, 64)
+    shapes = (3, 1, 4, 4, 128), (3, 1, 1, 4, 64), (3, 336, 4, 128), (3, 336, 64)
 
     def recorded(source, *others):
         copy(source, *others)
-        if source.ref.shape == shapes[2]:
-            row, positions, latent, _ = source.transforms[-1].indices
+        if source.ref.shape == (3, 336, 4 * 128):
+            row, positions, columns = source.transforms[-1].indices
             record = lambda *at: moved.append(tuple(map(int, at)))
-            jax.debug.callback(record, row, latent, positions.start)
+            jax.debug.callback(record, row, columns.start, positions.start)
 
     monkeypatch.setattr(plgpu, "copy_gmem_to_smem", recorded)
     interpreted(
-        mosaic_gpu.Config(ctas=3, stages=2, join_ways=1, join_parts=2),
+        mosaic_gpu.Config(ctas=3, stages=2, shared=2),
         *(jnp.zeros(s, jnp.bfloat16) for s in shapes),
         jnp.array([[330], [0], [200]]),
         jnp.array([0, 0, 70]),
@@ -184,5 +206,5 @@ def test_latents_are_copied_once_and_only_where_a_row_sees(interpreted, monkeypa
     jax.effects_barrier()
     begins = {0: range(0, 330, 64), 2: range(64, 200, 64)}
     assert sorted(moved) == [
-        (row, latent, at) for row in begins for latent in range(2) for at in begins[row]
+        (row, column, at) for row in begins for column in (0, 256) for at in begins[row]
     ]

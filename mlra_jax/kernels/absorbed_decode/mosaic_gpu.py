@@ -1,20 +1,24 @@
 """Absorbed decode for Hopper GPUs: one pass over the latent cache at the speed of memory.
 
-Two launches. The first walks the cache. Its work is a list of tiles (row of the batch, latent,
-block of query rows, block of cache positions) that is cut into equal runs, one per CTA, so that
-rows of unequal length cost what they read and no CTA waits for another. In a CTA one warpgroup only
+Two launches. The first walks the cache. Its work is a list of tiles (row of the batch, latents,
+block of query rows, block of cache positions) that is divided equally among the CTAs, so that rows
+of unequal length cost what they read and no CTA waits for another. In a CTA one warpgroup only
 issues TMA copies into a ring of shared-memory stages; the others multiply. A latent tile is loaded
 once and serves as key and as value. The second launch joins the partial results of each query row
 by their log-sum-exp.
 
 How the multiplying warpgroups share the work depends on the problem:
 
-  alternate  up to 64 query rows: two take turns at tiles and join their states at the end, so that
-             the softmax of one runs while the other multiplies;
+  alternate  one latent, up to 64 query rows: two take turns at tiles and join their states at the
+             end, so that the softmax of one runs while the other multiplies;
+  latents    tiles of two latents, which share a rotary key: each of two has one of them;
   together   more than 64 query rows: each of two has 64 of them, both use every tile;
   columns    latents of width 512, whose accumulator does not fit the registers of one warpgroup:
              the first turns tiles into probabilities, the second and third have one half of the
              value columns each.
+
+A stream is up to 64 query rows of one latent, with a softmax of their own. A unit is what walks the
+cache as one: the one or two streams of a CTA.
 """
 
 import dataclasses
@@ -26,7 +30,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
 
 # Query rows of one wgmma; fewer are padded, which costs nothing while memory is the limit.
 _ROWS = 64
@@ -34,10 +42,10 @@ _ROWS = 64
 _ALIGN = 8
 _SMEM_BYTES = 227 * 1024
 _WIDTHS = (128, 256, 512)
-# Columns that one warpgroup of the joining kernel has, one per thread.
+# Threads of a warpgroup.
 _LANES = 128
-# Parts that the joining kernel fetches in one copy.
-_FETCH = 16
+# Partial results of 128 columns that a warpgroup reads at a time, 16 bytes for each thread.
+_PARTS = 8
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 # A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
 _LOWEST = -1e30
@@ -51,61 +59,76 @@ class Config:
       block: cache positions per tile, a multiple of 64.
       stages: tiles in flight per CTA; an even number where two warpgroups take turns.
       ctas: how many CTAs share the work, so at most how many parts a query row's result has.
-      min_tiles: least number of tiles worth a CTA of its own.
+      shared: latents that a tile holds, 1 or 2.
       query_stages: 2 loads the next row's queries while the present ones are in use.
-      join_rows: query rows per CTA of the joining kernel.
-      join_ways: warpgroups that share the parts of one query row in the joining kernel.
-      join_parts: parts that one of them fetches at a time, a multiple of 16.
+      stripes: give CTAs every n-th tile instead of a run of neighbours; for a batch of one row,
+        whose units then divide the CTAs among themselves.
+      join_rows: query rows that a CTA of the second launch joins, where tiles are not in stripes.
       overlap: let each launch begin while the one before it drains.
     """
 
     block: int = 64
     stages: int = 6
     ctas: int = 132
-    min_tiles: int = 1
+    shared: int = 1
     query_stages: int = 1
-    join_rows: int = 1
-    join_ways: int = 4
-    join_parts: int = 48
+    stripes: bool = False
+    join_rows: int = 4
     overlap: bool = True
 
 
-def _sm_count(device_kind: str) -> int:
+def _multiprocessors(device_kind: str) -> int:
     return {"H20": 78, "H800 PCIe": 114, "H100 PCIe": 114}.get(
         device_kind.removeprefix("NVIDIA "), 132
     )
 
 
-def _mode(rows: int, width: int) -> str:
+def _mode(rows: int, width: int, shared: int) -> str:
     if width == 512:
         return "columns"
+    if shared > 1:
+        return "latents"
     return "alternate" if rows <= _ROWS else "together"
 
 
 def _piece(width: int) -> int:
     """Columns that a warpgroup passes through shared memory at a time when it has finished."""
-    return 64 if width == 256 else 128
+    return {128: 64, 256: 32, 512: 128}[width]
 
 
-def _smem_bytes(config: Config, rows: int, width: int, rope: int) -> int:
-    mode = _mode(rows, width)
-    tiles = 2 if mode == "together" else 1
-    both = width + rope
-    query = config.query_stages * tiles * _ROWS * both * 2
-    cache = config.stages * config.block * both * 2
+def _chunk(width: int) -> int:
+    """Columns that one copy of queries brings."""
+    return 64 if width == 512 else 128
+
+
+def _query_rows(rows: int, streams: int) -> int:
+    """Rows of the queries in shared memory: a product of 64 rows may begin at any stream's."""
+    own = min(rows, _ROWS)
+    return streams * own + _ROWS - own
+
+
+def _smem_bytes(config: Config, problem: Any) -> int:
+    width, rope = problem.width, problem.rope
+    rows = -(-problem.queries * problem.heads // _ALIGN) * _ALIGN
+    mode = _mode(rows, width, config.shared)
+    streams = 2 if mode == "together" else config.shared
+    rope_streams = 2 if mode == "together" else min(problem.groups, config.shared)
+    query = _query_rows(rows, streams) * width + _query_rows(rows, rope_streams) * rope
+    cache = config.stages * config.block * (config.shared * width + rope)
     if mode == "columns":
-        exchange = _ROWS * config.block * 2  # Results pass through the space of the queries.
+        exchange = 2 * _ROWS * config.block  # Results pass through the space of the queries.
     else:
-        exchange = tiles * _ROWS * _piece(width) * (4 if mode == "alternate" else 2)
-    # Two vectors of row statistics, each on a KiB of its own, and the barriers.
-    return query + cache + exchange + 1024 + 4 * _ROWS + 768
+        exchange = 2 * _ROWS * _piece(width) * (4 if mode == "alternate" else 2)
+    # Row statistics and barriers come last, each on a KiB of its own.
+    return (config.query_stages * query + cache) * 2 + exchange + 3 * 1024
 
 
-def _with_most_stages(config: Config, rows: int, width: int, rope: int) -> Config | None:
-    step = 2 if _mode(rows, width) == "alternate" else 1
+def _with_most_stages(config: Config, problem: Any) -> Config | None:
+    rows = -(-problem.queries * problem.heads // _ALIGN) * _ALIGN
+    step = 2 if _mode(rows, problem.width, config.shared) == "alternate" else 1
     for stages in range(8, 0, -step):
         config = dataclasses.replace(config, stages=stages)
-        if _smem_bytes(config, rows, width, rope) <= _SMEM_BYTES:
+        if _smem_bytes(config, problem) <= _SMEM_BYTES:
             return config
     return None
 
@@ -120,8 +143,7 @@ def supports(problem: Any) -> str | None:
         return f"rotary width {problem.rope} is none of 16, 32, 64, 128"
     if problem.cache % _ALIGN:
         return f"the cache has {problem.cache} positions, which is no multiple of {_ALIGN}"
-    config, rows = Config(), problem.queries * problem.heads
-    if _with_most_stages(config, rows, problem.width, problem.rope) is None:
+    if _with_most_stages(Config(), problem) is None:
         return f"latents of {problem.width} + {problem.rope} do not fit shared memory"
     return None
 
@@ -129,14 +151,23 @@ def supports(problem: Any) -> str | None:
 def heuristic(problem: Any) -> Config:
     """The Config for a problem that nobody measured."""
     rows = problem.queries * problem.heads
-    units = problem.batch * problem.latents
-    config = Config(ctas=_sm_count(problem.device_kind))
-    if units > 1 and problem.width == 128:
+    blocks = -(-rows // _ROWS)
+    most = 1 if blocks > 1 else 256 // problem.width
+    config = Config(
+        ctas=_multiprocessors(problem.device_kind),
+        shared=2 if most == 2 and problem.latents % 2 == 0 else 1,
+    )
+    units = problem.latents // config.shared * (blocks if problem.width == 512 else -(-blocks // 2))
+    if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
+        config = dataclasses.replace(config, stripes=True)
+    elif problem.width == 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
-    if units > 2:
-        # Many rows of few parts: several rows per CTA, one warpgroup for each.
-        config = dataclasses.replace(config, join_rows=4, join_ways=1, join_parts=16)
-    return _with_most_stages(config, rows, problem.width, problem.rope)
+    found = _with_most_stages(config, problem)
+    if found is None or found.stages == 1:
+        found = _with_most_stages(
+            dataclasses.replace(config, shared=config.shared // 2 or 1), problem
+        )
+    return found
 
 
 def candidates(problem: Any) -> list[Config]:
@@ -144,21 +175,28 @@ def candidates(problem: Any) -> list[Config]:
     first = heuristic(problem)
     found = [first]
     for block in (64, 128):
-        for query_stages in (1, 2):
-            for changes in (
-                {},
-                dict(min_tiles=2),
-                dict(join_rows=1, join_ways=4, join_parts=48),
-                dict(join_rows=4, join_ways=1, join_parts=16),
-            ):
-                config = dataclasses.replace(
-                    first, block=block, query_stages=query_stages, **changes
-                )
-                rows = problem.queries * problem.heads
-                config = _with_most_stages(config, rows, problem.width, problem.rope)
-                if config is not None and config not in found:
-                    found.append(config)
+        for shared in sorted({1, first.shared}):
+            for query_stages in (1, 2):
+                for join_rows in sorted({2, 4, 8, first.join_rows}):
+                    if first.stripes and join_rows != first.join_rows:
+                        continue
+                    config = dataclasses.replace(
+                        first,
+                        block=block,
+                        shared=shared,
+                        query_stages=query_stages,
+                        join_rows=join_rows,
+                        stripes=first.stripes and shared == first.shared,
+                    )
+                    config = _with_most_stages(config, problem)
+                    if config is not None and config not in found:
+                        found.append(config)
     return found
+
+
+def _at(start, size: int, multiple: int = _ALIGN):
+    """The slice [start, start + size), start being a multiple of `multiple`."""
+    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, multiple), size)
 
 
 def _cdiv(a, b):
@@ -173,7 +211,7 @@ def _tile_count(start, end, block: int):
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """The static sizes both kernels are built from."""
+    """The static sizes the kernel is built from."""
 
     batch: int
     queries: int
@@ -184,32 +222,50 @@ class _Shape:
     rope: int
     cache: int
     rows: int  # Query rows of one latent, T * H rounded up to the alignment.
+    shared: int
     scale: float
     dtype: Any
 
     @property
     def mode(self) -> str:
-        return _mode(self.rows, self.width)
+        return _mode(self.rows, self.width, self.shared)
 
     @property
-    def tiles(self) -> int:  # Row tiles that a CTA has at once.
+    def row_tiles(self) -> int:
+        """Blocks of 64 query rows that a CTA has at once."""
         return 2 if self.mode == "together" else 1
 
     @property
-    def blocks(self) -> int:  # Blocks of query rows per latent.
-        return -(-self.rows // (_ROWS * self.tiles))
+    def streams(self) -> int:
+        return self.row_tiles * self.shared
 
     @property
-    def units(self) -> int:  # (latent, block of rows) pairs per batch row.
-        return self.latents * self.blocks
+    def rope_streams(self) -> int:
+        """Streams with rotary queries of their own."""
+        return self.row_tiles * min(self.groups, self.shared)
 
     @property
-    def part_rows(self) -> int:
+    def blocks(self) -> int:
+        """Blocks of query rows per latent, each walking the cache."""
+        return -(-self.rows // (_ROWS * self.row_tiles))
+
+    @property
+    def units(self) -> int:
+        """Units per batch row: (latents of a tile, block of rows) pairs."""
+        return self.latents // self.shared * self.blocks
+
+    @property
+    def stream_rows(self) -> int:
         return min(self.rows, _ROWS)
 
+    @property
+    def multipliers(self) -> int:
+        """Warpgroups of a CTA that multiply."""
+        return 3 if self.mode == "columns" else 2
+
     def slots(self, config: Config) -> int:
-        """Every CTA and every unit begins at most one new partial result."""
-        return config.ctas + self.batch * self.units
+        """Partial results at most; every CTA and every unit begins at most one new."""
+        return config.ctas if config.stripes else config.ctas + self.batch * self.units
 
 
 def _schedule(shape: _Shape, config: Config, lengths_ref, starts_ref, table_ref):
@@ -228,8 +284,7 @@ def _schedule(shape: _Shape, config: Config, lengths_ref, starts_ref, table_ref)
             first = table_ref[row]
             return first * shape.units, table_ref[row + 1] - first
 
-    share = jnp.maximum(_cdiv(total, config.ctas), config.min_tiles)
-    return total, share, span
+    return total, jnp.maximum(_cdiv(total, config.ctas), 1), span
 
 
 def _table(shape: _Shape, config: Config, lengths_BT, starts_B):
@@ -237,7 +292,7 @@ def _table(shape: _Shape, config: Config, lengths_BT, starts_B):
     count_B = _tile_count(starts_B, lengths_BT.max(axis=1), config.block)
     row = jnp.arange(shape.batch + 1)
     begin = jnp.where(row[:-1] < row[:, None], count_B, 0).sum(axis=1)
-    share = jnp.maximum(_cdiv(begin[-1] * shape.units, config.ctas), config.min_tiles)
+    share = jnp.maximum(_cdiv(begin[-1] * shape.units, config.ctas), 1)
     first = jnp.arange(config.ctas, dtype=jnp.int32) * share
     row_of_cta = (begin[1:] * shape.units <= first[:, None]).sum(axis=1)
     return jnp.concatenate([begin, row_of_cta]).astype(jnp.int32)
@@ -254,14 +309,217 @@ def _swizzled(shape, dtype):
     )
 
 
+def _weigh(values: list[jax.Array], smem, count: int) -> None:
+    """Sums of values times weights, of each warp's share of the values.
+
+    Args:
+      values: arrays of [8, 128] in a layout of 8 neighbours a thread, `count` rows in all; what is
+        in further rows is not used.
+      smem: float32, at least 512. The weight of each row of values; afterwards four sums of
+        [128], one of each warp.
+    """
+    layout = plgpu.Layout.WG_STRIDED((_PARTS, _LANES), _PARTS)
+
+    @plgpu.inline_mgpu(arg_types=([layout] * len(values), plgpu.RefType()))
+    def weigh(ctx, values, smem):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        wide = ir.VectorType.get((_PARTS,), f32)
+        number = lambda n: arith.constant(i32, n)
+        thread = mgpu.thread_idx()
+        own = arith.divui(thread, number(_LANES // _PARTS))  # Its row of each array.
+        pointer = mgpu.utils.memref_ptr(smem)
+        at = lambda index: mgpu.utils.getelementptr(pointer, [index], f32)
+        nothing = vector.broadcast(wide, arith.constant(f32, 0.0))
+        total = nothing
+        for k, value in enumerate(values):
+            index = arith.addi(own, number(k * _PARTS))
+            weight = llvm.load(f32, at(index))
+            [value] = value.registers.flat
+            value = arith.extf(wide, value)
+            if (k + 1) * _PARTS > count:
+                known = arith.cmpi(arith.CmpIPredicate.ult, index, number(count))
+                value = arith.select(known, value, nothing)
+            total = mlir_math.fma(value, vector.broadcast(wide, weight), total)
+        # Half a warp has one row of each array, the other half the next.
+        half = _LANES // _PARTS
+        for k in range(_PARTS):
+            element = vector.extract(total, [], [k])
+            element = arith.addf(element, mgpu.utils.shfl_bfly(element, half))
+            total = vector.insert(element, total, [], [k])
+        mgpu.warpgroup_barrier()  # All have read the weights.
+        lane = arith.remui(thread, number(32))
+        warp = arith.divui(thread, number(32))
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, lane, number(half))):
+            column = arith.muli(lane, number(_PARTS))
+            llvm.store(total, at(arith.addi(arith.muli(warp, number(_LANES)), column)))
+
+    weigh(values, smem)
+
+
+def _join_teams(shape: _Shape, config: Config):
+    """The second launch where tiles are in stripes: each CTA has a part of every row of its unit.
+
+    A CTA joins 128 columns of one row.
+    """
+    chunks, team = shape.width // _LANES, config.ctas // shape.units
+    lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
+    layout = plgpu.Layout.WG_STRIDED((_PARTS, _LANES), _PARTS)
+
+    def body(part_ref, part_lse_ref, out_ref, lse_ref, smem):
+        index = lax.axis_index("task")
+        chunk, index = lax.rem(index, chunks), lax.div(index, chunks)
+        stream_row, index = lax.rem(index, shape.stream_rows), lax.div(index, shape.stream_rows)
+        stream, unit = lax.rem(index, shape.streams), lax.div(index, shape.streams)
+        if config.overlap:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        values = [
+            plgpu.load(
+                part_ref.at[stream, stream_row, chunk, pl.ds(unit * team + first, _PARTS)],
+                layout=layout,
+            )
+            for first in range(0, team, _PARTS)
+        ]
+        lses = []
+        for first in range(0, team, _LANES):
+            some = pl.ds(unit * team + first, _LANES)
+            lse = plgpu.load(part_lse_ref.at[stream, stream_row, some], layout=lanes)
+            slot = first + plgpu.broadcasted_iota(jnp.int32, (_LANES,), 0, layout=lanes)
+            lses.append(jnp.where(slot < team, lse, -jnp.inf))
+        top = jnp.maximum(functools.reduce(jnp.maximum, lses).max(), _LOWEST)
+        weights = [jnp.exp2(lse - top) for lse in lses]
+        for k, weight in enumerate(weights):
+            smem[pl.ds(k * _LANES, _LANES)] = weight
+        total = sum(weights).sum()
+        plgpu.commit_smem()
+        _weigh(values, smem, team)
+        plgpu.commit_smem()
+        warps = [pl.ds(k * _LANES, _LANES) for k in range(4)]
+        acc = sum(plgpu.load(smem.at[at], layout=lanes) for at in warps)
+        place = jnp.int32(0), unit, stream, stream_row, chunk
+        _store_joined(shape, (out_ref, lse_ref), place, acc, top, total)
+
+    tasks = shape.units * shape.streams * shape.stream_rows * chunks
+    weights = max(4, -(-team // _LANES)) * _LANES
+    return _join_kernel(shape, body, tasks, smem=plgpu.SMEM((weights,), jnp.float32))
+
+
+def _store_joined(shape: _Shape, refs, place, acc, top, total):
+    """Writes 128 columns of one query row, and once its LSE; place is from batch row to chunk."""
+    out_ref, lse_ref = refs
+    batch_row, unit, stream, row, chunk = place
+    latent = lax.div(unit, shape.blocks) * shape.shared
+    row = row + lax.rem(unit, shape.blocks) * (_ROWS * shape.row_tiles)
+    if shape.shared > 1:
+        latent = latent + stream
+    else:
+        row = row + stream * _ROWS
+
+    @pl.when(row < shape.rows)
+    def _store():
+        seen = total > 0
+        scaled = acc * (1.0 / jnp.where(seen, total, 1.0))
+        at = _at(chunk * _LANES, _LANES, _LANES)
+        out_ref[batch_row, latent, row, at] = scaled.astype(shape.dtype)
+
+        @pl.when(chunk == 0)
+        def _store_lse():
+            lse = (top + jnp.log2(total)) * math.log(2)
+            lse_ref[batch_row, latent, row] = jnp.where(seen, lse, -jnp.inf)
+
+
+def _join_shares(shape: _Shape, config: Config):
+    """The second launch for units of few parts each; a CTA joins 128 columns of some rows."""
+    chunks = shape.width // _LANES
+    rows, at_a_time = config.join_rows, 3
+    groups = -(-shape.stream_rows // rows)
+    lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
+
+    def body(part_ref, part_lse_ref, lengths_ref, starts_ref, *refs):
+        table_ref = refs[0] if shape.batch > 1 else None
+        out_ref, lse_ref = refs[-2:]
+        index = lax.axis_index("task")
+        chunk, index = lax.rem(index, chunks), lax.div(index, chunks)
+        group, index = lax.rem(index, groups), lax.div(index, groups)
+        stream, unit = lax.rem(index, shape.streams), lax.div(index, shape.streams)
+        batch_row, unit_in_row = lax.div(unit, shape.units), lax.rem(unit, shape.units)
+        _, share, span = _schedule(shape, config, lengths_ref, starts_ref, table_ref)
+        begin, count = span(batch_row)
+        begin = begin + unit_in_row * count
+        cta = lax.div(begin, share)
+        parts = jnp.where(count > 0, lax.div(begin + count - 1, share) - cta + 1, 0)
+        slot = cta + unit
+        stream_row = [jnp.minimum(group * rows + r, shape.stream_rows - 1) for r in range(rows)]
+        if config.overlap:
+            # What was read so far is older than the first launch; the parts are not.
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+
+        def some_parts(turn, carry):
+            base = turn * at_a_time
+            slots = [slot + jnp.minimum(base + k, parts - 1) for k in range(at_a_time)]
+            lses = [[part_lse_ref[stream, row, at] for at in slots] for row in stream_row]
+            values = [
+                [plgpu.load(part_ref.at[stream, row, chunk, at], layout=lanes) for at in slots]
+                for row in stream_row
+            ]
+            after = []
+            for (acc, top, total), lse, value in zip(carry, lses, values, strict=True):
+                lse = [jnp.where(base + k < parts, x, -jnp.inf) for k, x in enumerate(lse)]
+                new_top = functools.reduce(jnp.maximum, lse, top)
+                fade = jnp.exp2(top - new_top)
+                acc, total = acc * fade, total * fade
+                for k in range(at_a_time):
+                    weight = jnp.exp2(lse[k] - new_top)
+                    acc = acc + value[k].astype(jnp.float32) * weight
+                    total = total + weight
+                after.append((acc, new_top, total))
+            return after
+
+        nothing = plgpu.layout_cast(jnp.zeros((_LANES,), jnp.float32), lanes)
+        carry = [(nothing, jnp.float32(_LOWEST), jnp.float32(0)) for _ in range(rows)]
+        carry = lax.fori_loop(0, _cdiv(parts, at_a_time), some_parts, carry)
+        for r, state in enumerate(carry):
+            place = batch_row, unit_in_row, stream, group * rows + r, chunk
+            pl.when(group * rows + r < shape.stream_rows)(
+                functools.partial(_store_joined, shape, (out_ref, lse_ref), place, *state)
+            )
+
+    tasks = shape.batch * shape.units * shape.streams * groups * chunks
+    return _join_kernel(shape, body, tasks)
+
+
+def _join_kernel(shape: _Shape, body, tasks: int, **scratch):
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(
+                (shape.batch, shape.latents, shape.rows, shape.width), shape.dtype
+            ),
+            jax.ShapeDtypeStruct((shape.batch, shape.latents, shape.rows), jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(tasks,),
+        grid_names=("task",),
+        kernel_name="absorbed_decode_join",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=512,
+        ),
+    )
+
+
 def _split_kernel(shape: _Shape, config: Config):
     """Builds the launch that walks the cache: partial outputs (normalised) and base-2 LSEs."""
     block, stages, width = config.block, config.stages, shape.width
-    mode, tiles = shape.mode, shape.tiles
+    mode, streams, multipliers = shape.mode, shape.streams, shape.multipliers
     turns = 2 if mode == "alternate" else 1
-    loader = 3 if mode == "columns" else 2
+    rows, rope_streams = shape.stream_rows, shape.rope_streams
     factor = shape.scale * math.log2(math.e)
-    half, piece = width // 2, _piece(width)
+    team = config.ctas // shape.units  # CTAs of a unit, where tiles are in stripes.
+    stride = team if config.stripes else 1
+    half, piece, chunk_width = width // 2, _piece(width), _chunk(width)
 
     def body(*refs, **scratch):
         q_ref, q_rope_ref, latents_ref, k_rope_ref, lengths_ref, starts_ref = refs[:6]
@@ -282,6 +540,13 @@ def _split_kernel(shape: _Shape, config: Config):
 
         def for_each_unit(visit):
             """Calls visit(row, latent, block of rows, first tile, tiles, ring position, count)."""
+            if config.stripes:
+                unit, none = lax.rem(cta, shape.units), jnp.int32(0)
+                latent = lax.div(unit, shape.blocks) * shape.shared
+                tile = lax.div(cta, shape.units)
+                now = lax.div(jnp.maximum(span(none)[1] - tile + team - 1, 0), team)
+                visit(none, latent, lax.rem(unit, shape.blocks), tile, now, none, none)
+                return
 
             def step(carry):
                 tile, row, ring, seen = carry
@@ -293,8 +558,8 @@ def _split_kernel(shape: _Shape, config: Config):
                 unit = lax.div(tile - begin, count)
                 tile_in_unit = lax.rem(tile - begin, count)
                 now = jnp.minimum(count - tile_in_unit, last - tile)
-                latent, rows_block = lax.div(unit, shape.blocks), lax.rem(unit, shape.blocks)
-                visit(row, latent, rows_block, tile_in_unit, now, ring, seen)
+                latent = lax.div(unit, shape.blocks) * shape.shared
+                visit(row, latent, lax.rem(unit, shape.blocks), tile_in_unit, now, ring, seen)
                 return tile + now, row, ring + now, seen + 1
 
             row = jnp.int32(0)
@@ -306,41 +571,86 @@ def _split_kernel(shape: _Shape, config: Config):
             start = starts_ref[row]
             return start - lax.rem(start, jnp.int32(_ALIGN))
 
+        def for_each_tile(row, tile, now, ring, step, carry):
+            """carry = step(stage, position, ring position, carry) for the warpgroup's tiles."""
+            begin = begin_of(row)
+            skipped = lax.rem(wg + lax.rem(ring, 2), 2) if turns == 2 else jnp.int32(0)
+
+            def body(k, carry):
+                i = skipped + k * turns
+                stage = lax.rem(ring + i, stages)
+                plgpu.barrier_wait(full.at[stage])
+                return step(stage, begin + (tile + i * stride) * block, ring + i, carry)
+
+            return lax.fori_loop(0, lax.div(now - skipped + turns - 1, turns), body, carry)
+
         def load():
             def visit(row, latent, rows_block, tile, now, ring, seen):
                 slot = lax.rem(seen, config.query_stages)
-                pl.when(seen >= config.query_stages)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
-                at = pl.ds(pl.multiple_of(rows_block * (_ROWS * tiles), _ROWS), tiles * _ROWS)
-                group = lax.rem(latent, shape.groups)
-                plgpu.copy_gmem_to_smem(q_ref.at[row, latent, at], q_smem.at[slot], q_full.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    q_rope_ref.at[row, group, at], q_rope_smem.at[slot], q_full.at[slot]
-                )
                 begin = begin_of(row)
 
-                def load_tile(i, _):
+                def load_tile(i, _=None):
                     stage = lax.rem(ring + i, stages)
                     pl.when(ring + i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-                    at = pl.ds(pl.multiple_of(begin + (tile + i) * block, _ALIGN), block)
+                    at = _at(begin + (tile + i * stride) * block, block)
+                    columns = _at(latent * width, shape.shared * width, width)
                     plgpu.copy_gmem_to_smem(
-                        latents_ref.at[row, at, latent], c_smem.at[stage], full.at[stage]
+                        latents_ref.at[row, at, columns], c_smem.at[stage], full.at[stage]
                     )
                     plgpu.copy_gmem_to_smem(
                         k_rope_ref.at[row, at], r_smem.at[stage], full.at[stage]
                     )
 
-                lax.fori_loop(0, now, load_tile, None)
+                def load_queries():
+                    before = seen >= config.query_stages
+                    pl.when(before)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
+                    for stream in range(streams):
+                        tile_of_rows = stream if shape.row_tiles > 1 else 0
+                        at = rows_block * (_ROWS * shape.row_tiles) + tile_of_rows * _ROWS
+                        source, target = _at(at, rows, _ROWS), pl.ds(stream * rows, rows)
+                        which = latent if shape.row_tiles > 1 else latent + stream
+                        for k in range(width // chunk_width):
+                            # In an order of its own, as all CTAs ask for the same at once.
+                            chunk = lax.rem(cta + k, width // chunk_width)
+                            columns = _at(chunk * chunk_width, chunk_width, chunk_width)
+                            plgpu.copy_gmem_to_smem(
+                                q_ref.at[row, which, source, columns],
+                                q_smem.at[slot, chunk, target],
+                                q_full.at[slot],
+                            )
+                        if stream < rope_streams:
+                            plgpu.copy_gmem_to_smem(
+                                q_rope_ref.at[row, lax.rem(which, shape.groups), source],
+                                q_rope_smem.at[slot, target],
+                                q_full.at[slot],
+                            )
+
+                # The cache comes from farther away than the queries, so it is asked first.
+                if config.stripes:
+                    pl.when(now > 0)(lambda: load_tile(jnp.int32(0)))
+                else:
+                    load_tile(jnp.int32(0))
+                load_queries()
+                lax.fori_loop(1, now, load_tile, None)
 
             for_each_unit(visit)
 
-        def scores(slot, row_tile, stage):
-            def product(acc_ref):
-                at = pl.ds(row_tile * _ROWS, _ROWS)
-                plgpu.wgmma(acc_ref, q_smem.at[slot, at], c_smem.at[stage].transpose((1, 0)))
-                plgpu.wgmma(acc_ref, q_rope_smem.at[slot, at], r_smem.at[stage].transpose((1, 0)))
+        def scores(slot, stream, stage):
+            """Products of a stream's queries and keys, float32 [64, block]."""
+
+            def products(acc_ref):
+                at = _at(stream * rows, _ROWS)
+                rope_at = _at(stream % rope_streams * rows, _ROWS)
+                first_column = 0 if shape.shared == 1 else stream * width
+                for chunk in range(width // chunk_width):
+                    columns = _at(first_column + chunk * chunk_width, chunk_width, chunk_width)
+                    keys = c_smem.at[stage, :, columns].transpose((1, 0))
+                    plgpu.wgmma(acc_ref, q_smem.at[slot, chunk, at], keys)
+                keys = r_smem.at[stage].transpose((1, 0))
+                plgpu.wgmma(acc_ref, q_rope_smem.at[slot, rope_at], keys)
                 return acc_ref[...]
 
-            return pl.run_scoped(product, plgpu.ACC((_ROWS, block), jnp.float32))
+            return pl.run_scoped(products, plgpu.ACC((_ROWS, block), jnp.float32))
 
         def sight(row, first_query_row):
             """A function that puts -inf where a query does not see, given where a tile begins."""
@@ -378,131 +688,131 @@ def _split_kernel(shape: _Shape, config: Config):
         def zeros(columns):
             return plgpu.layout_cast(jnp.zeros((_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-        def accumulate(acc, p, values):
-            return pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(plgpu.ACC.init(acc))
-
-        def accumulate_all(accs, p, values):
+        def accumulate(accs, weights, values):
             def products(refs):
                 for ref, value in zip(refs, values, strict=True):
-                    plgpu.wgmma(ref, p, value)
+                    plgpu.wgmma(ref, weights, value)
 
             return pl.run_state(products)([plgpu.ACC.init(acc) for acc in accs])
 
         def part_of(row, latent, rows_block):
-            return cta + (row * shape.latents + latent) * shape.blocks + rows_block
+            if config.stripes:
+                return lax.rem(cta, shape.units) * team + lax.div(cta, shape.units)
+            unit = row * shape.units + lax.div(latent, shape.shared) * shape.blocks + rows_block
+            return cta + unit
 
         def finish(top, denominator):
             seen = denominator > 0
             lse = jnp.where(seen, top + jnp.log2(denominator), -jnp.inf)
             return lse, 1.0 / jnp.where(seen, denominator, 1.0)
 
-        def send(staging, value, target):
-            """Writes 64 query rows of a partial result to device memory."""
+        def store_lse(stream, part, lse):
+            # One number to each of 64 places, which JAX from 0.12 on wants to be told.
+            target = part_lse_ref.at[stream, :, part]
+            if hasattr(plgpu, "store"):
+                plgpu.store(target, lse, optimized=False)
+            else:
+                target[...] = lse
+
+        def send(staging, value, part, stream, column):
+            """Writes 64 query rows of a partial result, from a column on, to device memory."""
             staging[...] = value.astype(shape.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging.at[pl.ds(0, shape.part_rows)], target)
+            columns = _at(column % _LANES, value.shape[1], value.shape[1])
+            target = part_ref.at[stream, :, column // _LANES, part, columns]
+            plgpu.copy_smem_to_gmem(staging.at[pl.ds(0, rows)], target)
 
         def multiply():
-            if turns == 2:
-                other_smem, out_smem = scratch["out"]
-                top_smem, denominator_smem = scratch["statistics"]
-                handed_over, taken = scratch["handed_over"], scratch["taken"]
-            else:
-                out_smem = scratch["out"]
-            row_tile = wg if mode == "together" else 0
-
             def visit(row, latent, rows_block, tile, now, ring, seen):
                 slot = lax.rem(seen, config.query_stages)
-                begin = begin_of(row)
-                hide = sight(row, (rows_block * tiles + row_tile) * _ROWS)
+                stream = 0 if mode == "alternate" else wg
+                first_row = rows_block * shape.row_tiles
+                if shape.row_tiles > 1:
+                    first_row = first_row + wg
+                hide = sight(row, first_row * _ROWS)
                 plgpu.barrier_wait(q_full.at[slot])
-                if turns == 2:
-                    mine = lax.rem(wg + lax.rem(ring, 2), 2)
-                    steps = lax.div(now - mine + 1, 2)
-                else:
-                    mine, steps = 0, now
+                latent_in_tile = 0 if shape.shared == 1 else stream
 
-                def step(k, carry):
-                    acc, top, denominator = carry
-                    i = mine + k * turns
-                    stage = lax.rem(ring + i, stages)
-                    plgpu.barrier_wait(full.at[stage])
-                    s = hide(scores(slot, row_tile, stage), begin + (tile + i) * block)
+                def step(stage, here, i, state):
+                    acc, top, denominator = state
+                    s = hide(scores(slot, stream, stage), here)
                     p, fade, top, denominator = softmax(s, top, denominator)
-                    acc = acc * wide(fade, acc)
-                    acc = accumulate(acc, p.astype(shape.dtype), c_smem.at[stage])
+                    values = c_smem.at[stage, :, _at(latent_in_tile * width, width, width)]
+                    faded = acc * wide(fade, acc)
+                    [acc] = accumulate([faded], p.astype(shape.dtype), [values])
                     plgpu.barrier_arrive(empty.at[stage])
                     return acc, top, denominator
 
-                carry = (zeros(width), rows_of(_LOWEST), rows_of(0.0))
-                acc, top, denominator = lax.fori_loop(0, steps, step, carry)
+                state = zeros(width), rows_of(_LOWEST), rows_of(0.0)
+                acc, top, denominator = for_each_tile(row, tile, now, ring, step, state)
                 plgpu.barrier_arrive(q_empty.at[slot])
                 part = part_of(row, latent, rows_block)
-
-                def column_pieces():
-                    for at in range(0, width, piece):
-                        target = part_ref.at[part, row_tile, :, pl.ds(at, piece)]
-                        yield at == 0, acc[:, at : at + piece], target
-
-                if turns == 1:
-                    lse, inverse = finish(top, denominator)
-                    part_lse_ref[part, row_tile] = lse
-                    for _, value, target in column_pieces():
-                        send(out_smem.at[row_tile], value * wide(inverse, value), target)
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if mode == "alternate":
+                    for me in (0, 1):
+                        state = acc, top, denominator
+                        pl.when(wg == me)(functools.partial(unite, me, part, seen, *state))
                     return
-
-                @pl.when(wg == 1)
-                def _hand_over():
-                    for is_first, value, _ in column_pieces():
-                        if is_first:
-                            pl.when(seen > 0)(lambda: plgpu.barrier_wait(taken))
-                            top_smem[...] = top
-                            denominator_smem[...] = denominator
-                        else:
-                            plgpu.barrier_wait(taken)
-                        other_smem[...] = value
-                        plgpu.barrier_arrive(handed_over)
-
-                @pl.when(wg == 0)
-                def _take():
-                    for is_first, value, target in column_pieces():
-                        plgpu.barrier_wait(handed_over)
-                        if is_first:
-                            other_top = plgpu.load(top_smem, layout=_ROW_LAYOUT)
-                            others = plgpu.load(denominator_smem, layout=_ROW_LAYOUT)
-                            joint = jnp.maximum(top, other_top)
-                            mine, theirs = jnp.exp2(top - joint), jnp.exp2(other_top - joint)
-                            lse, inverse = finish(joint, denominator * mine + others * theirs)
-                            part_lse_ref[part, 0] = lse
-                            mine, theirs = mine * inverse, theirs * inverse
-                        other = plgpu.load(other_smem, layout=plgpu.Layout.WGMMA)
-                        value = value * wide(mine, value) + other * wide(theirs, other)
-                        send(out_smem, value, target)
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        plgpu.barrier_arrive(taken)
+                lse, inverse = finish(top, denominator)
+                store_lse(stream, part, lse)
+                for at in range(0, width, piece):
+                    value = acc[:, at : at + piece]
+                    staging = scratch["out"].at[wg]
+                    send(staging, value * wide(inverse, value), part, stream, at)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             for_each_unit(visit)
 
+        def unite(me, part, seen, acc, top, denominator):
+            """Joins what the two warpgroups have; each writes one half of the columns."""
+            other = 1 - me
+            tops_smem, denominators_smem = (scratch["statistics"].at[pl.ds(k, 2)] for k in (0, 2))
+            taken, handed_over = scratch["taken"], scratch["handed_over"]
+            mine_smem, _ = scratch[f"exchange_{me}"]
+            other_smem, out_smem = scratch[f"exchange_{other}"]
+            for at in range(0, half, piece):
+                if at:
+                    plgpu.barrier_wait(taken)
+                else:
+                    pl.when(seen > 0)(lambda: plgpu.barrier_wait(taken))
+                    tops_smem[me] = top
+                    denominators_smem[me] = denominator
+                theirs_at = other * half + at
+                mine_smem[...] = acc[:, theirs_at : theirs_at + piece]
+                plgpu.barrier_arrive(handed_over)
+                plgpu.barrier_wait(handed_over)
+                if not at:
+                    other_top = plgpu.load(tops_smem.at[other], layout=_ROW_LAYOUT)
+                    others = plgpu.load(denominators_smem.at[other], layout=_ROW_LAYOUT)
+                    joint = jnp.maximum(top, other_top)
+                    mine, theirs = jnp.exp2(top - joint), jnp.exp2(other_top - joint)
+                    lse, inverse = finish(joint, denominator * mine + others * theirs)
+                    if me == 0:
+                        store_lse(0, part, lse)
+                    mine, theirs = mine * inverse, theirs * inverse
+                theirs_value = plgpu.load(other_smem, layout=plgpu.Layout.WGMMA)
+                value = acc[:, me * half + at : me * half + at + piece]
+                value = value * wide(mine, value) + theirs_value * wide(theirs, value)
+                send(out_smem, value, part, 0, me * half + at)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(taken)
+
         def make_probabilities():
-            p_smem, (fade_smem, inverse_smem) = scratch["p"], scratch["statistics"]
+            p_smem = scratch["p"]
+            fade_smem, inverse_smem = (scratch["statistics"].at[k] for k in (0, 1))
             p_full, p_empty = scratch["p_full"], scratch["p_empty"]
             inverse_full, inverse_empty = scratch["inverse_full"], scratch["inverse_empty"]
 
             def visit(row, latent, rows_block, tile, now, ring, seen):
                 slot = lax.rem(seen, config.query_stages)
-                begin = begin_of(row)
                 hide = sight(row, rows_block * _ROWS)
                 plgpu.barrier_wait(q_full.at[slot])
 
-                def step(i, carry):
+                def step(stage, here, i, carry):
                     top, denominator = carry
-                    stage = lax.rem(ring + i, stages)
-                    plgpu.barrier_wait(full.at[stage])
-                    s = hide(scores(slot, 0, stage), begin + (tile + i) * block)
-                    p, fade, top, denominator = softmax(s, top, denominator)
+                    s = scores(slot, 0, stage)
+                    p, fade, top, denominator = softmax(hide(s, here), top, denominator)
                     p = p.astype(shape.dtype)
-                    pl.when(ring + i > 0)(lambda: plgpu.barrier_wait(p_empty))
+                    pl.when(i > 0)(lambda: plgpu.barrier_wait(p_empty))
                     p_smem[...] = p
                     fade_smem[...] = fade
                     plgpu.commit_smem()
@@ -510,17 +820,18 @@ def _split_kernel(shape: _Shape, config: Config):
                     return top, denominator
 
                 carry = rows_of(_LOWEST), rows_of(0.0)
-                top, denominator = lax.fori_loop(0, now, step, carry)
+                top, denominator = for_each_tile(row, tile, now, ring, step, carry)
                 lse, inverse = finish(top, denominator)
                 pl.when(seen > 0)(lambda: plgpu.barrier_wait(inverse_empty))
                 inverse_smem[...] = inverse
                 plgpu.barrier_arrive(inverse_full)
-                part_lse_ref[part_of(row, latent, rows_block), 0] = lse
+                store_lse(0, part_of(row, latent, rows_block), lse)
 
             for_each_unit(visit)
 
         def multiply_half():
-            p_smem, (fade_smem, inverse_smem) = scratch["p"], scratch["statistics"]
+            p_smem = scratch["p"]
+            fade_smem, inverse_smem = (scratch["statistics"].at[k] for k in (0, 1))
             p_full, p_empty = scratch["p_full"], scratch["p_empty"]
             inverse_full, inverse_empty = scratch["inverse_full"], scratch["inverse_empty"]
             which = wg - 1
@@ -532,35 +843,32 @@ def _split_kernel(shape: _Shape, config: Config):
                 # wide one.
                 ats = [first_column + at for at in range(0, half, piece)]
 
-                def step(i, accs):
-                    stage = lax.rem(ring + i, stages)
-                    plgpu.barrier_wait(full.at[stage])
+                def step(stage, here, i, accs):
                     plgpu.barrier_wait(p_full)
                     fade = plgpu.load(fade_smem, layout=_ROW_LAYOUT)
                     accs = [acc * wide(fade, acc) for acc in accs]
-                    accs = accumulate_all(
-                        accs, p_smem, [c_smem.at[stage, :, pl.ds(at, piece)] for at in ats]
-                    )
+                    values = [c_smem.at[stage, :, pl.ds(at, piece)] for at in ats]
+                    accs = accumulate(accs, p_smem, values)
                     plgpu.barrier_arrive(p_empty)
                     plgpu.barrier_arrive(empty.at[stage])
                     return accs
 
-                accs = lax.fori_loop(0, now, step, [zeros(piece) for _ in ats])
+                accs = [zeros(piece) for _ in ats]
+                accs = for_each_tile(row, tile, now, ring, step, accs)
                 plgpu.barrier_wait(inverse_full)  # Also says that the queries were read.
                 inverse = plgpu.load(inverse_smem, layout=_ROW_LAYOUT)
                 plgpu.barrier_arrive(inverse_empty)
                 part = part_of(row, latent, rows_block)
                 for k, (at, acc) in enumerate(zip(ats, accs, strict=True)):
                     staging = wide_out_smem[0].at[slot, which * len(ats) + k]
-                    target = part_ref.at[part, 0, :, pl.ds(at, piece)]
-                    send(staging, acc * wide(inverse, acc), target)
+                    send(staging, acc * wide(inverse, acc), part, 0, at)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_empty.at[slot])
 
             for_each_unit(visit)
 
         # The register file is divided anew: little for copies, much for accumulators.
-        @pl.when(wg == loader)
+        @pl.when(wg == multipliers)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
             load()
@@ -569,7 +877,7 @@ def _split_kernel(shape: _Shape, config: Config):
 
             @pl.when(wg == 0)
             def _make_probabilities():
-                plgpu.set_max_registers(112, action="decrease")
+                plgpu.set_max_registers(120, action="decrease")
                 make_probabilities()
 
             @pl.when((wg == 1) | (wg == 2))
@@ -584,205 +892,61 @@ def _split_kernel(shape: _Shape, config: Config):
                 plgpu.set_max_registers(232, action="increase")
                 multiply()
 
-    slots = shape.slots(config)
-    queries = _swizzled((config.query_stages, tiles * _ROWS, width), shape.dtype)
-    statistics = [plgpu.SMEM((_ROWS,), jnp.float32)] * 2
+    q_rows, rope_rows = _query_rows(shape.rows, streams), _query_rows(shape.rows, rope_streams)
+    queries = _swizzled(
+        (config.query_stages, width // chunk_width, q_rows, chunk_width), shape.dtype
+    )
+    copies = streams * width // chunk_width + rope_streams
     scratch = dict(
-        q_rope=_swizzled((config.query_stages, tiles * _ROWS, shape.rope), shape.dtype),
-        latents=_swizzled((stages, block, width), shape.dtype),
+        q_rope=_swizzled((config.query_stages, rope_rows, shape.rope), shape.dtype),
+        latents=_swizzled((stages, block, shape.shared * width), shape.dtype),
         k_rope=_swizzled((stages, block, shape.rope), shape.dtype),
-        q_full=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
+        q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
         q_empty=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=1 if mode == "alternate" else 2, num_barriers=stages),
+        statistics=plgpu.SMEM((4, _ROWS), jnp.float32),
     )
     if mode == "columns":
         out = _swizzled((config.query_stages, width // piece, _ROWS, piece), shape.dtype)
         scratch |= dict(
             q=plgpu.RefUnion(queries, out),
             p=_swizzled((_ROWS, block), shape.dtype),
-            statistics=statistics,
             p_full=plgpu.Barrier(),
             p_empty=plgpu.Barrier(num_arrivals=2),
             inverse_full=plgpu.Barrier(),
             inverse_empty=plgpu.Barrier(num_arrivals=2),
         )
     elif mode == "alternate":
-        other, out = _swizzled((_ROWS, piece), jnp.float32), _swizzled((_ROWS, piece), shape.dtype)
+        shapes = [_swizzled((_ROWS, piece), dtype) for dtype in (jnp.float32, shape.dtype)]
         scratch |= dict(
             q=queries,
-            out=plgpu.RefUnion(other, out),
-            statistics=statistics,
-            handed_over=plgpu.Barrier(),
-            taken=plgpu.Barrier(),
+            exchange_0=plgpu.RefUnion(*shapes),
+            exchange_1=plgpu.RefUnion(*shapes),
+            handed_over=plgpu.Barrier(num_arrivals=2),
+            taken=plgpu.Barrier(num_arrivals=2),
         )
     else:
-        scratch |= dict(q=queries, out=_swizzled((tiles, _ROWS, piece), shape.dtype))
+        scratch |= dict(q=queries, out=_swizzled((2, _ROWS, piece), shape.dtype))
+    slots = shape.slots(config) + _PARTS  # Some are read beyond the last, to no effect.
+    parts = (
+        jax.ShapeDtypeStruct((streams, rows, width // _LANES, slots, _LANES), shape.dtype),
+        # Written by 64 rows and read by 128 slots at a time.
+        jax.ShapeDtypeStruct((streams, _ROWS, slots + 2 * _LANES), jnp.float32),
+    )
     return plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((slots, tiles, shape.part_rows, width), shape.dtype),
-            jax.ShapeDtypeStruct((slots, tiles, _ROWS), jnp.float32),
-        ),
+        out_type=parts,
         scratch_types=scratch,
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=loader + 1,
+        num_threads=multipliers + 1,
         thread_name="wg",
         kernel_name="absorbed_decode_split",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             reduction_scratch_bytes=0,
-        ),
-    )
-
-
-def _join_kernel(shape: _Shape, config: Config):
-    """Builds the launch that joins the parts of every query row.
-
-    A CTA has `join_rows` rows and 128 columns; `join_ways` warpgroups share the parts of a row.
-    """
-    lanes, piece = _LANES, _FETCH
-    ways, rows = config.join_ways, config.join_rows
-    pieces = config.join_parts // piece
-    vector = plgpu.Layout.WG_STRIDED((lanes,), 1)
-
-    def body(*refs, o_smem, lse_smem, ready, sums, tops, totals, done):
-        part_ref, part_lse_ref, lengths_ref, starts_ref = refs[:4]
-        table_ref = refs[4] if shape.batch > 1 else None
-        out_ref, lse_ref = refs[-2:]
-        unit_tile, row, columns, wg = (lax.axis_index(n) for n in ("unit", "row", "columns", "wg"))
-        way, row = lax.div(wg, rows), row * rows + lax.rem(wg, rows)
-        unit, tile = lax.div(unit_tile, shape.tiles), lax.rem(unit_tile, shape.tiles)
-        batch_row, unit_in_row = lax.div(unit, shape.units), lax.rem(unit, shape.units)
-        latent, rows_block = lax.div(unit_in_row, shape.blocks), lax.rem(unit_in_row, shape.blocks)
-        _, share, span = _schedule(shape, config, lengths_ref, starts_ref, table_ref)
-        begin, count = span(batch_row)
-        begin = begin + unit_in_row * count
-        cta = lax.div(begin, share)
-        parts = jnp.where(count > 0, lax.div(begin + count - 1, share) - cta + 1, 0)
-        slot = cta + unit
-        row_in_latent = (rows_block * shape.tiles + tile) * _ROWS + row
-        column = pl.ds(columns * lanes, lanes)
-        few_rows = pl.ds(lax.div(row, 4) * 4, 4)
-        row_of_few = lax.rem(row, 4)
-        if config.overlap:
-            # What was read so far is older than the first launch; the parts are not.
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-
-        def flat(value):
-            return plgpu.layout_cast(jnp.full((lanes,), value, jnp.float32), vector)
-
-        def batch_of_parts(turn, carry):
-            base = (turn * ways + way) * config.join_parts
-            for i in range(pieces):
-
-                @pl.when(base + i * piece < parts)
-                def _fetch(i=i):
-                    at, here = pl.ds(slot + base + i * piece, piece), pl.ds(i * piece, piece)
-                    plgpu.copy_gmem_to_smem(
-                        part_lse_ref.at[at, tile, few_rows], lse_smem.at[wg, here], ready.at[wg, i]
-                    )
-                    plgpu.copy_gmem_to_smem(
-                        part_ref.at[at, tile, row, column], o_smem.at[wg, here], ready.at[wg, i]
-                    )
-
-            def join(i, carry):
-                acc, top, total = carry
-                plgpu.barrier_wait(ready.at[wg, i])
-                at = [i * piece + k for k in range(piece)]
-                there = [base + a < parts for a in at]
-                lse = [
-                    jnp.where(there[k], lse_smem[wg, at[k], row_of_few], -jnp.inf)
-                    for k in range(piece)
-                ]
-                new_top = functools.reduce(jnp.maximum, lse, top)
-                fade = jnp.exp2(top - new_top)
-                acc, total = acc * fade, total * fade
-                for k in range(piece):
-                    weight = jnp.exp2(lse[k] - new_top)
-                    value = plgpu.load(o_smem.at[wg, at[k]], layout=vector)
-                    value = value.astype(jnp.float32)
-                    total = total + weight
-                    acc = acc + jnp.where(there[k], value, flat(0.0)) * weight
-                return acc, new_top, total
-
-            ready_pieces = jnp.clip(_cdiv(parts - base, piece), 0, pieces)
-            return lax.fori_loop(0, ready_pieces, join, carry)
-
-        carry = (flat(0.0), jnp.float32(_LOWEST), jnp.float32(0))
-        turns = _cdiv(parts, config.join_parts * ways)
-        acc, top, total = lax.fori_loop(0, turns, batch_of_parts, carry)
-
-        def store(acc, top, total):
-            seen = total > 0
-            acc = acc * (1.0 / jnp.where(seen, total, 1.0))
-
-            @pl.when(row_in_latent < shape.rows)
-            def _store():
-                out_ref[batch_row, latent, row_in_latent, column] = acc.astype(shape.dtype)
-                lse = (top + jnp.log2(total)) * math.log(2)
-
-                @pl.when(columns == 0)
-                def _store_lse():
-                    lse_ref[batch_row, latent, row_in_latent] = jnp.where(seen, lse, -jnp.inf)
-
-        if ways == 1:
-            store(acc, top, total)
-            return
-
-        @pl.when(way > 0)
-        def _hand_over():
-            sums[wg] = acc
-            tops[wg] = flat(0.0) + top
-            totals[wg] = flat(0.0) + total
-            plgpu.barrier_arrive(done.at[lax.rem(wg, rows)])
-
-        @pl.when(way == 0)
-        def _join_ways():
-            plgpu.barrier_wait(done.at[wg])
-            others = [wg + k * rows for k in range(1, ways)]
-            other_tops = [tops[o, 0] for o in others]
-            best = functools.reduce(jnp.maximum, other_tops, top)
-            fade = jnp.exp2(top - best)
-            joined, joined_total = acc * fade, total * fade
-            for o, other_top in zip(others, other_tops, strict=True):
-                fade = jnp.exp2(other_top - best)
-                joined = joined + plgpu.load(sums.at[o], layout=vector) * fade
-                joined_total = joined_total + totals[o, 0] * fade
-            store(joined, best, joined_total)
-
-    threads = ways * rows
-    return plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(
-                (shape.batch, shape.latents, shape.rows, shape.width), shape.dtype
-            ),
-            jax.ShapeDtypeStruct((shape.batch, shape.latents, shape.rows), jnp.float32),
-        ),
-        scratch_types=dict(
-            o_smem=plgpu.SMEM((threads, config.join_parts, lanes), shape.dtype),
-            lse_smem=plgpu.SMEM((threads, config.join_parts, 4), jnp.float32),
-            ready=plgpu.Barrier(num_arrivals=2, num_barriers=(threads, pieces)),
-            sums=plgpu.SMEM((threads, lanes), jnp.float32),
-            tops=plgpu.SMEM((threads, lanes), jnp.float32),
-            totals=plgpu.SMEM((threads, lanes), jnp.float32),
-            done=plgpu.Barrier(num_arrivals=max(ways - 1, 1), num_barriers=rows),
-        ),
-        grid=(
-            shape.batch * shape.units * shape.tiles,
-            -(-min(shape.rows, _ROWS) // rows),
-            shape.width // lanes,
-        ),
-        grid_names=("unit", "row", "columns"),
-        num_threads=threads,
-        thread_name="wg",
-        kernel_name="absorbed_decode_join",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
 
@@ -808,10 +972,10 @@ def absorbed_decode(
     """
     B, T, L, H, C = q_BTLHC.shape
     G, R = q_rope_BTGHR.shape[2], q_rope_BTGHR.shape[4]
+    S = latents_BSLC.shape[1]
     rows = -(-T * H // _ALIGN) * _ALIGN
-    shape = _Shape(
-        B, T, L, H, G, C, R, latents_BSLC.shape[1], rows, float(scale), jnp.dtype(q_BTLHC.dtype)
-    )
+    dtype = jnp.dtype(q_BTLHC.dtype)
+    shape = _Shape(B, T, L, H, G, C, R, S, rows, config.shared, float(scale), dtype)
 
     def as_rows(x_BTNHX):
         # For one query or one latent this only renames dimensions.
@@ -823,9 +987,16 @@ def absorbed_decode(
     if B > 1:
         bounds += (_table(shape, config, lengths_BT, starts_B),)
     parts = _split_kernel(shape, config)(
-        as_rows(q_BTLHC), as_rows(q_rope_BTGHR), latents_BSLC, k_rope_BSR, *bounds
+        as_rows(q_BTLHC),
+        as_rows(q_rope_BTGHR),
+        latents_BSLC.reshape(B, S, L * C),
+        k_rope_BSR,
+        *bounds,
     )
-    out_BLRC, lse_BLR = _join_kernel(shape, config)(*parts, *bounds)
+    if config.stripes:
+        out_BLRC, lse_BLR = _join_teams(shape, config)(*parts)
+    else:
+        out_BLRC, lse_BLR = _join_shares(shape, config)(*parts, *bounds)
     out_BTLHC = jnp.swapaxes(out_BLRC[:, :, : T * H].reshape(B, L, T, H, C), 1, 2)
     lse_BTLH = jnp.swapaxes(lse_BLR[:, :, : T * H].reshape(B, L, T, H), 1, 2)
     return out_BTLHC, lse_BTLH
