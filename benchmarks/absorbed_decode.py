@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -330,14 +331,18 @@ def limits(pool: jax.Array) -> dict[str, float]:
 
 
 def attention_by_library(point: Point, library: str):
-    """GQA's share by jax.nn.dot_product_attention; the cache's latents are the values."""
+    """GQA's share by a library: "cudnn" and "xla" of jax.nn, or tokamax's own choice."""
+    if library == "tokamax":
+        import tokamax
+
+        attention = tokamax.dot_product_attention
+    else:
+        attention = functools.partial(jax.nn.dot_product_attention, implementation=library)
 
     def op(q, q_rope, latents, k_rope, lengths, starts):
         del q, lengths, starts  # The whole cache is visible at these points.
         queries = q_rope[:, :, 0]
-        out = jax.nn.dot_product_attention(
-            queries, k_rope[:, :, None], latents, implementation=library
-        )
+        out = attention(queries, k_rope[:, :, None], latents)  # The latents are the values.
         # The loop feeds the first result on; the second keeps the op's signature.
         return out[:, :, None], jnp.zeros(out.shape[:-1], jnp.float32)[:, :, None]
 
@@ -408,8 +413,11 @@ def programs(point: Point, limit: dict, kind: str, quick: bool) -> dict:
     scale = scale_of(point)
     found = dict(kernel=(kernel_op(point, kind), 0 if quick else steps_for(point, limit, 1)))
     if not quick and point.grouped:
-        for name, library in (("cudnn", "cudnn"), ("xla", "xla")):
-            found[name] = attention_by_library(point, library), steps_for(point, limit, 4)
+        libraries = ["cudnn", "xla"]
+        if importlib.util.find_spec("tokamax"):
+            libraries.append("tokamax")
+        for name in libraries:
+            found[name] = attention_by_library(point, name), steps_for(point, limit, 4)
     elif not quick and point.group == "paper" and point.cache in (128 * _K, 1024 * _K):
         op = functools.partial(reference.absorbed_decode, scale=scale)
         found["xla"] = op, steps_for(point, limit, 8)
@@ -462,7 +470,8 @@ def failure_of(row: dict) -> str:
 def table(rows: list[dict]) -> str:
     lines = [
         f"{'group':9} {'point':18} {'batch':>5} {'context':>8} {'MB':>8} {'floor':>7} "
-        f"{'kernel':>7} {'of floor':>8} {'TB/s':>5} {'XLA':>8} {'cuDNN':>7} {'error':>8}"
+        f"{'kernel':>7} {'of floor':>8} {'TB/s':>5} {'XLA':>8} {'cuDNN':>7} {'tokamax':>7} "
+        f"{'error':>8}"
     ]
     for row in rows:
         head = f"{row['group']:9} {row['name']:18} {row['batch']:5} {row['cache']:8} "
@@ -474,7 +483,8 @@ def table(rows: list[dict]) -> str:
         lines.append(
             head + f"{row['bytes'] / 1e6:8.1f} {row['floor_us']:7.1f} "
             f"{number('kernel_us', '.1f'):>7} {number('fraction', '.0%'):>8} {rate:5.2f} "
-            f"{number('xla_us', '.1f'):>8} {number('cudnn_us', '.1f'):>7} {row['error']:8.1e}"
+            f"{number('xla_us', '.1f'):>8} {number('cudnn_us', '.1f'):>7} "
+            f"{number('tokamax_us', '.1f'):>7} {row['error']:8.1e}"
         )
     return "\n".join(lines)
 
@@ -526,7 +536,7 @@ def figures(rows: list[dict], limit: dict, folder: Path) -> None:
                 y = [r["bytes"] / r["kernel_us"] / 1e6 for r in mine]
                 axes.plot(x, y, f"C{i}o-", label=name)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(x, [f"{int(v)}K" for v in x])
+        axes.set_xticks(x, [f"{int(v)}K" if v < _K else f"{int(v) // _K}M" for v in x])
         axes.set_xlabel("context (tokens)")
         if kind == "time":
             axes.set_yscale("log")

@@ -1,5 +1,8 @@
 """Grouped decode against softmax attention in NumPy's float64, row by row."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +78,38 @@ def test_sixteen_bits(arrays, dtype, bound):
     assert error(lse, wanted_lse) < 1e-5
 
 
+def one_head(arrays):
+    q, k, v = arrays
+    return q[:, :, :1], k[:, :, :1], v[:, :, :1]
+
+
+def test_one_head_as_absorbed_decode(arrays):
+    """The keys taken for rotary keys, the values for latents."""
+    lengths, starts = jnp.array([21, 9, 2]), jnp.array([0, 4, 1])
+    call = functools.partial(grouped_decode, *one_head(arrays), lengths, starts, scale=SCALE)
+    out, lse = call(implementation="absorbed")
+    wanted, wanted_lse = call(implementation="reference")
+    assert error(out, wanted) < 1e-6
+    assert (np.isneginf(lse) == np.isneginf(wanted_lse)).all()
+    seen = np.isfinite(wanted_lse)
+    assert error(np.asarray(lse)[seen], np.asarray(wanted_lse)[seen]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "heads, width, kernels",
+    [(1, 128, 2), (1, 96, 0), (2, 128, 0)],
+    ids=["one head", "no kernel for the width", "two heads"],
+)
+def test_kernels_serve_one_head_of_their_widths(monkeypatch, heads, width, kernels):
+    monkeypatch.setenv("MLRA_JAX_DECODE_KERNEL", "mosaic_gpu")
+    shapes = (2, 1, heads, 8, width), (2, 4096, heads, width), (2, 4096, heads, width)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    call = jax.jit(functools.partial(grouped_decode, scale=SCALE))
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    text = call.trace(*arrays, lengths).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == kernels
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -86,6 +121,7 @@ def test_sixteen_bits(arrays, dtype, bound):
         (dict(lengths=np.zeros(B, np.float32)), "lengths is float32"),
         (dict(starts_B=np.zeros((B, T), np.int32)), "starts has shape"),
         (dict(implementation="fastest"), "expected one of reference"),
+        (dict(implementation="absorbed"), "serves one key/value head, got 3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_line(arrays, changes, words):

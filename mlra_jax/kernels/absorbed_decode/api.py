@@ -97,6 +97,18 @@ def absorbed_decode(
     )
 
 
+def has_kernel(q_BTLHC: Any, q_rope_BTGHR: Any, latents_BSLC: Any) -> bool:
+    """Whether `absorbed_decode` runs a kernel, not plain JAX, for arrays of these shapes.
+
+    Args:
+      q_BTLHC, q_rope_BTGHR, latents_BSLC: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    device = _target_device()
+    problem = _problem(device.device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC)
+    name = os.environ.get(OVERRIDE) or _kernel_for(device)
+    return name in IMPLEMENTATIONS[1:] and _why_not(name, problem) is None
+
+
 def autotune(
     q_BTLHC: jax.Array,
     q_rope: jax.Array,
@@ -214,11 +226,8 @@ def _choose(implementation: str | None, device: Any, problem: config_lib.Problem
         if reason:
             raise ValueError(f"{source}={name} cannot serve this call: {reason}")
         return name
-    if device.platform == "tpu":
-        name = "mosaic_tpu"
-    elif device.platform in ("gpu", "cuda") and _is_hopper(device.device_kind):
-        name = "mosaic_gpu"
-    else:
+    name = _kernel_for(device)
+    if name is None:
         _log_once(f"runs in plain JAX: there is no kernel for {device.device_kind}", logging.INFO)
         return "reference"
     reason = _why_not(name, problem)
@@ -226,6 +235,13 @@ def _choose(implementation: str | None, device: Any, problem: config_lib.Problem
         _log_once(f"runs in plain JAX: {name}: {reason}", logging.WARNING)
         return "reference"
     return name
+
+
+def _kernel_for(device: Any) -> str | None:
+    if device.platform == "tpu":
+        return "mosaic_tpu"
+    hopper = device.platform in ("gpu", "cuda") and _is_hopper(device.device_kind)
+    return "mosaic_gpu" if hopper else None
 
 
 def _is_hopper(device_kind: str) -> bool:

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.kernels.absorbed_decode import absorbed_decode, has_kernel
 from mlra_jax.kernels.grouped_decode import reference
-
-_IMPLEMENTATIONS = {"reference": reference.grouped_decode}
 
 
 def grouped_decode(
@@ -32,7 +31,9 @@ def grouped_decode(
         legal; those outside 0..S are clipped.
       starts_B: int32, first position that is not left padding; default 0. Clipped likewise.
       scale: what scores are multiplied by before the softmax, a Python number.
-      implementation: "reference", the default everywhere.
+      implementation: "reference", plain JAX, or "absorbed", for one key/value head: the kernels
+        of absorbed decode, with the keys as rotary keys and the values as latents; default: the
+        latter where such a kernel serves the call.
 
     Returns:
       out_BTJGV in the dtype of `q_BTJGK`, and lse_BTJG float32, the natural logarithm of the
@@ -42,11 +43,7 @@ def grouped_decode(
       ValueError: shapes or dtypes that do not fit together, or an unknown implementation.
     """
     _check(q_BTJGK, k_BSJK, v_BSJV, lengths, starts_B)
-    name = implementation or "reference"
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation is {name!r}, expected one of {', '.join(_IMPLEMENTATIONS)}"
-        )
+    implement = _IMPLEMENTATIONS[_choose(implementation, q_BTJGK, v_BSJV)]
     (B, T), S = q_BTJGK.shape[:2], k_BSJK.shape[1]
     lengths_BT = lengths.astype(jnp.int32)
     if lengths.ndim == 1:
@@ -54,7 +51,7 @@ def grouped_decode(
         ends_B = jnp.clip(lengths_BT, 0, S + T)
         lengths_BT = ends_B[:, None] - (T - 1) + jnp.arange(T, dtype=jnp.int32)
     starts_B = jnp.zeros([B], jnp.int32) if starts_B is None else starts_B.astype(jnp.int32)
-    return _IMPLEMENTATIONS[name](
+    return implement(
         q_BTJGK,
         k_BSJK,
         v_BSJV,
@@ -62,6 +59,42 @@ def grouped_decode(
         jnp.clip(starts_B, 0, S),
         scale=float(scale),
     )
+
+
+def _absorbed(q_BTJGK, k_BSJK, v_BSJV, lengths_BT, starts_B, *, scale):
+    return absorbed_decode(
+        _latent_queries(q_BTJGK, v_BSJV),
+        q_BTJGK[:, :, 0],
+        v_BSJV,
+        k_BSJK[:, :, 0],
+        lengths_BT,
+        starts_B,
+        scale=scale,
+    )
+
+
+def _latent_queries(q_BTJGK, v_BSJV):
+    """Queries that ask nothing of the latents, which are values only; zeros `[B, T, J, G, V]`."""
+    return jnp.zeros((*q_BTJGK.shape[:4], v_BSJV.shape[3]), q_BTJGK.dtype)
+
+
+_IMPLEMENTATIONS = {"reference": reference.grouped_decode, "absorbed": _absorbed}
+
+
+def _choose(name, q_BTJGK, v_BSJV) -> str:
+    if name is not None and name not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {name!r}, expected one of {', '.join(_IMPLEMENTATIONS)}"
+        )
+    one_head = q_BTJGK.shape[2] == 1
+    if name == "absorbed" and not one_head:
+        raise ValueError(
+            f"implementation=absorbed serves one key/value head, got {q_BTJGK.shape[2]}"
+        )
+    if name is not None or not one_head:
+        return name or "reference"
+    latent_queries = jax.eval_shape(_latent_queries, q_BTJGK, v_BSJV)
+    return "absorbed" if has_kernel(latent_queries, q_BTJGK, v_BSJV) else "reference"
 
 
 def _check(q_BTJGK, k_BSJK, v_BSJV, lengths, starts_B) -> None:
