@@ -21,6 +21,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from mlra_jax.files import whole_file
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -65,10 +67,8 @@ def save_tuned(path: str | os.PathLike) -> None:
         {"implementation": implementation, "problem": dataclasses.asdict(problem), "config": fields}
         for (implementation, problem), fields in _tuned.items()
     ]
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"format_version": 1, "tuned": rows}, indent=1) + "\n")
-    part.replace(path)
+    with whole_file(path) as file:
+        json.dump({"format_version": 1, "tuned": rows}, file, indent=1)
 
 
 def load_tuned(path: str | os.PathLike) -> int:
