@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
+from sharded_step import sharded_step
 
-from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.kernels.absorbed_decode import config as config_lib
 
 mosaic_gpu = pytest.importorskip(
@@ -84,42 +83,12 @@ def operations_on(text, *shapes):
 def test_donated_cache_is_updated_and_read_in_place():
     """A decode step of four GPUs under shard_map: new entry into the cache, then attention."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("tensor",))
-    B, T, L, H, C, R, S = 2, 1, 4, 24, 128, 64, 4096
-    split, whole = P(None, None, "tensor"), P()
-
-    def shard(q, q_rope, latents, k_rope, new_latents, new_k_rope, length, starts):
-        latents = jax.lax.dynamic_update_slice(latents, new_latents, (0, length, 0, 0))
-        k_rope = jax.lax.dynamic_update_slice(k_rope, new_k_rope, (0, length, 0))
-        lengths = jnp.broadcast_to(length + T, [B])
-        out, lse = absorbed_decode(
-            q, q_rope, latents, k_rope, lengths, starts, scale=0.1, implementation="mosaic_gpu"
-        )
-        return out, lse, latents, k_rope
-
-    step = jax.shard_map(
-        shard,
-        mesh=mesh,
-        in_specs=(split, whole, split, whole, split, whole, whole, whole),
-        out_specs=(split, split, split, whole),
-        check_vma=True,
-    )
-
-    def array(spec, *shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    traced = jax.jit(step, donate_argnums=(2, 3)).trace(
-        array(split, B, T, L, H, C),
-        array(whole, B, T, H, R),
-        array(split, B, S, L, C),
-        array(whole, B, S, R),
-        array(split, B, T, L, C),
-        array(whole, B, T, R),
-        array(whole, dtype=jnp.int32),
-        array(whole, B, dtype=jnp.int32),
-    )
+    sizes = dict(B=2, T=1, L=4, H=24, C=128, R=64, S=4096)
+    step, arrays = sharded_step(mesh, **sizes, scale=0.1, implementation="mosaic_gpu")
+    traced = step.trace(*arrays)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("tf.aliasing_output") + text.count("jax.buffer_donor") == 2
-    on_a_device = (B, S, 1, C), (B, S, R)
+    on_a_device = (2, 4096, 1, 128), (2, 4096, 64)
     assert operations_on(text, *on_a_device) == {"dynamic_update_slice"} | ONLY_READ
 
 

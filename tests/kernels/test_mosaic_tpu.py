@@ -11,10 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceSharding
+from sharded_step import sharded_step
 
-from mlra_jax.kernels.absorbed_decode import absorbed_decode, api, mosaic_tpu
+from mlra_jax.kernels.absorbed_decode import api, mosaic_tpu
 from mlra_jax.kernels.absorbed_decode.config import Problem
 from mlra_jax.kernels.absorbed_decode.mosaic_tpu import TpuConfig
 
@@ -313,42 +313,10 @@ def test_chips_without_bfloat16_are_left_to_the_reference(chip):
 def test_donated_cache_is_updated_and_read_in_place(latents):
     """A decode step over four TPUs: new entry into the cache, then attention, under shard_map."""
     mesh = Mesh(np.array(devices_of("v5e:2x2")), ("tensor",))
-    B, T, H, C, R, S = 2, 1, 24, 128, 64, 32768
-    split, whole = P(None, None, "tensor"), P()
-
-    def shard(q, q_rope, latents, k_rope, new_latents, new_k_rope, length, starts):
-        latents = jax.lax.dynamic_update_slice(latents, new_latents, (0, length, 0, 0))
-        k_rope = jax.lax.dynamic_update_slice(k_rope, new_k_rope, (0, length, 0))
-        lengths = jnp.broadcast_to(length + T, [B])
-        # Which kernel serves follows from the mesh, not from the host's CPU.
-        out, lse = absorbed_decode(q, q_rope, latents, k_rope, lengths, starts, scale=SCALE)
-        return out, lse, latents, k_rope
-
-    step = jax.shard_map(
-        shard,
-        mesh=mesh,
-        in_specs=(split, whole, split, whole, split, whole, whole, whole),
-        out_specs=(split, split, split, whole),
-        check_vma=True,
-    )
-
-    def array(spec, *shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    compiled = (
-        jax.jit(step, donate_argnums=(2, 3))
-        .lower(
-            array(split, B, T, latents, H, C),
-            array(whole, B, T, H, R),
-            array(split, B, S, latents, C),
-            array(whole, B, S, R),
-            array(split, B, T, latents, C),
-            array(whole, B, T, R),
-            array(whole, dtype=jnp.int32),
-            array(whole, B, dtype=jnp.int32),
-        )
-        .compile()
-    )
+    B, C, R, S = 2, 128, 64, 32768
+    # Which kernel serves follows from the mesh, not from the host's CPU.
+    step, arrays = sharded_step(mesh, B=B, T=1, L=latents, H=24, C=C, R=R, S=S, scale=SCALE)
+    compiled = step.lower(*arrays).compile()
     assert "tpu_custom_call" in compiled.as_text()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == B * S * (latents // 4 * C + R) * 2
