@@ -110,6 +110,12 @@ def test_kernels_serve_one_head_of_their_widths(monkeypatch, heads, width, kerne
     assert text.count("@mosaic_gpu_v2") == kernels
 
 
+def test_an_override_that_is_none_is_refused(monkeypatch, arrays):
+    monkeypatch.setenv("MLRA_JAX_DECODE_KERNEL", "fastest")
+    with pytest.raises(ValueError, match="MLRA_JAX_DECODE_KERNEL is 'fastest', expected one of"):
+        grouped_decode(*one_head(arrays), jnp.full(B, S), scale=SCALE)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -102,11 +102,14 @@ def has_kernel(q_BTLHC: Any, q_rope_BTGHR: Any, latents_BSLC: Any) -> bool:
 
     Args:
       q_BTLHC, q_rope_BTGHR, latents_BSLC: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: MLRA_JAX_DECODE_KERNEL names no implementation.
     """
     device = _target_device()
     problem = _problem(device.device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC)
-    name = os.environ.get(OVERRIDE) or _kernel_for(device)
-    return name in IMPLEMENTATIONS[1:] and _why_not(name, problem) is None
+    name = _asked_for(None)[0] or _kernel_for(device)
+    return name not in (None, "reference") and _why_not(name, problem) is None
 
 
 def autotune(
@@ -216,12 +219,8 @@ def _problem(device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC) -> config_lib.Pro
 
 
 def _choose(implementation: str | None, device: Any, problem: config_lib.Problem) -> str:
-    name, source = implementation, "implementation"
-    if name is None and os.environ.get(OVERRIDE):
-        name, source = os.environ[OVERRIDE], OVERRIDE
+    name, source = _asked_for(implementation)
     if name is not None:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"{source} is {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
         reason = None if name == "reference" else _why_not(name, problem)
         if reason:
             raise ValueError(f"{source}={name} cannot serve this call: {reason}")
@@ -235,6 +234,16 @@ def _choose(implementation: str | None, device: Any, problem: config_lib.Problem
         _log_once(f"runs in plain JAX: {name}: {reason}", logging.WARNING)
         return "reference"
     return name
+
+
+def _asked_for(implementation: str | None) -> tuple[str | None, str]:
+    """The implementation asked for by name, if any, and by what."""
+    name, source = implementation, "implementation"
+    if name is None and os.environ.get(OVERRIDE):
+        name, source = os.environ[OVERRIDE], OVERRIDE
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"{source} is {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    return name, source
 
 
 def _kernel_for(device: Any) -> str | None:
