@@ -9,6 +9,7 @@ from pathlib import Path
 import tensorboardX
 
 from mlra_jax.config import LatentConfig, ModelConfig
+from mlra_jax.files import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
@@ -38,9 +39,8 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int):
         path = workdir / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        new = path.with_suffix(".new")
-        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(new, path)
+        with whole_file(path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1 if step else None

@@ -134,7 +134,7 @@ def test_candidates_fit_and_hold_the_heuristic():
 def test_table_numbers_the_tiles_of_ragged_rows():
     p = problem(batch=5, latents=2, cache=1000)
     config = dataclasses.replace(mosaic_gpu.heuristic(p), ctas=7, shared=1)
-    shape = mosaic_gpu._Shape(5, 1, 2, 64, 1, 128, 64, 1000, 64, 1, 0.1, jnp.dtype("bfloat16"))
+    shape = mosaic_gpu._Shape(5, 1, 2, 64, 1, 128, 64, 1000, 1, 0.1, jnp.dtype("bfloat16"))
     ends, starts = [1000, 0, 65, 3, 500], [0, 0, 3, 3, 490]
     table = np.asarray(
         mosaic_gpu._table(shape, config, jnp.asarray(ends)[:, None], jnp.asarray(starts))

@@ -96,7 +96,7 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize(
     "mode, sizes, config, lengths_BT, starts_B",
     [
-        # One row over four CTAs, whose parts are joined by several warpgroups.
+        # One row whose tiles go to five CTAs in turn, two each.
         (
             "alternate",
             dict(B=1, T=1, L=1, H=5, C=128, S=608, G=1),

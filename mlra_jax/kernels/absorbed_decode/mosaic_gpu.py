@@ -23,6 +23,7 @@ cache as one: the one or two streams of a CTA.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -108,13 +109,11 @@ def _query_rows(rows: int, streams: int) -> int:
 
 
 def _smem_bytes(config: Config, problem: Any) -> int:
-    width, rope = problem.width, problem.rope
-    rows = -(-problem.queries * problem.heads // _ALIGN) * _ALIGN
-    mode = _mode(rows, width, config.shared)
-    streams = 2 if mode == "together" else config.shared
-    rope_streams = 2 if mode == "together" else min(problem.groups, config.shared)
-    query = _query_rows(rows, streams) * width + _query_rows(rows, rope_streams) * rope
-    cache = config.stages * config.block * (config.shared * width + rope)
+    shape, rope = _shape(problem, config), problem.rope
+    width, mode = shape.width, shape.mode
+    query = _query_rows(shape.rows, shape.streams) * width
+    query += _query_rows(shape.rows, shape.rope_streams) * rope
+    cache = config.stages * config.block * (shape.shared * width + rope)
     if mode == "columns":
         exchange = 2 * _ROWS * config.block  # Results pass through the space of the queries.
     else:
@@ -124,8 +123,7 @@ def _smem_bytes(config: Config, problem: Any) -> int:
 
 
 def _with_most_stages(config: Config, problem: Any) -> Config | None:
-    rows = -(-problem.queries * problem.heads // _ALIGN) * _ALIGN
-    step = 2 if _mode(rows, problem.width, config.shared) == "alternate" else 1
+    step = 2 if _shape(problem, config).mode == "alternate" else 1
     for stages in range(8, 0, -step):
         config = dataclasses.replace(config, stages=stages)
         if _smem_bytes(config, problem) <= _SMEM_BYTES:
@@ -150,47 +148,40 @@ def supports(problem: Any) -> str | None:
 
 def heuristic(problem: Any) -> Config:
     """The Config for a problem that nobody measured."""
-    rows = problem.queries * problem.heads
-    blocks = -(-rows // _ROWS)
-    most = 1 if blocks > 1 else 256 // problem.width
-    config = Config(
-        ctas=_multiprocessors(problem.device_kind),
-        shared=2 if most == 2 and problem.latents % 2 == 0 else 1,
+    pairs = (
+        problem.width == 128
+        and problem.latents % 2 == 0
+        and problem.queries * problem.heads <= _ROWS
     )
-    units = problem.latents // config.shared * (blocks if problem.width == 512 else -(-blocks // 2))
+    config = Config(ctas=_multiprocessors(problem.device_kind), shared=2 if pairs else 1)
+    units = _shape(problem, config).units
     if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
         config = dataclasses.replace(config, stripes=True)
     elif problem.width == 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
-    found = _with_most_stages(config, problem)
-    if found is None or found.stages == 1:
-        found = _with_most_stages(
-            dataclasses.replace(config, shared=config.shared // 2 or 1), problem
-        )
-    return found
+    return _with_most_stages(config, problem)
 
 
 def candidates(problem: Any) -> list[Config]:
     """The settings worth measuring for a problem."""
     first = heuristic(problem)
     found = [first]
-    for block in (64, 128):
-        for shared in sorted({1, first.shared}):
-            for query_stages in (1, 2):
-                for join_rows in sorted({2, 4, 8, first.join_rows}):
-                    if first.stripes and join_rows != first.join_rows:
-                        continue
-                    config = dataclasses.replace(
-                        first,
-                        block=block,
-                        shared=shared,
-                        query_stages=query_stages,
-                        join_rows=join_rows,
-                        stripes=first.stripes and shared == first.shared,
-                    )
-                    config = _with_most_stages(config, problem)
-                    if config is not None and config not in found:
-                        found.append(config)
+    # Tiles in stripes are joined by whole teams.
+    join_rows = [first.join_rows] if first.stripes else [2, 4, 8]
+    for block, shared, query_stages, rows in itertools.product(
+        (64, 128), sorted({1, first.shared}), (1, 2), join_rows
+    ):
+        config = dataclasses.replace(
+            first,
+            block=block,
+            shared=shared,
+            query_stages=query_stages,
+            join_rows=rows,
+            stripes=first.stripes and shared == first.shared,
+        )
+        config = _with_most_stages(config, problem)
+        if config is not None and config not in found:
+            found.append(config)
     return found
 
 
@@ -211,7 +202,7 @@ def _tile_count(start, end, block: int):
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """The static sizes the kernel is built from."""
+    """The static sizes both kernels are built from."""
 
     batch: int
     queries: int
@@ -221,10 +212,14 @@ class _Shape:
     width: int
     rope: int
     cache: int
-    rows: int  # Query rows of one latent, T * H rounded up to the alignment.
     shared: int
     scale: float
     dtype: Any
+
+    @property
+    def rows(self) -> int:
+        """Query rows of one latent, T * H rounded up to the alignment."""
+        return -(-self.queries * self.heads // _ALIGN) * _ALIGN
 
     @property
     def mode(self) -> str:
@@ -266,6 +261,12 @@ class _Shape:
     def slots(self, config: Config) -> int:
         """Partial results at most; every CTA and every unit begins at most one new."""
         return config.ctas if config.stripes else config.ctas + self.batch * self.units
+
+
+def _shape(problem: Any, config: Config) -> _Shape:
+    """What follows from the sizes; it has no scale yet."""
+    sizes = {f.name: getattr(problem, f.name, None) for f in dataclasses.fields(_Shape)}
+    return _Shape(**sizes | dict(shared=config.shared))
 
 
 def _schedule(shape: _Shape, config: Config, lengths_ref, starts_ref, table_ref):
@@ -973,15 +974,14 @@ def absorbed_decode(
     B, T, L, H, C = q_BTLHC.shape
     G, R = q_rope_BTGHR.shape[2], q_rope_BTGHR.shape[4]
     S = latents_BSLC.shape[1]
-    rows = -(-T * H // _ALIGN) * _ALIGN
     dtype = jnp.dtype(q_BTLHC.dtype)
-    shape = _Shape(B, T, L, H, G, C, R, S, rows, config.shared, float(scale), dtype)
+    shape = _Shape(B, T, L, H, G, C, R, S, config.shared, float(scale), dtype)
 
     def as_rows(x_BTNHX):
         # For one query or one latent this only renames dimensions.
         N, X = x_BTNHX.shape[2], x_BTNHX.shape[4]
         x_BNRX = jnp.swapaxes(x_BTNHX, 1, 2).reshape(B, N, T * H, X)
-        return jnp.pad(x_BNRX, ((0, 0), (0, 0), (0, rows - T * H), (0, 0)))
+        return jnp.pad(x_BNRX, ((0, 0), (0, 0), (0, shape.rows - T * H), (0, 0)))
 
     bounds = (lengths_BT, starts_B)
     if B > 1:
