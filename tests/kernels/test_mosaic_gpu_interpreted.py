@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.kernels.absorbed_decode import reference
@@ -26,12 +27,19 @@ plgpu = mosaic_gpu.plgpu
 SCALE = 0.09
 
 
-def weigh(values, smem, count):
-    """What the kernel writes in the GPU's own instructions: sums of values by weight."""
-    weights = smem[pl.ds(0, len(values) * values[0].shape[0])]
-    rows = jnp.concatenate(values).astype(jnp.float32)
-    weighted = jnp.where(jnp.arange(len(rows)) < count, weights, 0)[:, None] * rows
-    smem[pl.ds(0, 512)] = jnp.pad(weighted[:count].sum(axis=0), (0, 384))
+def weigh(parts, lses, sums, statistics):
+    """What the kernel writes in the GPU's own instructions: sums of parts by weight."""
+    wg, groups = lax.axis_index("wg"), mosaic_gpu._JOINERS
+    mine = jnp.arange(lses.shape[0]) // 8 % groups == wg
+    lse = jnp.where(mine, lses[...], -jnp.inf)
+    top = jnp.maximum(lse.max(), mosaic_gpu._LOWEST)
+    weights = jnp.exp2(lse - top)
+    total = (weights[:, None] * parts[...].astype(jnp.float32)).sum(axis=0)
+    # Here one warp of each warpgroup does it all.
+    sums[pl.ds(wg * 512, 512)] = jnp.pad(total, (0, 384))
+    lowest = jnp.full([3], mosaic_gpu._LOWEST, jnp.float32)
+    statistics[pl.ds(wg * 4, 4)] = jnp.concatenate([top[None], lowest])
+    statistics[pl.ds((groups + wg) * 4, 4)] = jnp.pad(weights.sum()[None], (0, 3))
 
 
 class Accumulator:
@@ -143,6 +151,21 @@ def interpreted(monkeypatch):
             [[131, 132, 133, 134, 135, 136, 193]],
             [59],
         ),
+        # The tile that each CTA asks for unseen is another than its first, or one too many.
+        (
+            "alternate",
+            dict(B=1, T=1, L=1, H=5, C=128, S=608, G=1),
+            dict(ctas=5, stages=2, stripes=True),
+            [[330]],
+            [70],
+        ),
+        (
+            "columns",
+            dict(B=1, T=1, L=1, H=3, C=512, S=264, G=1, R=32),
+            dict(ctas=3, stages=2, stripes=True),
+            [[200]],
+            [90],
+        ),
         # MLA's width; the results pass through the memory of the queries.
         (
             "columns",
@@ -159,7 +182,18 @@ def interpreted(monkeypatch):
             [3],
         ),
     ],
-    ids=["splits", "ragged", "wide", "pairs", "pairs-ragged", "together", "MLA", "MLA-L2"],
+    ids=[
+        "splits",
+        "ragged",
+        "wide",
+        "pairs",
+        "pairs-ragged",
+        "together",
+        "late",
+        "MLA-late",
+        "MLA",
+        "MLA-L2",
+    ],
 )
 def test_numerics(interpreted, mode, sizes, config, lengths_BT, starts_B):
     B, T, L, H, C, S, G = (sizes[n] for n in "BTLHCSG")

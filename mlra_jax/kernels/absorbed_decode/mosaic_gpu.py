@@ -21,6 +21,7 @@ A stream is up to 64 query rows of one latent, with a softmax of their own. A un
 cache as one: the one or two streams of a CTA.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -45,8 +46,10 @@ _SMEM_BYTES = 227 * 1024
 _WIDTHS = (128, 256, 512)
 # Threads of a warpgroup.
 _LANES = 128
-# Partial results of 128 columns that a warpgroup reads at a time, 16 bytes for each thread.
-_PARTS = 8
+# Columns of a partial result that a thread joins, 16 bytes of it.
+_COLUMNS = 8
+# Warpgroups that join a row together.
+_JOINERS = 2
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 # A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
 _LOWEST = -1e30
@@ -69,7 +72,7 @@ class Config:
     """
 
     block: int = 64
-    stages: int = 6
+    stages: int = 4
     ctas: int = 132
     shared: int = 1
     query_stages: int = 1
@@ -124,7 +127,8 @@ def _smem_bytes(config: Config, problem: Any) -> int:
 
 def _with_most_stages(config: Config, problem: Any) -> Config | None:
     step = 2 if _shape(problem, config).mode == "alternate" else 1
-    for stages in range(8, 0, -step):
+    # More in flight gains nothing, but memory then serves some CTAs long before others.
+    for stages in range(4, 0, -step):
         config = dataclasses.replace(config, stages=stages)
         if _smem_bytes(config, problem) <= _SMEM_BYTES:
             return config
@@ -156,7 +160,10 @@ def heuristic(problem: Any) -> Config:
     config = Config(ctas=_multiprocessors(problem.device_kind), shared=2 if pairs else 1)
     units = _shape(problem, config).units
     if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
-        config = dataclasses.replace(config, stripes=True)
+        # As many CTAs as have equally much to do when the cache is full.
+        tiles = pl.cdiv(problem.cache, config.block)
+        team = pl.cdiv(tiles, pl.cdiv(tiles, config.ctas // units))
+        config = dataclasses.replace(config, stripes=True, ctas=team * units)
     elif problem.width == 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
     return _with_most_stages(config, problem)
@@ -171,13 +178,15 @@ def candidates(problem: Any) -> list[Config]:
     for block, shared, query_stages, rows in itertools.product(
         (64, 128), sorted({1, first.shared}), (1, 2), join_rows
     ):
+        stripes = first.stripes and shared == first.shared
         config = dataclasses.replace(
             first,
             block=block,
+            ctas=first.ctas if stripes else _multiprocessors(problem.device_kind),
             shared=shared,
             query_stages=query_stages,
             join_rows=rows,
-            stripes=first.stripes and shared == first.shared,
+            stripes=stripes,
         )
         config = _with_most_stages(config, problem)
         if config is not None and config not in found:
@@ -310,51 +319,77 @@ def _swizzled(shape, dtype):
     )
 
 
-def _weigh(values: list[jax.Array], smem, count: int) -> None:
-    """Sums of values times weights, of each warp's share of the values.
+def _weigh(parts_ref, lses_ref, sums_ref, statistics_ref) -> None:
+    """Joins partial results of one row as far as a warp can alone.
+
+    What was read is dropped from L2: otherwise it would be written to device memory while the next
+    launch reads its cache.
 
     Args:
-      values: arrays of [8, 128] in a layout of 8 neighbours a thread, `count` rows in all; what is
-        in further rows is not used.
-      smem: float32, at least 512. The weight of each row of values; afterwards four sums of
-        [128], one of each warp.
+      parts_ref: normalised partial results [n, 128] of two bytes an element, in device memory.
+      lses_ref: float32 [n], their base-2 LSEs.
+      sums_ref: float32 [warps * 128] in shared memory, for each warp's sum of weighted parts.
+      statistics_ref: float32 [2 * warps] in shared memory, for the LSE whose weight is 1 in each
+        warp, then for each warp's sum of weights.
     """
-    layout = plgpu.Layout.WG_STRIDED((_PARTS, _LANES), _PARTS)
 
-    @plgpu.inline_mgpu(arg_types=([layout] * len(values), plgpu.RefType()))
-    def weigh(ctx, values, smem):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4)
+    def weigh(ctx, parts, lses, sums, statistics):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        wide = ir.VectorType.get((_PARTS,), f32)
-        number = lambda n: arith.constant(i32, n)
-        thread = mgpu.thread_idx()
-        own = arith.divui(thread, number(_LANES // _PARTS))  # Its row of each array.
-        pointer = mgpu.utils.memref_ptr(smem)
-        at = lambda index: mgpu.utils.getelementptr(pointer, [index], f32)
-        nothing = vector.broadcast(wide, arith.constant(f32, 0.0))
-        total = nothing
-        for k, value in enumerate(values):
-            index = arith.addi(own, number(k * _PARTS))
-            weight = llvm.load(f32, at(index))
-            [value] = value.registers.flat
-            value = arith.extf(wide, value)
-            if (k + 1) * _PARTS > count:
-                known = arith.cmpi(arith.CmpIPredicate.ult, index, number(count))
-                value = arith.select(known, value, nothing)
-            total = mlir_math.fma(value, vector.broadcast(wide, weight), total)
-        # Half a warp has one row of each array, the other half the next.
-        half = _LANES // _PARTS
-        for k in range(_PARTS):
-            element = vector.extract(total, [], [k])
-            element = arith.addf(element, mgpu.utils.shfl_bfly(element, half))
-            total = vector.insert(element, total, [], [k])
-        mgpu.warpgroup_barrier()  # All have read the weights.
-        lane = arith.remui(thread, number(32))
-        warp = arith.divui(thread, number(32))
-        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, lane, number(half))):
-            column = arith.muli(lane, number(_PARTS))
-            llvm.store(total, at(arith.addi(arith.muli(warp, number(_LANES)), column)))
+        memory = ir.MemRefType(parts.type)
+        count, element = memory.shape[0], memory.element_type
+        narrow, wide = (ir.VectorType.get((_COLUMNS,), t) for t in (element, f32))
+        number, real = (functools.partial(arith.constant, t) for t in (i32, f32))
+        spread = functools.partial(vector.broadcast, wide)
+        below = functools.partial(arith.cmpi, arith.CmpIPredicate.ult)
+        emit = functools.partial(llvm.inline_asm, asm_dialect=0)
+        exp2 = lambda x: emit(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
 
-    weigh(values, smem)
+        def at(ref, index, kind):
+            return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], kind)
+
+        thread = mgpu.thread_idx()
+        lane, warp = arith.remui(thread, number(32)), arith.divui(thread, number(32))
+        half_warp, column = arith.divui(thread, number(16)), arith.remui(thread, number(16))
+        column = arith.muli(column, number(_COLUMNS))
+        # Each half of a warp reads every n-th part.
+        warps = _JOINERS * _LANES // 32
+        indices = [arith.addi(half_warp, number(k)) for k in range(0, count, 2 * warps)]
+        there, last = below(indices[-1], number(count)), indices[-1]
+        indices[-1] = arith.minui(last, number(count - 1))
+        places = [arith.addi(arith.muli(i, number(_LANES)), column) for i in indices]
+        lse = [llvm.load(f32, at(lses, i, f32)) for i in indices]
+        values = [llvm.load(narrow, at(parts, place, element)) for place in places]
+        lse[-1] = arith.select(there, lse[-1], real(-math.inf))
+        top = functools.reduce(arith.maximumf, lse, real(_LOWEST))
+        total, acc = real(0.0), spread(real(0.0))
+        for x, value in zip(lse, values, strict=True):
+            weight = exp2(arith.subf(x, top))
+            total = arith.addf(total, weight)
+            acc = mlir_math.fma(arith.extf(wide, value), spread(weight), acc)
+        # The two halves become one.
+        swap = lambda x: mgpu.utils.shfl_bfly(x, 16)
+        joint = arith.maximumf(top, swap(top))
+        fade = exp2(arith.subf(top, joint))
+        total, acc = arith.mulf(total, fade), arith.mulf(acc, spread(fade))
+        total = arith.addf(total, swap(total))
+        for k in range(_COLUMNS):
+            one = vector.extract(acc, [], [k])
+            acc = vector.insert(arith.addf(one, swap(one)), acc, [], [k])
+        with mgpu.when(below(lane, number(16))):
+            place = arith.addi(arith.muli(warp, number(_LANES)), column)
+            llvm.store(acc, at(sums, place, f32))
+            llvm.store(joint, at(statistics, warp, f32))
+            llvm.store(total, at(statistics, arith.addi(warp, number(warps)), f32))
+        # One thread for each line of 128 bytes, of which no other warp has read.
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, number(8)), number(0))):
+            for k, place in enumerate(places):
+                with mgpu.when(there) if k + 1 == len(places) else contextlib.nullcontext():
+                    pointer, void = at(parts, place, element), ir.Type.parse("!llvm.void")
+                    text = "discard.global.L2 [$0], 128;"
+                    emit(void, [pointer], text, "l,~{memory}", has_side_effects=True)
+
+    weigh(parts_ref, lses_ref, sums_ref, statistics_ref)
 
 
 def _join_teams(shape: _Shape, config: Config):
@@ -364,9 +399,9 @@ def _join_teams(shape: _Shape, config: Config):
     """
     chunks, team = shape.width // _LANES, config.ctas // shape.units
     lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
-    layout = plgpu.Layout.WG_STRIDED((_PARTS, _LANES), _PARTS)
+    warps = range(_JOINERS * _LANES // 32)
 
-    def body(part_ref, part_lse_ref, out_ref, lse_ref, smem):
+    def body(part_ref, part_lse_ref, out_ref, lse_ref, sums, statistics, weighed):
         index = lax.axis_index("task")
         chunk, index = lax.rem(index, chunks), lax.div(index, chunks)
         stream_row, index = lax.rem(index, shape.stream_rows), lax.div(index, shape.stream_rows)
@@ -374,35 +409,36 @@ def _join_teams(shape: _Shape, config: Config):
         if config.overlap:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
-        values = [
-            plgpu.load(
-                part_ref.at[stream, stream_row, chunk, pl.ds(unit * team + first, _PARTS)],
-                layout=layout,
-            )
-            for first in range(0, team, _PARTS)
-        ]
-        lses = []
-        for first in range(0, team, _LANES):
-            some = pl.ds(unit * team + first, _LANES)
-            lse = plgpu.load(part_lse_ref.at[stream, stream_row, some], layout=lanes)
-            slot = first + plgpu.broadcasted_iota(jnp.int32, (_LANES,), 0, layout=lanes)
-            lses.append(jnp.where(slot < team, lse, -jnp.inf))
-        top = jnp.maximum(functools.reduce(jnp.maximum, lses).max(), _LOWEST)
-        weights = [jnp.exp2(lse - top) for lse in lses]
-        for k, weight in enumerate(weights):
-            smem[pl.ds(k * _LANES, _LANES)] = weight
-        total = sum(weights).sum()
-        plgpu.commit_smem()
-        _weigh(values, smem, team)
-        plgpu.commit_smem()
-        warps = [pl.ds(k * _LANES, _LANES) for k in range(4)]
-        acc = sum(plgpu.load(smem.at[at], layout=lanes) for at in warps)
-        place = jnp.int32(0), unit, stream, stream_row, chunk
-        _store_joined(shape, (out_ref, lse_ref), place, acc, top, total)
+        parts = pl.ds(unit * team, team)
+        _weigh(
+            part_ref.at[stream, stream_row, chunk, parts],
+            part_lse_ref.at[stream, stream_row, parts],
+            sums,
+            statistics,
+        )
+        plgpu.barrier_arrive(weighed)
 
-    tasks = shape.units * shape.streams * shape.stream_rows * chunks
-    weights = max(4, -(-team // _LANES)) * _LANES
-    return _join_kernel(shape, body, tasks, smem=plgpu.SMEM((weights,), jnp.float32))
+        @pl.when(lax.axis_index("wg") == 0)
+        def _join_warps():
+            plgpu.barrier_wait(weighed)
+            tops = [statistics[w] for w in warps]
+            top = functools.reduce(jnp.maximum, tops)
+            weights = [jnp.exp2(x - top) for x in tops]
+            total = sum(statistics[len(warps) + w] * weights[w] for w in warps)
+            ats = [pl.ds(w * _LANES, _LANES) for w in warps]
+            acc = sum(plgpu.load(sums.at[ats[w]], layout=lanes) * weights[w] for w in warps)
+            place = jnp.int32(0), unit, stream, stream_row, chunk
+            _store_joined(shape, (out_ref, lse_ref), place, acc, top, total)
+
+    return _join_kernel(
+        shape,
+        body,
+        shape.units * shape.streams * shape.stream_rows * chunks,
+        _JOINERS,
+        sums=plgpu.SMEM((len(warps) * _LANES,), jnp.float32),
+        statistics=plgpu.SMEM((2 * len(warps),), jnp.float32),
+        weighed=plgpu.Barrier(num_arrivals=_JOINERS),
+    )
 
 
 def _store_joined(shape: _Shape, refs, place, acc, top, total):
@@ -490,7 +526,8 @@ def _join_shares(shape: _Shape, config: Config):
     return _join_kernel(shape, body, tasks)
 
 
-def _join_kernel(shape: _Shape, body, tasks: int, **scratch):
+def _join_kernel(shape: _Shape, body, tasks: int, warpgroups: int = 1, **scratch):
+    threads = dict(num_threads=warpgroups, thread_name="wg") if warpgroups > 1 else {}
     return plgpu.kernel(
         body,
         out_type=(
@@ -502,11 +539,12 @@ def _join_kernel(shape: _Shape, body, tasks: int, **scratch):
         scratch_types=scratch,
         grid=(tasks,),
         grid_names=("task",),
+        **threads,
         kernel_name="absorbed_decode_join",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=512,
+            reduction_scratch_bytes=0,
         ),
     )
 
@@ -535,19 +573,33 @@ def _split_kernel(shape: _Shape, config: Config):
         if config.overlap:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
-        total, share, span = _schedule(shape, config, lengths_ref, starts_ref, table_ref)
-        first = cta * share
-        last = jnp.minimum(first + share, total)
+        schedule = functools.partial(_schedule, shape, config, lengths_ref, starts_ref, table_ref)
 
-        def for_each_unit(visit):
+        if config.stripes:
+            # All that is known before the lengths arrive: row, latent, block of rows, first tile.
+            unit = lax.rem(cta, shape.units)
+            stripe = (
+                jnp.int32(0),
+                lax.div(unit, shape.blocks) * shape.shared,
+                lax.rem(unit, shape.blocks),
+                lax.div(cta, shape.units),
+            )
+
+        def for_each_unit(visit, drop):
             """Calls visit(row, latent, block of rows, first tile, tiles, ring position, count)."""
             if config.stripes:
-                unit, none = lax.rem(cta, shape.units), jnp.int32(0)
-                latent = lax.div(unit, shape.blocks) * shape.shared
-                tile = lax.div(cta, shape.units)
-                now = lax.div(jnp.maximum(span(none)[1] - tile + team - 1, 0), team)
-                visit(none, latent, lax.rem(unit, shape.blocks), tile, now, none, none)
+                _, _, span = schedule()
+                row, latent, rows_block, tile = stripe
+                now = lax.div(jnp.maximum(span(row)[1] - tile + team - 1, 0), team)
+                # The tile that was guessed has place 0 of the ring, whether it is used or not.
+                ring = jnp.where((now > 0) & (begin_of(row) == 0), 0, 1)
+                pl.when(ring > 0)(drop)
+                visit(row, latent, rows_block, tile, now, ring, jnp.int32(0))
                 return
+
+            total, share, span = schedule()
+            first = cta * share
+            last = jnp.minimum(first + share, total)
 
             def step(carry):
                 tile, row, ring, seen = carry
@@ -585,56 +637,76 @@ def _split_kernel(shape: _Shape, config: Config):
 
             return lax.fori_loop(0, lax.div(now - skipped + turns - 1, turns), body, carry)
 
+        def load_tile(row, latent, position, stage):
+            at = _at(position, block)
+            columns = _at(latent * width, shape.shared * width, width)
+            plgpu.copy_gmem_to_smem(
+                latents_ref.at[row, at, columns], c_smem.at[stage], full.at[stage]
+            )
+            plgpu.copy_gmem_to_smem(k_rope_ref.at[row, at], r_smem.at[stage], full.at[stage])
+
+        def load_queries(row, latent, rows_block, slot):
+            for stream in range(streams):
+                tile_of_rows = stream if shape.row_tiles > 1 else 0
+                at = rows_block * (_ROWS * shape.row_tiles) + tile_of_rows * _ROWS
+                source, target = _at(at, rows, _ROWS), pl.ds(stream * rows, rows)
+                which = latent if shape.row_tiles > 1 else latent + stream
+                for k in range(width // chunk_width):
+                    # In an order of its own, as all CTAs ask for the same at once.
+                    chunk = lax.rem(cta + k, width // chunk_width)
+                    columns = _at(chunk * chunk_width, chunk_width, chunk_width)
+                    plgpu.copy_gmem_to_smem(
+                        q_ref.at[row, which, source, columns],
+                        q_smem.at[slot, chunk, target],
+                        q_full.at[slot],
+                    )
+                if stream < rope_streams:
+                    plgpu.copy_gmem_to_smem(
+                        q_rope_ref.at[row, lax.rem(which, shape.groups), source],
+                        q_rope_smem.at[slot, target],
+                        q_full.at[slot],
+                    )
+
         def load():
+            # The cache comes from farther away than the queries, so it is asked first.
+            if config.stripes:
+                # Without waiting for the lengths: a row hardly ever begins late or ends this early.
+                row, latent, rows_block, tile = stripe
+                last_tile = (shape.cache - 1) // block
+                load_tile(row, latent, jnp.minimum(tile, last_tile) * block, 0)
+                load_queries(row, latent, rows_block, 0)
+
             def visit(row, latent, rows_block, tile, now, ring, seen):
-                slot = lax.rem(seen, config.query_stages)
                 begin = begin_of(row)
 
-                def load_tile(i, _=None):
+                def load_next(i, _=None):
                     stage = lax.rem(ring + i, stages)
                     pl.when(ring + i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-                    at = _at(begin + (tile + i * stride) * block, block)
-                    columns = _at(latent * width, shape.shared * width, width)
-                    plgpu.copy_gmem_to_smem(
-                        latents_ref.at[row, at, columns], c_smem.at[stage], full.at[stage]
-                    )
-                    plgpu.copy_gmem_to_smem(
-                        k_rope_ref.at[row, at], r_smem.at[stage], full.at[stage]
-                    )
+                    load_tile(row, latent, begin + (tile + i * stride) * block, stage)
 
-                def load_queries():
-                    before = seen >= config.query_stages
-                    pl.when(before)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
-                    for stream in range(streams):
-                        tile_of_rows = stream if shape.row_tiles > 1 else 0
-                        at = rows_block * (_ROWS * shape.row_tiles) + tile_of_rows * _ROWS
-                        source, target = _at(at, rows, _ROWS), pl.ds(stream * rows, rows)
-                        which = latent if shape.row_tiles > 1 else latent + stream
-                        for k in range(width // chunk_width):
-                            # In an order of its own, as all CTAs ask for the same at once.
-                            chunk = lax.rem(cta + k, width // chunk_width)
-                            columns = _at(chunk * chunk_width, chunk_width, chunk_width)
-                            plgpu.copy_gmem_to_smem(
-                                q_ref.at[row, which, source, columns],
-                                q_smem.at[slot, chunk, target],
-                                q_full.at[slot],
-                            )
-                        if stream < rope_streams:
-                            plgpu.copy_gmem_to_smem(
-                                q_rope_ref.at[row, lax.rem(which, shape.groups), source],
-                                q_rope_smem.at[slot, target],
-                                q_full.at[slot],
-                            )
-
-                # The cache comes from farther away than the queries, so it is asked first.
                 if config.stripes:
-                    pl.when(now > 0)(lambda: load_tile(jnp.int32(0)))
-                else:
-                    load_tile(jnp.int32(0))
-                load_queries()
-                lax.fori_loop(1, now, load_tile, None)
+                    lax.fori_loop(1 - ring, now, load_next, None)
+                    return
+                load_next(jnp.int32(0))
+                slot = lax.rem(seen, config.query_stages)
+                before = seen >= config.query_stages
+                pl.when(before)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
+                load_queries(row, latent, rows_block, slot)
+                lax.fori_loop(1, now, load_next, None)
 
-            for_each_unit(visit)
+            for_each_unit(visit, drop=lambda: None)
+
+        def drop():
+            """Uses up a tile that was loaded on a wrong guess."""
+
+            def pass_over():
+                plgpu.barrier_wait(full.at[0])
+                plgpu.barrier_arrive(empty.at[0])
+
+            if mode == "alternate":
+                pl.when(wg == 0)(pass_over)
+            else:
+                pass_over()
 
         def scores(slot, stream, stage):
             """Products of a stream's queries and keys, float32 [64, block]."""
@@ -761,7 +833,7 @@ def _split_kernel(shape: _Shape, config: Config):
                     send(staging, value * wide(inverse, value), part, stream, at)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            for_each_unit(visit)
+            for_each_unit(visit, drop)
 
         def unite(me, part, seen, acc, top, denominator):
             """Joins what the two warpgroups have; each writes one half of the columns."""
@@ -828,7 +900,7 @@ def _split_kernel(shape: _Shape, config: Config):
                 plgpu.barrier_arrive(inverse_full)
                 store_lse(0, part_of(row, latent, rows_block), lse)
 
-            for_each_unit(visit)
+            for_each_unit(visit, drop=lambda: plgpu.barrier_wait(full.at[0]))
 
         def multiply_half():
             p_smem = scratch["p"]
@@ -866,7 +938,11 @@ def _split_kernel(shape: _Shape, config: Config):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_empty.at[slot])
 
-            for_each_unit(visit)
+            def drop_half():
+                drop()
+                plgpu.barrier_arrive(p_empty)
+
+            for_each_unit(visit, drop_half)
 
         # The register file is divided anew: little for copies, much for accumulators.
         @pl.when(wg == multipliers)
@@ -929,11 +1005,10 @@ def _split_kernel(shape: _Shape, config: Config):
         )
     else:
         scratch |= dict(q=queries, out=_swizzled((2, _ROWS, piece), shape.dtype))
-    slots = shape.slots(config) + _PARTS  # Some are read beyond the last, to no effect.
+    slots = shape.slots(config)
     parts = (
         jax.ShapeDtypeStruct((streams, rows, width // _LANES, slots, _LANES), shape.dtype),
-        # Written by 64 rows and read by 128 slots at a time.
-        jax.ShapeDtypeStruct((streams, _ROWS, slots + 2 * _LANES), jnp.float32),
+        jax.ShapeDtypeStruct((streams, _ROWS, slots), jnp.float32),
     )
     return plgpu.kernel(
         body,
