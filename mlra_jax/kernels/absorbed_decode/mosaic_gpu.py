@@ -125,10 +125,14 @@ def _smem_bytes(config: Config, problem: Any) -> int:
     return (config.query_stages * query + cache) * 2 + exchange + 3 * 1024
 
 
+def _turns(config: Config, problem: Any) -> int:
+    """Warpgroups that take turns at tiles; the number of stages is a multiple of it."""
+    return 2 if _shape(problem, config).mode == "alternate" else 1
+
+
 def _with_most_stages(config: Config, problem: Any) -> Config | None:
-    step = 2 if _shape(problem, config).mode == "alternate" else 1
     # More in flight gains nothing, but memory then serves some CTAs long before others.
-    for stages in range(4, 0, -step):
+    for stages in range(4, 0, -_turns(config, problem)):
         config = dataclasses.replace(config, stages=stages)
         if _smem_bytes(config, problem) <= _SMEM_BYTES:
             return config
@@ -189,8 +193,14 @@ def candidates(problem: Any) -> list[Config]:
             stripes=stripes,
         )
         config = _with_most_stages(config, problem)
-        if config is not None and config not in found:
-            found.append(config)
+        if config is None:
+            continue
+        # Fewer tiles in flight wait less in memory's queues.
+        turns = _turns(config, problem)
+        for stages in (config.stages, max(config.stages - turns, turns)):
+            config = dataclasses.replace(config, stages=stages)
+            if config not in found:
+                found.append(config)
     return found
 
 
