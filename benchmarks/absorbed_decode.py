@@ -567,9 +567,7 @@ def main(argv: list[str] | None = None) -> int:
 
     seed = time.time_ns() % 2**31
     key = jax.random.key(seed, impl="unsafe_rbg")
-    size = (
-        1 << 24 if options.quick else _GIGABYTES * 10**9 // 2 // (132 * 64 * 4096) * 132 * 64 * 4096
-    )
+    size = 1 << 24 if options.quick else _GIGABYTES * 10**9 // 2 // _CUT * _CUT
     pool = jax.jit(lambda k: jax.random.normal(k, [size], jnp.bfloat16))(key)
     if options.quick:
         limit = dict(read=4.5e12)

@@ -48,8 +48,9 @@ _WIDTHS = (128, 256, 512)
 _LANES = 128
 # Columns of a partial result that a thread joins, 16 bytes of it.
 _COLUMNS = 8
-# Warpgroups that join a row together.
+# Warpgroups that join a row together, and their warps.
 _JOINERS = 2
+_WARPS = _JOINERS * _LANES // 32
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 # A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
 _LOWEST = -1e30
@@ -125,14 +126,9 @@ def _smem_bytes(config: Config, problem: Any) -> int:
     return (config.query_stages * query + cache) * 2 + exchange + 3 * 1024
 
 
-def _turns(config: Config, problem: Any) -> int:
-    """Warpgroups that take turns at tiles; the number of stages is a multiple of it."""
-    return 2 if _shape(problem, config).mode == "alternate" else 1
-
-
 def _with_most_stages(config: Config, problem: Any) -> Config | None:
     # More in flight gains nothing, but memory then serves some CTAs long before others.
-    for stages in range(4, 0, -_turns(config, problem)):
+    for stages in range(4, 0, -_shape(problem, config).turns):
         config = dataclasses.replace(config, stages=stages)
         if _smem_bytes(config, problem) <= _SMEM_BYTES:
             return config
@@ -196,7 +192,7 @@ def candidates(problem: Any) -> list[Config]:
         if config is None:
             continue
         # Fewer tiles in flight wait less in memory's queues.
-        turns = _turns(config, problem)
+        turns = _shape(problem, config).turns
         for stages in (config.stages, max(config.stages - turns, turns)):
             config = dataclasses.replace(config, stages=stages)
             if config not in found:
@@ -277,6 +273,15 @@ class _Shape:
         """Warpgroups of a CTA that multiply."""
         return 3 if self.mode == "columns" else 2
 
+    @property
+    def turns(self) -> int:
+        """Warpgroups that take turns at tiles; the number of stages is a multiple of it."""
+        return 2 if self.mode == "alternate" else 1
+
+    def of_unit(self, unit):
+        """The first latent of a unit and its block of query rows."""
+        return lax.div(unit, self.blocks) * self.shared, lax.rem(unit, self.blocks)
+
     def slots(self, config: Config) -> int:
         """Partial results at most; every CTA and every unit begins at most one new."""
         return config.ctas if config.stripes else config.ctas + self.batch * self.units
@@ -338,8 +343,8 @@ def _weigh(parts_ref, lses_ref, sums_ref, statistics_ref) -> None:
     Args:
       parts_ref: normalised partial results [n, 128] of two bytes an element, in device memory.
       lses_ref: float32 [n], their base-2 LSEs.
-      sums_ref: float32 [warps * 128] in shared memory, for each warp's sum of weighted parts.
-      statistics_ref: float32 [2 * warps] in shared memory, for the LSE whose weight is 1 in each
+      sums_ref: float32 [_WARPS * 128] in shared memory, for each warp's sum of weighted parts.
+      statistics_ref: float32 [2 * _WARPS] in shared memory, for the LSE whose weight is 1 in each
         warp, then for each warp's sum of weights.
     """
 
@@ -352,8 +357,7 @@ def _weigh(parts_ref, lses_ref, sums_ref, statistics_ref) -> None:
         number, real = (functools.partial(arith.constant, t) for t in (i32, f32))
         spread = functools.partial(vector.broadcast, wide)
         below = functools.partial(arith.cmpi, arith.CmpIPredicate.ult)
-        emit = functools.partial(llvm.inline_asm, asm_dialect=0)
-        exp2 = lambda x: emit(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+        exp2 = lambda x: llvm.inline_asm(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
 
         def at(ref, index, kind):
             return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], kind)
@@ -363,8 +367,7 @@ def _weigh(parts_ref, lses_ref, sums_ref, statistics_ref) -> None:
         half_warp, column = arith.divui(thread, number(16)), arith.remui(thread, number(16))
         column = arith.muli(column, number(_COLUMNS))
         # Each half of a warp reads every n-th part.
-        warps = _JOINERS * _LANES // 32
-        indices = [arith.addi(half_warp, number(k)) for k in range(0, count, 2 * warps)]
+        indices = [arith.addi(half_warp, number(k)) for k in range(0, count, 2 * _WARPS)]
         there, last = below(indices[-1], number(count)), indices[-1]
         indices[-1] = arith.minui(last, number(count - 1))
         places = [arith.addi(arith.muli(i, number(_LANES)), column) for i in indices]
@@ -390,14 +393,14 @@ def _weigh(parts_ref, lses_ref, sums_ref, statistics_ref) -> None:
             place = arith.addi(arith.muli(warp, number(_LANES)), column)
             llvm.store(acc, at(sums, place, f32))
             llvm.store(joint, at(statistics, warp, f32))
-            llvm.store(total, at(statistics, arith.addi(warp, number(warps)), f32))
+            llvm.store(total, at(statistics, arith.addi(warp, number(_WARPS)), f32))
         # One thread for each line of 128 bytes, of which no other warp has read.
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, number(8)), number(0))):
             for k, place in enumerate(places):
                 with mgpu.when(there) if k + 1 == len(places) else contextlib.nullcontext():
                     pointer, void = at(parts, place, element), ir.Type.parse("!llvm.void")
                     text = "discard.global.L2 [$0], 128;"
-                    emit(void, [pointer], text, "l,~{memory}", has_side_effects=True)
+                    llvm.inline_asm(void, [pointer], text, "l,~{memory}", has_side_effects=True)
 
     weigh(parts_ref, lses_ref, sums_ref, statistics_ref)
 
@@ -409,7 +412,7 @@ def _join_teams(shape: _Shape, config: Config):
     """
     chunks, team = shape.width // _LANES, config.ctas // shape.units
     lanes = plgpu.Layout.WG_STRIDED((_LANES,), 1)
-    warps = range(_JOINERS * _LANES // 32)
+    warps = range(_WARPS)
 
     def body(part_ref, part_lse_ref, out_ref, lse_ref, sums, statistics, weighed):
         index = lax.axis_index("task")
@@ -434,7 +437,7 @@ def _join_teams(shape: _Shape, config: Config):
             tops = [statistics[w] for w in warps]
             top = functools.reduce(jnp.maximum, tops)
             weights = [jnp.exp2(x - top) for x in tops]
-            total = sum(statistics[len(warps) + w] * weights[w] for w in warps)
+            total = sum(statistics[_WARPS + w] * weights[w] for w in warps)
             ats = [pl.ds(w * _LANES, _LANES) for w in warps]
             acc = sum(plgpu.load(sums.at[ats[w]], layout=lanes) * weights[w] for w in warps)
             place = jnp.int32(0), unit, stream, stream_row, chunk
@@ -445,8 +448,8 @@ def _join_teams(shape: _Shape, config: Config):
         body,
         shape.units * shape.streams * shape.stream_rows * chunks,
         _JOINERS,
-        sums=plgpu.SMEM((len(warps) * _LANES,), jnp.float32),
-        statistics=plgpu.SMEM((2 * len(warps),), jnp.float32),
+        sums=plgpu.SMEM((_WARPS * _LANES,), jnp.float32),
+        statistics=plgpu.SMEM((2 * _WARPS,), jnp.float32),
         weighed=plgpu.Barrier(num_arrivals=_JOINERS),
     )
 
@@ -455,8 +458,8 @@ def _store_joined(shape: _Shape, refs, place, acc, top, total):
     """Writes 128 columns of one query row, and once its LSE; place is from batch row to chunk."""
     out_ref, lse_ref = refs
     batch_row, unit, stream, row, chunk = place
-    latent = lax.div(unit, shape.blocks) * shape.shared
-    row = row + lax.rem(unit, shape.blocks) * (_ROWS * shape.row_tiles)
+    latent, rows_block = shape.of_unit(unit)
+    row = row + rows_block * (_ROWS * shape.row_tiles)
     if shape.shared > 1:
         latent = latent + stream
     else:
@@ -537,6 +540,7 @@ def _join_shares(shape: _Shape, config: Config):
 
 
 def _join_kernel(shape: _Shape, body, tasks: int, warpgroups: int = 1, **scratch):
+    # A named single warpgroup would cost a barrier.
     threads = dict(num_threads=warpgroups, thread_name="wg") if warpgroups > 1 else {}
     return plgpu.kernel(
         body,
@@ -563,7 +567,7 @@ def _split_kernel(shape: _Shape, config: Config):
     """Builds the launch that walks the cache: partial outputs (normalised) and base-2 LSEs."""
     block, stages, width = config.block, config.stages, shape.width
     mode, streams, multipliers = shape.mode, shape.streams, shape.multipliers
-    turns = 2 if mode == "alternate" else 1
+    turns = shape.turns
     rows, rope_streams = shape.stream_rows, shape.rope_streams
     factor = shape.scale * math.log2(math.e)
     team = config.ctas // shape.units  # CTAs of a unit, where tiles are in stripes.
@@ -587,13 +591,8 @@ def _split_kernel(shape: _Shape, config: Config):
 
         if config.stripes:
             # All that is known before the lengths arrive: row, latent, block of rows, first tile.
-            unit = lax.rem(cta, shape.units)
-            stripe = (
-                jnp.int32(0),
-                lax.div(unit, shape.blocks) * shape.shared,
-                lax.rem(unit, shape.blocks),
-                lax.div(cta, shape.units),
-            )
+            unit, first_tile = lax.rem(cta, shape.units), lax.div(cta, shape.units)
+            stripe = jnp.int32(0), *shape.of_unit(unit), first_tile
 
         def for_each_unit(visit, drop):
             """Calls visit(row, latent, block of rows, first tile, tiles, ring position, count)."""
@@ -621,8 +620,7 @@ def _split_kernel(shape: _Shape, config: Config):
                 unit = lax.div(tile - begin, count)
                 tile_in_unit = lax.rem(tile - begin, count)
                 now = jnp.minimum(count - tile_in_unit, last - tile)
-                latent = lax.div(unit, shape.blocks) * shape.shared
-                visit(row, latent, lax.rem(unit, shape.blocks), tile_in_unit, now, ring, seen)
+                visit(row, *shape.of_unit(unit), tile_in_unit, now, ring, seen)
                 return tile + now, row, ring + now, seen + 1
 
             row = jnp.int32(0)
