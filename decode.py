@@ -14,10 +14,10 @@ from absl import app, flags, logging
 import mlra_jax
 from mlra_jax import sharding
 from mlra_jax.config import LatentConfig
+from mlra_jax.costs import cache_bytes_per_device
 from mlra_jax.data.tokenizers import StreamDecoder
 from mlra_jax.generation import Sampling, Stream
 from mlra_jax.loading import tokenizer_of
-from mlra_jax.memory import cache_bytes_per_device
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Folder that training or conversion wrote.", required=True)

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from mlra_jax.config import ModelConfig, preset
 from mlra_jax.convert.released import EMBEDDING, HEAD, layout, released_values
-from mlra_jax.convert.torch_writer import contiguous, write_torch_file
-from mlra_jax.convert.unpickle import Storage
+from mlra_jax.convert.torch_format.unpickle import Storage
+from mlra_jax.convert.torch_format.writer import contiguous, write_torch_file
 
 SHARDS = 3
 PIECE = 4 << 20

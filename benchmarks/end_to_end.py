@@ -22,8 +22,8 @@ from flax import nnx
 from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.config import preset
+from mlra_jax.costs import cache_bytes_per_device
 from mlra_jax.generation.loop import Sampling, Stream
-from mlra_jax.memory import cache_bytes_per_device
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.state import create_state
 from mlra_jax.training.step import abstract_batch, make_train_step

@@ -18,7 +18,7 @@ from mlra_jax import checkpoints
 from mlra_jax.command import Parser, run
 from mlra_jax.config import DTYPES, LatentConfig, ModelConfig
 from mlra_jax.convert import lazy
-from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
 from mlra_jax.convert.released import (
     BLOCK,

@@ -10,7 +10,7 @@ import pytest
 from decoding import small_config
 
 from mlra_jax import cache as kv
-from mlra_jax import memory, sharding
+from mlra_jax import costs, sharding
 from mlra_jax import model as models
 from mlra_jax.attention import MODULES
 from mlra_jax.config import VARIANTS, LatentConfig, preset
@@ -88,7 +88,7 @@ PUBLISHED = {
 def test_values_per_device_are_the_papers(name):
     config = preset(name)
     for tensor, widths in zip((1, 2, 4, 8), PUBLISHED[name], strict=True):
-        values = memory.cache_values_per_device(config, batch=1, capacity=8, tensor=tensor)
+        values = costs.cache_values_per_device(config, batch=1, capacity=8, tensor=tensor)
         assert values == 8 * 128 * widths
 
 
@@ -100,12 +100,12 @@ def test_context_shares_of_the_published_models():
         ("tpa", 1, 2, 4.75 / 2),
     ]:
         size = dict(batch=3, capacity=64, tensor=tensor, context=context)
-        values = memory.cache_values_per_device(preset(name), **size)
+        values = costs.cache_values_per_device(preset(name), **size)
         assert values == 3 * 64 * 128 * widths
 
 
 def test_the_table_has_every_variant_and_split():
-    text = memory.table(VARIANTS, tokens=131072, batch=1)
+    text = costs.table(VARIANTS, tokens=131072, batch=1)
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     assert set(VARIANTS) <= set(rows)
     assert "1.12 (1.5)" in rows["mlra_4"] and "3.38 (4.5)" in rows["mla"]

@@ -13,9 +13,9 @@ from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.config import preset
+from mlra_jax.costs import cache_bytes_per_device
 from mlra_jax.generation.loop import compiled
 from mlra_jax.generation.sampling import Sampling
-from mlra_jax.memory import cache_bytes_per_device
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.step import abstract_batch, abstract_state, make_train_step
 

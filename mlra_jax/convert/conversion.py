@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from mlra_jax import checkpoints
 from mlra_jax.config import DTYPES, ConfigError, ModelConfig
 from mlra_jax.convert import blocks, lazy
-from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.released import (

@@ -1,10 +1,8 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
-import errno
 import fcntl
 import os
-import re
 import shutil
 import signal
 import threading
@@ -13,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.errors import CheckpointFileError, reason
 
 
 @contextlib.contextmanager
@@ -112,16 +110,6 @@ def progress_bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int],
             signal.signal(number, handler)
     if asked:
         raise KeyboardInterrupt
-
-
-def reason(error: Exception) -> str:
-    """One line of what went wrong; the array libraries append whole specifications."""
-    text = " ".join(str(error).split())
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return "the disk is full"
-    if system := re.search(r"os_error_code='(\d+)'", text):
-        return f"not done ({os.strerror(int(system[1]))})"
-    return f"not done ({text.split(' [')[0][:300] or type(error).__name__})"
 
 
 def check_absent(destination: Path) -> None:

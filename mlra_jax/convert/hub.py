@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.weights import LAYOUTS
 
 _REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<sub>(/[\w-][\w.-]*)*)/?")

@@ -17,8 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from mlra_jax.convert.archive import CheckpointFileError
-from mlra_jax.convert.folder import reason
+from mlra_jax.convert.errors import CheckpointFileError, reason
 
 Block = tuple[slice, ...]
 

@@ -23,7 +23,7 @@ from mlra_jax.config import (
     TensorProductConfig,
     TiedConfig,
 )
-from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.errors import CheckpointFileError
 
 Shape = tuple[int, ...]
 View = Callable[[np.ndarray], np.ndarray]

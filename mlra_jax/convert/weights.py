@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from mlra_jax.convert.archive import CheckpointFileError, map_file
-from mlra_jax.convert.torch_file import TensorSpec, TorchFile
+from mlra_jax.convert.errors import CheckpointFileError
+from mlra_jax.convert.torch_format.archive import map_file
+from mlra_jax.convert.torch_format.reader import TensorSpec, TorchFile
 
 # The first that is there is read.
 LAYOUTS = (

@@ -8,8 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mlra_jax.convert.torch_writer import contiguous, pickle_tensors, write_torch_file
-from mlra_jax.convert.unpickle import Storage
+from mlra_jax.convert.torch_format.unpickle import Storage
+from mlra_jax.convert.torch_format.writer import contiguous, pickle_tensors, write_torch_file
 from mlra_jax.convert.weights import Weights
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mlra_jax.config import PRESETS, ConfigError, preset
-from mlra_jax.convert.archive import CheckpointFileError
 from mlra_jax.convert.blocks import block_shapes
+from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.released import HEAD, layout, recognise, released_values
 
 

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mlra_jax.convert.archive import CheckpointFileError
-from mlra_jax.convert.torch_file import TorchFile
-from mlra_jax.convert.torch_writer import contiguous, pickle_tensors, write_torch_file
-from mlra_jax.convert.unpickle import MAX_BYTES, MAX_OPCODES, Storage, Tensor
+from mlra_jax.convert.errors import CheckpointFileError
+from mlra_jax.convert.torch_format.reader import TorchFile
+from mlra_jax.convert.torch_format.unpickle import MAX_BYTES, MAX_OPCODES, Storage, Tensor
+from mlra_jax.convert.torch_format.writer import contiguous, pickle_tensors, write_torch_file
 
 from .files import FOLDERS, RELEASED, archive, small_arrays, torch_bytes, write_arrays
 

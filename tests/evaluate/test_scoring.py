@@ -5,7 +5,7 @@ import pytest
 
 import mlra_jax
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.evaluation import generate_until, loglikelihood, rolling_windows
+from mlra_jax.evaluate import generate_until, loglikelihood, rolling_windows
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Zero-shot accuracy on the paper's seven tasks, through the lm-evaluation-harness.
 
-python -m mlra_jax.evaluation.tasks --checkpoint=DIR [--tasks=arc_easy,piqa] [--output=FILE.json]
+python -m mlra_jax.evaluate.tasks --checkpoint=DIR [--tasks=arc_easy,piqa] [--output=FILE.json]
 """
 
 import difflib
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_jax.command import Parser
-from mlra_jax.evaluation.perplexity import check_output, write_json
+from mlra_jax.evaluate.perplexity import check_output, write_json
 
 PAPER_TASKS = (
     "arc_easy",
@@ -112,7 +112,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the tasks that the flags name; errors are one line on stderr and exit code 2."""
-    parser = Parser("python -m mlra_jax.evaluation.tasks", description=__doc__.splitlines()[0])
+    parser = Parser("python -m mlra_jax.evaluate.tasks", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="training run or converted checkpoint")
     parser.add_argument("--tasks", default=",".join(PAPER_TASKS), help="joined by commas")
     parser.add_argument("--output", help="JSON file for the result")
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", help="database of answers, to go on after an interruption")
     flags = parser.parse_args(arguments)
     try:
-        from mlra_jax.evaluation.harness import HarnessModel
+        from mlra_jax.evaluate.harness import HarnessModel
     except ImportError as error:
         print(
             f"{parser.prog}: needs the lm-evaluation-harness ({error}); "

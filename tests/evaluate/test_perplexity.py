@@ -10,8 +10,8 @@ import pytest
 import mlra_jax
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import pydoc_documents
-from mlra_jax.evaluate import main
-from mlra_jax.evaluation import evaluate, perplexity
+from mlra_jax.evaluate import evaluate, perplexity
+from mlra_jax.evaluate.__main__ import main
 
 WINDOW, TOKENS = 24, 24 * 11 + 6  # 11 windows and a tail
 SETTINGS = dict(window=WINDOW, dtype="float32", batch=4, quiet=True)
@@ -55,7 +55,7 @@ def test_equals_numpy_on_the_logits(checkpoint, files, result):
 
 
 def test_eight_devices_and_logits_in_parts_give_the_same(checkpoint, files, result, monkeypatch):
-    monkeypatch.setattr("mlra_jax.evaluation.scoring._LOGITS_AT_ONCE", 5 * 48 * 1)
+    monkeypatch.setattr("mlra_jax.evaluate.scoring._LOGITS_AT_ONCE", 5 * 48 * 1)
     mesh = mlra_jax.make_mesh(data=2, fsdp=2, tensor=2)
     found = evaluate(checkpoint, files[:1], mesh=mesh, **SETTINGS)["sets"][files[0]]
     assert found["perplexity"] == pytest.approx(result["sets"][files[0]]["perplexity"], rel=1e-6)

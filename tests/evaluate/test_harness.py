@@ -12,7 +12,7 @@ from flax import nnx
 from mlra_jax import checkpoints
 from mlra_jax import model as models
 from mlra_jax.config import LatentConfig, ModelConfig
-from mlra_jax.evaluation import loglikelihood, tasks
+from mlra_jax.evaluate import loglikelihood, tasks
 from mlra_jax.sharding import make_mesh
 
 needs_harness = pytest.mark.skipif(
@@ -77,7 +77,7 @@ def checkpoint(tmp_path_factory):
 
 @needs_harness
 def test_local_tasks_from_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
-    from mlra_jax.evaluation.harness import HarnessModel
+    from mlra_jax.evaluate.harness import HarnessModel
 
     def fork():
         raise AssertionError("a process with JAX in it may hang when it forks")
@@ -149,7 +149,7 @@ def test_rolling_and_generation_as_the_harness_asks(checkpoint):
 def test_without_the_harness_the_command_says_how_to_get_it(checkpoint, monkeypatch, capsys):
     for name in ("lm_eval", "lm_eval.api.model"):
         monkeypatch.setitem(tasks.sys.modules, name, None)
-    monkeypatch.delitem(tasks.sys.modules, "mlra_jax.evaluation.harness", raising=False)
+    monkeypatch.delitem(tasks.sys.modules, "mlra_jax.evaluate.harness", raising=False)
     assert tasks.main([f"--checkpoint={checkpoint}"]) == 2
     error = capsys.readouterr().err
     assert "pip install 'mlra-jax[lm_eval]'" in error and error.count("\n") == 1

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from mlra_jax.convert.errors import CheckpointFileError
+
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -24,10 +26,6 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY_BYTES = 32 << 20
 _BLOCK = 8 << 20
-
-
-class CheckpointFileError(ValueError):
-    """A weight file, index or config that cannot be read; the message names file and fault."""
 
 
 class Entry(NamedTuple):

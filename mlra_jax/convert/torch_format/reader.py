@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlra_jax.convert.archive import CheckpointFileError, StoredArchive
-from mlra_jax.convert.unpickle import MAX_BYTES, Tensor, read_tensors
+from mlra_jax.convert.errors import CheckpointFileError
+from mlra_jax.convert.torch_format.archive import StoredArchive
+from mlra_jax.convert.torch_format.unpickle import MAX_BYTES, Tensor, read_tensors
 
 __all__ = ["CheckpointFileError", "TensorSpec", "TorchFile"]
 

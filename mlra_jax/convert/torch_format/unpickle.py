@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from mlra_jax.convert.archive import CheckpointFileError
+from mlra_jax.convert.errors import CheckpointFileError
 
 # A released model has 400 tensors of about 30 opcodes and 110 bytes each.
 MAX_BYTES = 4 << 20

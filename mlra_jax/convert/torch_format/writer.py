@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mlra_jax.convert.unpickle import STORAGES, Storage, Tensor
+from mlra_jax.convert.torch_format.unpickle import STORAGES, Storage, Tensor
 
 _NAMES = {dtype: name for name, dtype in STORAGES.items()}
 

@@ -1,7 +1,7 @@
 """A model class for the lm-evaluation-harness: `lm_eval` knows it as `mlra_jax`.
 
 Needs the optional extra `lm_eval`. The text goes to tokens and back here; the scores are those of
-`mlra_jax.evaluation.scoring`.
+`mlra_jax.evaluate.scoring`.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from mlra_jax import sharding
-from mlra_jax.evaluation import scoring
+from mlra_jax.evaluate import scoring
 from mlra_jax.generation import Sampling
 from mlra_jax.loading import load_model, tokenizer_of
 

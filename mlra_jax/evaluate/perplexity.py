@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mlra_jax import checkpoints, sharding
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows, fingerprint
-from mlra_jax.evaluation.scoring import check_batch, token_scores
+from mlra_jax.evaluate.scoring import check_batch, token_scores
 from mlra_jax.files import whole_file
 from mlra_jax.loading import load_model
 from mlra_jax.model import Model

@@ -10,7 +10,7 @@ from absl import logging
 
 from mlra_jax import sharding
 from mlra_jax.command import Parser
-from mlra_jax.evaluation.perplexity import MAX_TOKENS, WINDOW, evaluate, table
+from mlra_jax.evaluate.perplexity import MAX_TOKENS, WINDOW, evaluate, table
 
 
 def main(arguments: list[str] | None = None) -> int:
