@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import HIGHEST, products
 
 from mlra_jax.kernels.grouped_decode import grouped_decode
 
@@ -60,6 +61,27 @@ def test_ends_of_their_own_for_each_query_and_any_integer(arrays):
     assert error(out, attend(*arrays, [[S, S], [0, 0], [0, 0]], [0] * B)[0]) < 1e-6
 
 
+def test_ends_and_starts_at_the_edges_of_the_cache(arrays):
+    for lengths, starts in (
+        ([S + 1, S, S - 1], [S - 1, S, S - 2]),
+        ([S + 2, 1, 2], [0, 0, 1]),
+        ([T - 1, 0, -1], [1, 0, 0]),
+    ):
+        out, lse = grouped_decode(*arrays, jnp.array(lengths), jnp.array(starts), scale=SCALE)
+        ends = [[min(n - 1, S), min(n, S)] for n in lengths]
+        wanted, wanted_lse = attend(*arrays, ends, starts)
+        assert np.abs(out - wanted).max() < 1e-5
+        np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_float32_products_are_not_rounded(arrays):
+    call = functools.partial(grouped_decode, scale=SCALE)
+    lengths = jnp.full(B, S)
+    assert products(call, *arrays, lengths) == {(HIGHEST, "float32")}
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    assert products(call, *narrow, lengths) == {(None, "float32")}
+
+
 def test_scores_beyond_the_range_of_exp(arrays):
     q, k, v = arrays
     out, lse = grouped_decode(1000 * q, k, v, jnp.full(B, S), scale=SCALE)
@@ -83,10 +105,11 @@ def one_head(arrays):
     return q[:, :, :1], k[:, :, :1], v[:, :, :1]
 
 
-def test_one_head_as_absorbed_decode(arrays):
+@pytest.mark.parametrize("lengths", [[21, 9, 2], [[3, 17], [99, -5], [20, 21]]])
+def test_one_head_as_absorbed_decode(arrays, lengths):
     """The keys taken for rotary keys, the values for latents."""
-    lengths, starts = jnp.array([21, 9, 2]), jnp.array([0, 4, 1])
-    call = functools.partial(grouped_decode, *one_head(arrays), lengths, starts, scale=SCALE)
+    bounds = jnp.array(lengths), jnp.array([0, 4, 1])
+    call = functools.partial(grouped_decode, *one_head(arrays), *bounds, scale=SCALE)
     out, lse = call(implementation="absorbed")
     wanted, wanted_lse = call(implementation="reference")
     assert error(out, wanted) < 1e-6
@@ -120,7 +143,15 @@ def test_an_override_that_is_none_is_refused(monkeypatch, arrays):
     "changes, words",
     [
         (dict(k=np.zeros((B, S, J, K + 1), np.float32)), "k has shape"),
+        (dict(k=np.zeros((B, S, J - 1, K), np.float32)), "k has shape"),
+        (dict(k=np.zeros((B, S, J, K), np.float16)), "k is float16 but q is float32"),
+        (dict(q=np.zeros((B, T, J, G, K), np.int8)), "q is int8, expected bfloat16, float16"),
+        (dict(q=np.zeros((B, T, J, 0, K), np.float32)), "no dimension may be 0"),
+        (dict(v=np.zeros((B, S, J, 0), np.float32)), "no dimension may be 0"),
         (dict(v=np.zeros((B, S - 1, J, V), np.float32)), "v has shape"),
+        (dict(v=np.zeros((B, S, J + 1, V), np.float32)), "v has shape"),
+        (dict(lengths=np.zeros((B, T + 1), np.int32)), "lengths has shape"),
+        (dict(starts_B=np.zeros(B, np.float32)), "starts is float32, expected int32"),
         (dict(q=np.zeros((B, T, J * G, K), np.float32)), "expected q"),
         (dict(v=np.zeros((B, S, J, V), np.float16)), "v is float16 but q is float32"),
         (dict(lengths=np.zeros(B + 1, np.int32)), "lengths has shape"),
