@@ -307,6 +307,28 @@ def test_has_kernel_asks_the_override_first(monkeypatch):
         has_kernel(*shapes)
 
 
+def test_kernels_get_ends_and_starts_within_the_cache(monkeypatch):
+    got = {}
+
+    def kernel(q, q_rope, latents, k_rope, lengths_BT, starts_B, **keywords):
+        got.update(keywords, q_rope=q_rope.shape, lengths=lengths_BT, starts=starts_B)
+        return q, jnp.zeros(q.shape[:4])
+
+    fake_backend(monkeypatch)
+    api._backend(None).absorbed_decode = kernel
+    call = functools.partial(absorbed_decode, implementation="mosaic_tpu", scale=jnp.float32(2))
+    q, q_rope, *cache = arguments(S=37)
+    call(q, q_rope[:, :, 0], *cache, jnp.array([1, 39]), jnp.array([-1, 38]))
+    assert got["q_rope"] == (2, 3, 1, 5, 8) and type(got["scale"]) is float and got["scale"] == 2
+    assert got["lengths"].tolist() == [[0, 0, 1], [37, 37, 37]]
+    assert got["starts"].tolist() == [0, 37]
+    ends = jnp.array([[-1, 0, 1], [36, 37, 38]], jnp.int16)
+    call(q, q_rope, *cache, ends)
+    assert got["lengths"].tolist() == [[0, 0, 1], [36, 37, 37]]
+    assert got["starts"].tolist() == [0, 0]
+    assert got["lengths"].dtype == got["starts"].dtype == jnp.int32
+
+
 def test_an_override_that_cannot_serve_is_named(monkeypatch):
     fake_backend(monkeypatch, why_not="too wide")
     monkeypatch.setenv(api.OVERRIDE, "mosaic_gpu")
@@ -496,13 +518,21 @@ def test_the_fastest_is_by_median_and_compiling_does_not_count(monkeypatch):
     assert [calls.count(name) for name in took] == [6, 12, 12]
 
 
-def test_autotuner_passes_over_what_does_not_run():
+def test_autotuner_passes_over_what_does_not_run(monkeypatch):
     def run(candidate):
         if candidate == "broken":
             raise RuntimeError("out of memory\nand more")
         return lambda: jnp.zeros(1)
 
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(config.time, "perf_counter", iter([1.0, 1.00025]).__next__)
     assert config.fastest(["broken", "sound"], run, repeats=1)[0] == "sound"
+    assert lines == [
+        "autotune: broken does not run: out of memory",
+        "autotune: sound takes 250.0 us",
+    ]
+    monkeypatch.setattr(config.time, "perf_counter", lambda: 0.0)
     with pytest.raises(ValueError, match="no candidate configuration runs on this device"):
         config.fastest(["broken"], run)
     # What fails only when it runs is passed over as well.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jaxprs import HIGHEST, products
 
-from mlra_jax.kernels.grouped_decode import grouped_decode
+from mlra_jax.kernels.grouped_decode import api, grouped_decode
 
 B, T, J, G, K, V, S = 3, 2, 3, 4, 10, 6, 21
 SCALE = 0.37
@@ -72,6 +72,19 @@ def test_ends_and_starts_at_the_edges_of_the_cache(arrays):
         wanted, wanted_lse = attend(*arrays, ends, starts)
         assert np.abs(out - wanted).max() < 1e-5
         np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_implementations_get_ends_and_starts_within_the_cache(monkeypatch, arrays):
+    got = []
+    record = lambda q, k, v, lengths, starts, *, scale: got.append((lengths, starts, scale))
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "reference", record)
+    grouped_decode(*arrays, jnp.array([1, S + 2, S]), jnp.array([-1, S + 1, 3]), scale=1)
+    lengths, starts, scale = got[0]
+    assert lengths.tolist() == [[0, 1], [S, S], [S - 1, S]] and starts.tolist() == [0, S, 3]
+    assert type(scale) is float
+    grouped_decode(*arrays, jnp.array([[-1, 1], [S, S + 1], [0, 2]]), scale=1)
+    lengths, starts, _ = got[1]
+    assert lengths.tolist() == [[0, 1], [S, S], [0, 2]] and starts.tolist() == [0] * B
 
 
 def test_float32_products_are_not_rounded(arrays):
