@@ -186,9 +186,9 @@ def test_casts_keep_what_was_infinite_and_nothing_else_becomes_so():
     f32, bf16, f16 = TYPES
     odd = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-40], f32)
     for dtype in TYPES:
-        assert conversion._cast(odd, dtype, "w").tobytes() == odd.astype(dtype).tobytes()
+        assert lazy.cast(odd, dtype, "w").tobytes() == odd.astype(dtype).tobytes()
     largest = np.array([65504.0, -65504.0], f32)
-    np.testing.assert_array_equal(conversion._cast(largest, f16, "w"), largest)
+    np.testing.assert_array_equal(lazy.cast(largest, f16, "w"), largest)
     for value, old, new in (
         (65520.0, f32, f16),
         (-65520.0, f32, f16),
@@ -199,9 +199,9 @@ def test_casts_keep_what_was_infinite_and_nothing_else_becomes_so():
             values = np.zeros((2, 4), old)
             values.flat[at] = value
             with pytest.raises(CheckpointFileError, match=f"tensor w has .* too large for {new}"):
-                conversion._cast(values, new, "w")
+                lazy.cast(values, new, "w")
     turned = np.arange(6, dtype=f32).reshape(2, 3).T
-    assert conversion._cast(turned, f32, "w").flags.c_contiguous
+    assert lazy.cast(turned, f32, "w").flags.c_contiguous
 
 
 @pytest.mark.parametrize("rows", [1, 7, 95, 96, 200])
