@@ -68,7 +68,11 @@ def test_any_tokens_stream_as_their_bytes_decode(tokenizer, data):
     """Whatever is cut where: what is given out so far is a beginning, the end is the whole."""
     ids = st.integers(0, tokenizer.vocab_size - 1)
     text = st.text(max_size=6).map(tokenizer.encode)
-    parts = data.draw(st.lists(st.one_of(text, st.lists(ids, max_size=4)), max_size=5))
+    of_byte = {tokenizer.token_bytes(i): i for i in range(257)}
+    half = st.sampled_from([c.encode()[:k] for c in "é界😀" for k in (1, 2, 3)])
+    half = half.map(lambda part: [of_byte[bytes([byte])] for byte in part])
+    end = st.just([tokenizer.end_of_text])
+    parts = data.draw(st.lists(st.one_of(text, half, end, st.lists(ids, max_size=4)), max_size=6))
     tokens = [token for part in parts for token in part]
     documents = [b""]
     for token in tokens:
