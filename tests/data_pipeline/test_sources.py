@@ -198,6 +198,16 @@ def test_text_and_token_files_together(tmp_path):
     assert tokens_of(load(tmp_path / "a.bin", validation="pydoc").train) == [5, 6, 7]
 
 
+def test_text_is_ordered_folder_by_folder_and_never_validation_by_its_name(tmp_path):
+    """By the parts of the path: as strings, a-b/x would come before a/y."""
+    for name in ("a/y", "a-b/x", "a.txt", "b/c_val_d.txt", "B"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = load(tmp_path, validation_fraction=0.01)
+    assert BYTES.decode(tokens_of(source.train)) == "Ba/ya-b/xa.txtb/c_val_d.txt"
+    assert not source.validation[0].tokens.size
+
+
 def test_ids_of_a_large_vocabulary_are_kept_whole(tmp_path):
     class Large:
         name, vocab_size, end_of_text = "large", 70_000, 69_999
@@ -228,8 +238,11 @@ def test_pydoc_is_every_topic_by_name():
     assert tokens == [t for text in documents for t in (256, *text.encode())]
 
 
-@given(st.text("ab \n\r\té界😀\u3000", max_size=300), st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+WORDS = ["a", "é\n", "界\n", "b\n", "\n", " ", "\r\n", "😀", "\u3000", "\t"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=150).map("".join), st.integers(1, 12))
+@settings(max_examples=80, deadline=None)
 def test_any_text_in_pieces_of_any_size(tmp_path_factory, text, size):
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.encode())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import matplotlib.figure
 import numpy as np
@@ -80,6 +81,16 @@ def test_a_resumed_file_keeps_the_lines_up_to_its_step(tmp_path, boards, step):
         writer.close()
         assert read_metrics(tmp_path) == [*kept, {"step": step + 1, "loss": 9.0}]
         assert boards[-1].purge_step == (step + 1 if step else None)
+
+
+def test_a_written_line_is_on_the_disk_not_only_in_memory(tmp_path, boards, monkeypatch):
+    writer, synced = MetricsWriter(tmp_path, 0), []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    for step in (1, 2):
+        writer.write(step, {"loss": 1.0})
+        assert synced[-1] == (tmp_path / METRICS_FILE).stat().st_size
+    assert len(synced) == 2
+    writer.close()
 
 
 def test_tensorboard_files_are_written(tmp_path):
