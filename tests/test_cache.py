@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import small_config
+import tiny
 
 from mlra_jax import cache as kv
 from mlra_jax import costs, sharding
@@ -24,7 +24,7 @@ LATENT = dict(num_heads=8, latent_dim=D_C, q_latent_dim=24, nope_dim=10, rope_di
 
 def compiled_step(attention, **mesh_sizes):
     """(each device's cache values per layer, the sizes of all collectives' results)."""
-    config, mesh = small_config(attention), sharding.make_mesh(**mesh_sizes)
+    config, mesh = tiny.config(attention), sharding.make_mesh(**mesh_sizes)
     module = MODULES[type(attention)]
     shapes = module.cache_shapes(attention, B, S, mesh.shape["tensor"])
     layer = {

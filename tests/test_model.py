@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention.test_latent import MEMBERS
-from decoding import relative_error, small_config
+import tiny
 from flax import nnx
+from tiny import relative_error
 
 from mlra_jax import model as models
 from mlra_jax.layers import rotate
@@ -17,7 +17,7 @@ TOKENS = np.random.default_rng(0).integers(0, 88, (4, 10), np.int32)
 
 
 def test_sharded_creation_makes_the_same_weights_in_their_places():
-    config = small_config(MEMBERS["mlra_2_gated"], num_layers=2)
+    config = tiny.config("mlra_2_gated", num_layers=2)
     whole = models.create(config, make_mesh(), seed=5)
     split = models.create(config, make_mesh(data=2, fsdp=2, tensor=2), seed=5)
     weights = lambda model: jax.device_get(nnx.to_pure_dict(nnx.state(model)))
@@ -43,7 +43,7 @@ def test_positions_in_the_millions_keep_their_angles():
 
 @pytest.mark.parametrize("member", ["mla", "mlra_4"])
 def test_a_token_does_not_see_later_ones(member):
-    model = models.create(small_config(MEMBERS[member]), make_mesh(), seed=2)
+    model = models.create(tiny.config(member), make_mesh(), seed=2)
     changed = TOKENS.copy()
     changed[:, 6:] = (changed[:, 6:] + 1) % 88
     before, after = np.asarray(model(TOKENS)), np.asarray(model(changed))
