@@ -2,7 +2,6 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -10,7 +9,6 @@ from flax import nnx
 from tiny import relative_error
 
 from mlra_jax import model as models
-from mlra_jax.layers import rotate
 from mlra_jax.sharding import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(0, 88, (4, 10), np.int32)
@@ -29,16 +27,6 @@ def test_sharded_creation_makes_the_same_weights_in_their_places():
     before = np.asarray(whole(TOKENS))
     whole.unstack()
     assert relative_error(whole(TOKENS), before) < 1e-6
-
-
-def test_positions_in_the_millions_keep_their_angles():
-    positions = np.array([[0, 5, 1023, 1024, 131071, 2_000_003]], np.int32)
-    x = np.random.default_rng(1).normal(size=(1, 6, 2, 64)).astype(np.float32)
-    angle = positions[0, :, None] * 10000.0 ** (-np.arange(32) / 32)
-    cos, sin = np.cos(angle)[None, :, None], np.sin(angle)[None, :, None]
-    x1, x2 = x[..., :32], x[..., 32:]
-    want = np.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1)
-    assert relative_error(rotate(jnp.asarray(x), jnp.asarray(positions), 10000.0), want) < 2e-4
 
 
 @pytest.mark.parametrize("member", ["mla", "mlra_4"])
