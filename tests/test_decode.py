@@ -83,6 +83,8 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
             assert f"[{row}] {line}" in out
     # 128 slots over 2 context shares, (32/4 + 4) values, 2 prompts and layers, 4 bytes.
     assert f"cache: {128 // 2 * (32 // 4 + 4) * 2 * 2 * 4:,} bytes per device" in err
+    mla = 128 // 2 * (32 + 4) * 2 * 2 * 4
+    assert f"(2 x 128 positions); MLA would hold {mla:,}, 3.00 times as much" in err
 
 
 @pytest.mark.parametrize(

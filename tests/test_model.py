@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -37,3 +38,61 @@ def test_a_token_does_not_see_later_ones(member):
     before, after = np.asarray(model(TOKENS)), np.asarray(model(changed))
     assert relative_error(after[:, :6], before[:, :6]) < 1e-6
     assert relative_error(after[:, 6:], before[:, 6:]) > 1e-2
+
+
+def equations(jaxpr, name):
+    """All equations of this primitive, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if isinstance(inner, jax.extend.core.Jaxpr):
+                yield from equations(inner, name)
+
+
+def forward_jaxpr(config):
+    graphdef, state = models.abstract_state(config, make_mesh())
+    forward = lambda state, tokens: nnx.merge(graphdef, state)(tokens)
+    return jax.make_jaxpr(forward)(state, TOKENS).jaxpr
+
+
+@pytest.mark.parametrize("name", ["mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa"])
+def test_float32_products_are_float32_on_every_machine(name):
+    """TPUs and GPUs round the operands of a float32 product unless told not to."""
+    products = list(equations(forward_jaxpr(tiny.config(name)), "dot_general"))
+    assert len(products) > 8
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert all(p.params["precision"] == highest for p in products)
+    narrow = list(equations(forward_jaxpr(tiny.config(name, dtype="bfloat16")), "dot_general"))
+    assert len(narrow) == len(products)
+    assert not any(
+        p.params["precision"] == highest for p in narrow if p.invars[0].aval.dtype == "bfloat16"
+    )
+    # The parameters are float32: none of them reaches a product unconverted.
+    width = tiny.config(name).embed_dim
+    assert not any(
+        p.invars[1].aval.dtype == "float32" and width in p.invars[1].aval.shape for p in narrow
+    )
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_blocks_are_computed_again_in_the_backward_pass_where_asked(remat):
+    config = tiny.config("mla", num_layers=2, remat=remat)
+    again = equations(forward_jaxpr(config), "remat2")
+    blocks = [e for e in again if e.outvars[0].aval.shape == (*TOKENS.shape, config.embed_dim)]
+    assert len(blocks) == remat
+
+
+@pytest.mark.parametrize("name", ["mlra_4", "gqa"])
+def test_bfloat16_activations_give_float32_logits_close_to_float32s(name):
+    exact = tiny.random_model(tiny.config(name, 2), make_mesh())
+    narrow = tiny.random_model(tiny.config(name, 2, dtype="bfloat16"), make_mesh())
+    assert narrow.hidden(TOKENS).dtype == jnp.bfloat16
+    logits = narrow(TOKENS)
+    assert logits.dtype == jnp.float32
+    assert 1e-4 < relative_error(logits, exact(TOKENS)) < 3e-2
+    # More digits than bfloat16 has: the head adds up in float32.
+    assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
