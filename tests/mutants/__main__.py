@@ -79,7 +79,7 @@ def main() -> int:
     if flags.names:
         faults = [f for f in faults if {f.name, f.room} & set(flags.names)]
 
-    results: dict[str, str] = {}
+    results: dict[Fault, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees: queue.Queue[Path] = queue.Queue()
         for job in range(flags.jobs):
@@ -87,7 +87,7 @@ def main() -> int:
 
         def judge(fault: Fault) -> None:
             tree, began = trees.get(), time.monotonic()
-            results[fault.name] = result = outcome(fault, tree)
+            results[fault] = result = outcome(fault, tree)
             trees.put(tree)
             seconds = time.monotonic() - began
             print(
@@ -101,12 +101,12 @@ def main() -> int:
 
     print(f"\n{'room':14}{'caught':>8}{'survived':>10}{'error':>7}")
     for room in sorted({f.room for f in faults}):
-        kinds = [results[f.name].partition(":")[0] for f in faults if f.room == room]
+        kinds = [results[f].partition(":")[0] for f in faults if f.room == room]
         count = collections.Counter(kinds)
         print(f"{room:14}{count['caught']:8}{count['survived']:10}{count['error']:7}")
-    missed = [f for f in faults if results[f.name] != "caught"]
+    missed = [f for f in faults if results[f] != "caught"]
     for fault in missed:
-        print(f"{fault.room}/{fault.name}: {fault.breaks}\n    {results[fault.name]}")
+        print(f"{fault.room}/{fault.name}: {fault.breaks}\n    {results[fault]}")
     print(f"{len(faults) - len(missed)} of {len(faults)} planted faults caught")
     return 1 if missed or not faults else 0
 

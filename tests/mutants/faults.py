@@ -40,17 +40,17 @@ class Fault:
 def load(root: Path = ROOT) -> list[Fault]:
     """All faults, each checked against the tree under `root`.
 
-    Raises FaultError for an unknown or missing field, a name given twice, a file that is gone, or
+    Raises FaultError for an unknown or missing field, a name given twice in a room, a file that is gone, or
     old text that does not stand exactly once in its file.
     """
-    faults: dict[str, Fault] = {}
+    faults: dict[tuple[str, str], Fault] = {}
     for path in sorted((root / "tests" / "mutants").glob("*.toml")):
         for values in tomllib.loads(path.read_text())["fault"]:
             try:
                 fault = Fault(room=path.stem, **values | {"tests": tuple(values.get("tests", ()))})
             except TypeError as error:
                 raise FaultError(f"{path.name}: {values.get('name')}: {error}") from None
-            if fault.name in faults:
+            if (fault.room, fault.name) in faults:
                 raise FaultError(f"{path.name}: {fault.name} is there twice")
             if not fault.tests:
                 raise FaultError(f"{path.name}: {fault.name} names no tests")
@@ -58,5 +58,5 @@ def load(root: Path = ROOT) -> list[Fault]:
                 if not (root / file).exists():
                     raise FaultError(f"{path.name}: {fault.name}: {file} is not there")
             fault.planted((root / fault.file).read_text())
-            faults[fault.name] = fault
+            faults[fault.room, fault.name] = fault
     return list(faults.values())
