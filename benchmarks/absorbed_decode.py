@@ -26,8 +26,8 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from mlra_jax.kernels.absorbed_decode import config as config_lib
 from mlra_jax.kernels.absorbed_decode import reference
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 _K = 1024
 _TOLERANCE = 5e-3
@@ -71,10 +71,10 @@ class Point:
         """Bytes of cache that the queries see, read once."""
         return int(self.ends().sum()) * (self.latents * self.width + self.rope) * 2
 
-    def problem(self, device_kind: str) -> config_lib.Problem:
-        fields = {f.name for f in dataclasses.fields(config_lib.Problem)}
+    def problem(self, device_kind: str) -> Problem:
+        fields = {f.name for f in dataclasses.fields(Problem)}
         own = {k: v for k, v in dataclasses.asdict(self).items() if k in fields}
-        return config_lib.Problem(device_kind=device_kind, **own)
+        return Problem(device_kind=device_kind, **own)
 
 
 def paper_points() -> list[Point]:

@@ -17,7 +17,7 @@ from mlra_jax import sharding
 from mlra_jax.attention import heads
 from mlra_jax.config import ConfigError, ModelConfig, TensorProductConfig
 from mlra_jax.kernels.causal_attention import causal_attention
-from mlra_jax.kernels.grouped_decode.reference import visible_softmax
+from mlra_jax.kernels.softmax import visible_softmax
 from mlra_jax.layers import Projection, output_init, precision, rotate
 
 

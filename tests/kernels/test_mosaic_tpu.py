@@ -16,8 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceShardin
 from sharded_step import sharded_step
 
 from mlra_jax.kernels.absorbed_decode import api, mosaic_tpu
-from mlra_jax.kernels.absorbed_decode.config import Problem
 from mlra_jax.kernels.absorbed_decode.mosaic_tpu import TpuConfig
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 SCALE = 0.09
 MIB = 2**20

@@ -20,8 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mlra_jax.kernels.absorbed_decode.config import Problem
-from mlra_jax.kernels.absorbed_decode.reference import merge_partials
+from mlra_jax.kernels.absorbed_decode.problem import Problem
+from mlra_jax.kernels.softmax import merge_partials
 
 LANES = 128
 SUBLANES = 8
@@ -176,7 +176,7 @@ def absorbed_decode(
         jax.ShapeDtypeStruct, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
     )
     problem_bytes = latents.nbytes + k_rope_BSR.nbytes + q_BLMC.nbytes + q_rope_BGMR.nbytes
-    vmem = vmem_bytes(_problem(q_BTLHC, q_rope_BTGHR, S), config)
+    vmem = vmem_bytes(Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC), config)
     per_row = lambda k, b, *_: (b, 0, 0, 0)
     per_part = lambda k, b, *_: (k, b, 0, 0, 0)
     out_KBLMC, lse_KBLM = pl.pallas_call(
@@ -466,9 +466,3 @@ def _position_bytes(problem: Problem) -> int:
 
 def _chip(problem: Problem) -> _Chip:
     return _CHIPS.get(problem.device_kind, _UNKNOWN_CHIP)
-
-
-def _problem(q_BTLHC, q_rope_BTGHR, S) -> Problem:
-    B, T, L, H, C = q_BTLHC.shape
-    G, R = q_rope_BTGHR.shape[2], q_rope_BTGHR.shape[4]
-    return Problem("", B, T, L, H, G, C, R, S, q_BTLHC.dtype.name)
