@@ -93,7 +93,7 @@ def launch(shape: Shape, scale: float) -> Callable:
 
     def body(*refs, **scratch):
         q, q_rope, latents, k_rope, lengths, starts = refs[:6]
-        table = refs[6] if problem.batch > 1 else None
+        parts, lses = refs[-2:]
         memory = types.SimpleNamespace(**scratch)
         if mode is plan.COLUMNS:
             memory.q, memory.out = scratch["q"]
@@ -102,14 +102,19 @@ def launch(shape: Shape, scale: float) -> Callable:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
         cta = _Cta(
-            shape,
-            scale * math.log2(math.e),
-            *(q, q_rope, latents, k_rope),
-            Bounds(lengths, starts, table),
-            *refs[-2:],
-            memory,
-            *(index, wg),
-            schedule.stripe(shape, index) if config.stripes else None,
+            shape=shape,
+            factor=scale * math.log2(math.e),
+            q=q,
+            q_rope=q_rope,
+            latents=latents,
+            k_rope=k_rope,
+            bounds=Bounds(lengths, starts, refs[6] if problem.batch > 1 else None),
+            parts=parts,
+            lses=lses,
+            memory=memory,
+            index=index,
+            wg=wg,
+            stripe=schedule.stripe(shape, index) if config.stripes else None,
         )
         # The register file is divided anew: little for copies, much for accumulators.
         for role in (_LOADER, *way.roles):
@@ -119,19 +124,12 @@ def launch(shape: Shape, scale: float) -> Callable:
                 plgpu.set_max_registers(role.registers, action=role.change)
                 role.run(cta)
 
+    chunks = problem.width // plan.LANES
+    out = shape.streams, shape.stream_rows, chunks, shape.parts, plan.LANES
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct(
-                (
-                    shape.streams,
-                    shape.stream_rows,
-                    problem.width // plan.LANES,
-                    shape.parts,
-                    plan.LANES,
-                ),
-                shape.dtype,
-            ),
+            jax.ShapeDtypeStruct(out, shape.dtype),
             jax.ShapeDtypeStruct((shape.streams, plan.ROWS, shape.parts), jnp.float32),
         ),
         scratch_types=_memory(shape) | way.memory(shape),
