@@ -44,8 +44,8 @@ def expected(q, q_rope, latents, k_rope, lengths_BT, starts_B):
     return out, lse
 
 
-def take_latent_plainly(tiles_ref, slot, latent):
-    return tiles_ref[slot] if len(tiles_ref.shape) == 3 else tiles_ref[slot, :, latent]
+def take_latent_plainly(tiles_ref, buffer, latent):
+    return tiles_ref[buffer] if len(tiles_ref.shape) == 3 else tiles_ref[buffer, :, latent]
 
 
 @pytest.fixture
