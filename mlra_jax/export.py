@@ -91,7 +91,7 @@ def export(
             with open(partial / name, "wb") as file:
                 _write_header(file, shapes, sizes, dtype)
                 for tensor, shape in shapes.items():
-                    values = _gather(arrays, sources[tensor], shape, dtype)
+                    values = _gather(arrays, tensor, sources[tensor], shape, dtype)
                     file.write(memoryview(values.reshape(-1).view(np.uint8)))
                     progress(values.nbytes)
         if len(shards) > 1:
@@ -122,15 +122,16 @@ def _sources(config: ModelConfig, released: Layout) -> dict[str, list[Source]]:
 
 
 def _gather(
-    arrays: Mapping[str, lazy.LazyArray], sources: list[Source], shape: Shape, dtype: str
+    arrays: Mapping[str, lazy.LazyArray], name: str, sources: list[Source], shape: Shape, dtype: str
 ) -> np.ndarray:
-    """One released tensor; our leaves are read a chunk at a time."""
+    """The released tensor `name`; our leaves are read a chunk at a time."""
     values = np.empty(shape, getattr(ml_dtypes, dtype, dtype))
     for path, where, part in sources:
         array, view = arrays[path], part.view(values)
         for block, inside in _chunks(array, where):
             stacked = len(block) - view.ndim
-            view[inside[stacked:]] = array.read(block)[(0,) * stacked]
+            chunk = array.read(block)[(0,) * stacked]
+            view[inside[stacked:]] = lazy.cast(chunk, values.dtype, name)
     return values
 
 

@@ -16,7 +16,14 @@ import pytest
 
 from mlra_jax import checkpoints, sharding
 from mlra_jax.checkpoints import CheckpointError
-from mlra_jax.config import GroupedConfig, ModelConfig
+from mlra_jax.config import (
+    GroupedConfig,
+    LatentConfig,
+    ModelConfig,
+    MultiMatrixConfig,
+    TensorProductConfig,
+    TiedConfig,
+)
 from mlra_jax.training.state import model_parts
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +171,46 @@ os._exit(9)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
 
 
+def test_finished_steps_are_numbers_in_order(tmp_path):
+    assert checkpoints.finished_steps(tmp_path / "absent") == []
+    assert checkpoints.finished_steps(tmp_path) == []
+    described = json.dumps(checkpoints.describe(CONFIG, None))
+    for step in (9, 10, 2, 11):
+        item = tmp_path / "checkpoints" / str(step) / "model"
+        item.mkdir(parents=True)
+        (item / "metadata").write_text(described)
+    (tmp_path / "checkpoints" / "12.orbax-checkpoint-tmp-1").mkdir()
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    assert checkpoints.finished_steps(tmp_path) == [2, 9, 10, 11]
+    opened = checkpoints.open_checkpoint(tmp_path)
+    assert (opened.step, opened.tokenizer, opened.model) == (11, None, CONFIG)
+    assert opened.folder == tmp_path / "checkpoints" / "11"
+    assert checkpoints.open_checkpoint(tmp_path, 2).step == 2
+
+
+def test_all_steps_stay_where_no_number_is_given(tmp_path):
+    params = {"a": np.zeros(1, np.float32)}
+    for keep, stay in ((None, [0, 1, 2, 3]), (3, [1, 2, 3]), (1, [3])):
+        folder = tmp_path / f"{keep}"
+        with checkpoints.make_manager(folder, keep=keep) as manager:
+            for step in range(4):
+                model = checkpoints.describe(CONFIG, None)
+                checkpoints.save(manager, step, params=params, model=model)
+            manager.wait_until_finished()
+        assert checkpoints.finished_steps(folder) == stay
+
+
+def test_items_are_there_or_not(written, tmp_path):
+    opened = checkpoints.open_checkpoint(written[0], 2)
+    assert opened.step == 2
+    items = ("params", "model", "optimizer", "iterator", "progress", "more")
+    assert [opened.has(item) for item in items] == [True] * 5 + [False]
+    assert opened.read_json("progress") == {"step": 3}
+    assert opened.read_json("model") == checkpoints.describe(CONFIG, "bytes")
+    with pytest.raises(CheckpointError, match="more is missing; delete .*/2 to go on from step 3"):
+        opened.read_json("more")
+
+
 def one_line(folder, *needles, restore=True, step=None):
     with pytest.raises(CheckpointError) as caught:
         opened = checkpoints.open_checkpoint(folder, step)
@@ -211,6 +258,10 @@ def test_damaged_descriptions_are_named(copy):
     one_line(copy, "model is damaged", "delete", "step 2", restore=False)
     model.write_text(json.dumps(described | {"format_version": 2}))
     one_line(copy, "format version 2", restore=False)
+    for name in described:
+        rest = {n: value for n, value in described.items() if n != name}
+        model.write_text(json.dumps(rest))
+        one_line(copy, "model is damaged", name, restore=False)
     described["model"]["embed_dmi"] = 3
     model.write_text(json.dumps(described))
     one_line(copy, "embed_dmi", restore=False)
@@ -234,6 +285,78 @@ def test_arrays_of_another_model_are_named(copy):
     del abstract["final_norm"]
     with pytest.raises(CheckpointError, match=r"has an array final_norm.scale that the model"):
         opened.restore("params", abstract)
+
+
+LATENT = LatentConfig(
+    num_heads=8, groups=2, branches=2, latent_dim=32, q_latent_dim=16, nope_dim=8, rope_dim=4
+)
+IDENTITIES = {
+    "grouped": CONFIG,
+    "latent": dataclasses.replace(CONFIG, attention=LATENT),
+    "tied": dataclasses.replace(CONFIG, attention=TiedConfig(4, 2, 8)),
+    "multi_matrix": dataclasses.replace(CONFIG, attention=MultiMatrixConfig(4, 8, 16)),
+    "tensor_product": dataclasses.replace(CONFIG, attention=TensorProductConfig(4, 8, 2, 3)),
+}
+# What a model is; how it computes may change from one run to the next.
+COMPUTES = {"dtype": "float32", "remat": False}
+
+
+def other(value):
+    """A value of the same type that any size, name or switch may have instead."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return "float16"
+    return value * 2
+
+
+def every_change():
+    for kind, config in IDENTITIES.items():
+        for part in (config, config.attention):
+            for field in dataclasses.fields(part):
+                if field.name == "attention" or (part is config and kind != "grouped"):
+                    continue
+                yield kind, part is config, field.name
+
+
+@pytest.mark.parametrize(("kind", "outer", "name"), list(every_change()))
+def test_each_field_of_a_model_is_compared(tmp_path, kind, outer, name):
+    """Those of the model and of every kind of attention, both ways round."""
+    config = IDENTITIES[kind]
+    part = config if outer else config.attention
+    # Heads double, so that twice as many groups or key heads still divide them.
+    wide = {"num_heads": 2 * part.num_heads} if name in ("groups", "num_kv_heads") else {}
+    part = dataclasses.replace(part, **wide)
+    old, new = getattr(part, name), other(getattr(part, name))
+    changed = dataclasses.replace(part, **{name: new})
+    if not outer:
+        part = dataclasses.replace(config, attention=part)
+        changed = dataclasses.replace(config, attention=changed)
+    for a, b, before, after in ((part, changed, old, new), (changed, part, new, old)):
+        opened = checkpoints.Checkpoint(tmp_path, 0, a, "bytes")
+        checkpoints.check_same_model(opened, a, "bytes", "runs/a")
+        if outer and name in COMPUTES:
+            checkpoints.check_same_model(opened, b, "bytes", "runs/a")
+            continue
+        full = f"model.{'' if outer else 'attention.'}{name}"
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.check_same_model(opened, b, "bytes", "runs/a")
+        assert f"runs/a holds another model: {full} is {before!r} there and {after!r} here" in str(
+            caught.value
+        )
+
+
+def test_kinds_and_tokenizers_are_compared(tmp_path):
+    opened = checkpoints.Checkpoint(tmp_path, 0, CONFIG, None)
+    checkpoints.check_same_model(opened, CONFIG, None, "runs/a")
+    with pytest.raises(CheckpointError, match="tokenizer is None there and 'bytes' here"):
+        checkpoints.check_same_model(opened, CONFIG, "bytes", "runs/a")
+    for kind, config in IDENTITIES.items():
+        if kind != "grouped":
+            with pytest.raises(
+                CheckpointError, match=r"model.attention\.\w+ is .* there and .* here"
+            ):
+                checkpoints.check_same_model(opened, config, None, "runs/a")
 
 
 def test_a_workdir_of_another_model_names_the_difference(written):

@@ -1,5 +1,6 @@
 """Export gives back what was converted, bit for bit, and what other programs expect."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,10 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mlra_jax import checkpoints
+from mlra_jax import export as exporting
+from mlra_jax.config import LatentConfig
 from mlra_jax.convert import CheckpointFileError, convert
+from mlra_jax.convert.lazy import LazyArray
 from mlra_jax.convert.weights import Weights
 from mlra_jax.export import export, main
 
@@ -144,3 +150,131 @@ def test_command_line(tmp_path, capsys):
         assert main([f"--checkpoint={tmp_path / 'm'}", other]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
+
+
+def test_bytes_of_the_files_are_exact(tmp_path):
+    """Each shard: a header of sorted offsets, padded to 8 bytes, then the numbers and no more."""
+    for limit, count in ((exporting.SHARD_BYTES, 1), (60_000, 4)):
+        out = tmp_path / f"{count}"
+        convert(RELEASED / "mqa", tmp_path / f"m{count}", quiet=True)
+        export(tmp_path / f"m{count}", out, shard_bytes=limit, quiet=True)
+        files = sorted(path.name for path in out.glob("*.safetensors"))
+        of = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        assert files == (["model.safetensors"] if count == 1 else of)
+        where = {}
+        shapes = exporting.layout(checkpoints.read_model_config(tmp_path / f"m{count}")).tensors
+        with Weights(RELEASED / "mqa") as source:
+            for file in files:
+                data = (out / file).read_bytes()
+                length = int.from_bytes(data[:8], "little")
+                header = json.loads(data[8 : 8 + length])
+                assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+                start, body = 0, b""
+                for name, said in header.items():
+                    values = source.read(name)
+                    stop = start + values.nbytes
+                    assert said == {
+                        "dtype": "F32", "shape": list(values.shape), "data_offsets": [start, stop]
+                    }  # fmt: skip
+                    body, start = body + values.tobytes(), stop
+                    where[name] = file
+                assert data[8 + length :] == body and len(body) <= max(limit, values.nbytes)
+        assert list(where) == list(shapes)
+        index = out / "model.safetensors.index.json"
+        if count == 1:
+            assert not index.exists()
+        else:
+            total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
+            assert json.loads(index.read_text()) == {
+                "metadata": {"total_size": total},
+                "weight_map": where,
+            }
+
+
+def test_tensors_fill_a_file_up_to_its_limit():
+    sizes = {"a": 3, "b": 3, "c": 4, "d": 9, "e": 1}
+    cut = lambda limit: [list(shard) for shard in exporting._shards(sizes, limit)]
+    assert cut(5) == [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert cut(6) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert cut(9) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert cut(10) == [["a", "b", "c"], ["d", "e"]]
+    assert cut(20) == [["a", "b", "c", "d", "e"]]
+    assert exporting._shards(sizes, 10)[1] == {"d": 9, "e": 1}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_any_part_is_read_chunk_by_chunk(data):
+    """The chunks cover a part once; each lies within one chunk of the array on disk."""
+    block = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    shape = tuple(b * data.draw(st.integers(1, 3)) for b in block)
+    values = np.arange(np.prod(shape)).reshape(shape)
+    array = LazyArray(shape, values.dtype, tuple(block), values.__getitem__)
+    where = []
+    for length in shape[: data.draw(st.integers(0, len(shape)))]:
+        start = data.draw(st.integers(0, length - 1))
+        where.append(slice(start, data.draw(st.integers(start + 1, length))))
+    part = values[tuple(where)]
+    found, times = np.zeros_like(part), np.zeros_like(part)
+    for chunk, inside in exporting._chunks(array, tuple(where)):
+        found[inside] = array.read(chunk)
+        times[inside] += 1
+        for s, b in zip(chunk, block, strict=True):
+            assert s.start // b == (s.stop - 1) // b
+    np.testing.assert_array_equal(found, part)
+    assert (times == 1).all()
+
+
+def test_arrays_that_have_no_place_are_named(tmp_path):
+    convert(RELEASED / "mqa", tmp_path / "m", quiet=True)
+    opened = checkpoints.open_checkpoint(tmp_path / "m")
+    arrays = exporting.lazy.open_arrays(opened.folder / "params")
+    released = exporting.layout(opened.model)
+    exporting._check_arrays(opened.folder, arrays, released)
+    norm = arrays["final_norm.scale"]
+    for changed, match in (
+        ({"more.scale": norm}, "more.scale has no place in a released checkpoint"),
+        ({"final_norm.scale": None}, r"final_norm.scale is missing, not of \[48\]"),
+        (
+            {"final_norm.scale": dataclasses.replace(norm, shape=(49,))},
+            r"final_norm.scale is of shape \[49\], not of \[48\]",
+        ),
+    ):
+        spoiled = {n: a for n, a in (arrays | changed).items() if a is not None}
+        with pytest.raises(CheckpointFileError, match=match):
+            exporting._check_arrays(opened.folder, spoiled, released)
+
+
+def test_what_the_files_cannot_say_is_said():
+    from mlra_jax.config import preset
+
+    plain = preset("mlra_4")
+    assert exporting._notes(plain, "mlra_4") == []
+    unscaled = preset("mlra_2_no_scale")
+    (note,) = exporting._notes(unscaled, "mlra_2")
+    assert note.startswith("written as mlra_2;") and "_no_scale" in note
+    assert isinstance(unscaled.attention, LatentConfig)
+    other = dataclasses.replace(plain, norm_eps=1e-5, rope_base=5e5)
+    assert exporting._notes(other, "mlra_4") == [
+        "norm_eps=1e-05, and the released code has 1e-06",
+        "rope_base=500000.0, and the released code has 10000.0",
+    ]
+
+
+def test_numbers_too_large_for_the_type_are_refused(tmp_path):
+    """Not written as infinities."""
+    convert(RELEASED / "mqa", tmp_path / "source", quiet=True)
+    opened = checkpoints.open_checkpoint(tmp_path / "source")
+    import orbax.checkpoint as ocp
+
+    params = ocp.StandardCheckpointer().restore(opened.folder / "params")
+    params["final_norm"]["scale"][5] = 1e6
+    with checkpoints.make_manager(tmp_path / "run") as manager:
+        checkpoints.save(manager, 0, params=params, model=opened.read_json("model"))
+        manager.wait_until_finished()
+    with pytest.raises(CheckpointFileError, match="layernorm.weight has numbers too large for flo"):
+        export(tmp_path / "run", tmp_path / "out", dtype="float16", quiet=True)
+    assert not (tmp_path / "out").exists()
+    export(tmp_path / "run", tmp_path / "out", dtype="bfloat16", quiet=True)
+    with pytest.raises(CheckpointFileError, match="--dtype=int8 is none of"):
+        export(tmp_path / "run", tmp_path / "none", dtype="int8", quiet=True)

@@ -15,6 +15,7 @@ from mlra_jax.convert import blocks, lazy
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
 from mlra_jax.convert.hub import find_source
+from mlra_jax.convert.lazy import cast
 from mlra_jax.convert.released import (
     BLOCK,
     EMBEDDING,
@@ -116,27 +117,13 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Blo
                 if name == EMBEDDING and name not in weights.specs:
                     name = HEAD
                 view = part.view(weights.read(name))
-                pieces.append(_cast(view[(slice(low - start, high - start), *rest)], dtype, name))
+                pieces.append(cast(view[(slice(low - start, high - start), *rest)], dtype, name))
             start = stop
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         weights.release()
         return values[None] if leaf.stacked else values
 
     return read
-
-
-def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """A contiguous copy in `dtype`; refuses to turn finite numbers into infinities."""
-    values = np.ascontiguousarray(values)
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    if not np.array_equal(np.isfinite(cast), np.isfinite(values)):
-        raise CheckpointFileError(
-            f"tensor {name} has numbers too large for {dtype}; give another --dtype"
-        )
-    return cast
 
 
 def _check_tied(weights: Weights) -> None:

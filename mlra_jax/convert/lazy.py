@@ -147,3 +147,21 @@ def open_arrays(folder: Path) -> dict[str, LazyArray]:
         raise CheckpointFileError(f"{folder}: damaged, copy it again ({reason(error)})") from error
     leaves, _ = jax.tree.flatten_with_path(restored)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The values in `dtype`, contiguous; `name` is for the message.
+
+    Raises:
+      CheckpointFileError: a finite number would become infinite.
+    """
+    values = np.ascontiguousarray(values)
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if not np.array_equal(np.isfinite(cast), np.isfinite(values)):
+        raise CheckpointFileError(
+            f"tensor {name} has numbers too large for {dtype}; give another --dtype"
+        )
+    return cast

@@ -230,13 +230,13 @@ def test_interrupted_and_repeated(tmp_path, monkeypatch):
     def raising():
         raise KeyboardInterrupt
 
-    interrupted_in("_cast", 0, raising)
-    interrupted_in("_cast", 10, raising)
+    interrupted_in("cast", 0, raising)
+    interrupted_in("cast", 10, raising)
     interrupted_in("_verify", 0, raising)
     # Parallel test workers ignore the signal; a command does not.
     handler = signal.default_int_handler
     before = signal.signal(signal.SIGINT, handler)
-    interrupted_in("_cast", 10, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupted_in("cast", 10, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert signal.getsignal(signal.SIGINT) is handler
     signal.signal(signal.SIGINT, before)
 

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import mlra_jax
 from mlra_jax.data.tokenizers import ByteTokenizer
 from mlra_jax.evaluate import generate_until, loglikelihood, rolling_windows
+
+FORWARD = nnx.jit(lambda model, tokens_BT: model(tokens_BT))
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +23,15 @@ def draw(*lengths, vocab_size=90):
     return tuple(rng.integers(0, vocab_size, n).tolist() for n in lengths)
 
 
-def by_hand(model, context, continuation, max_length=64):
+def by_hand(model, context, continuation, max_length=64, num_tokens=90):
     tokens = (context + continuation)[-max_length - 1 :]
-    logits = np.asarray(model(np.array([tokens[:-1]])), np.float64)[0, -len(continuation) :]
+    # One length for all, so that one program is compiled: what follows changes nothing before it.
+    padded = np.zeros((1, max_length), np.int32)
+    padded[0, : len(tokens) - 1] = tokens[:-1]
+    logits = np.asarray(FORWARD(model, padded), np.float64)[0, : len(tokens) - 1]
+    logits = logits[-len(continuation) :]
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    greedy = logits[:, :90].argmax(-1).tolist() == list(continuation)
+    greedy = logits[:, :num_tokens].argmax(-1).tolist() == list(continuation)
     return log_probs[np.arange(len(continuation)), continuation].sum(), greedy
 
 
@@ -40,6 +47,33 @@ def test_loglikelihood_equals_numpy_in_the_order_of_the_requests(model):
     assert [f[1] for f in found] == [w[1] for w in wanted]
     assert found[5][1] and not found[6][1]
     assert sum(seen) == len(requests)
+
+
+def test_padding_is_never_the_greedy_token_and_always_part_of_the_sum(model, monkeypatch):
+    """With so few real ids that the likeliest of all is mostly padding."""
+    monkeypatch.setattr(model, "num_tokens", 8)
+    context = draw(9)[0]
+    padded = np.array([context + [0] * (64 - len(context))])
+    logits = np.asarray(FORWARD(model, padded))[0, len(context) - 1]
+    best, padding = int(logits[:8].argmax()), int(logits.argmax())
+    assert padding >= 8
+    requests = [(context, [best]), (context, [padding]), (context, [(best + 1) % 8])]
+    found = loglikelihood(model, requests, batch=4)
+    wanted = [by_hand(model, *request, num_tokens=8) for request in requests]
+    assert [flag for _, flag in found] == [flag for _, flag in wanted] == [True, False, False]
+    assert np.allclose([f[0] for f in found], [w[0] for w in wanted], rtol=1e-5)
+    assert max(found)[0] == found[1][0]
+
+
+def test_logits_in_parts_of_any_length_give_the_same(model, monkeypatch):
+    """Also where the parts do not divide the tokens: the last one is filled up, and cut off."""
+    requests = [draw(20, 12), draw(3, 29)]
+    whole = loglikelihood(model, requests, batch=2)
+    for positions in (5, 31):
+        monkeypatch.setattr("mlra_jax.evaluate.scoring._LOGITS_AT_ONCE", positions * 2 * 96)
+        found = loglikelihood(model, requests, batch=2)
+        assert np.allclose([f[0] for f in found], [w[0] for w in whole], rtol=1e-6)
+        assert [f[1] for f in found] == [w[1] for w in whole]
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 16, 21])
