@@ -10,16 +10,9 @@ import pytest
 import tensorboardX
 
 from mlra_jax.config import GroupedConfig, LatentConfig, ModelConfig, preset
-from mlra_jax.training.metrics import (
-    METRICS_FILE,
-    PEAK_FLOPS,
-    MetricsWriter,
-    flops_per_token,
-    format_duration,
-    peak_flops,
-    plot_losses,
-    read_metrics,
-)
+from mlra_jax.costs import PEAK_FLOPS, flops_per_token, peak_flops
+from mlra_jax.training.metrics import METRICS_FILE, MetricsWriter, plot_losses, read_metrics
+from mlra_jax.training.progress import format_duration
 
 
 class Board:
