@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.data import token_file
-from mlra_jax.data.prepare import Rows, _in_order, main, open_input, prepare
+from mlra_jax.data.inputs import Rows, open_input
+from mlra_jax.data.prepare import _in_order, main, prepare
 from mlra_jax.data.sources import load_source, pydoc_documents
 from mlra_jax.data.tokenizers import get_tokenizer
 
@@ -367,7 +368,7 @@ def test_pydoc_is_an_input():
 
 @pytest.mark.parametrize("at_once", [1, 3, 256])
 def test_rows_are_read_from_any_place(monkeypatch, at_once):
-    monkeypatch.setattr("mlra_jax.data.prepare._ROWS_READ_AT_ONCE", at_once)
+    monkeypatch.setattr("mlra_jax.data.inputs._ROWS_READ_AT_ONCE", at_once)
     texts, asked = [f"row {i}" for i in range(10)], []
     source = Rows(lambda a, b: asked.append((a, b)) or texts[a:b], 10, "me")
     for start in range(11):
