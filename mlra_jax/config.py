@@ -211,7 +211,11 @@ class ModelConfig:
         return build(cls, {"attention": attention, **values}, what="model setting")
 
 
-# The published models (24 layers, width 3072, 50304 tokens): MLP width and attention of each.
+GPT2_VOCABULARY = 50304
+"""The published models' vocabulary: GPT-2's 50257 ids, padded so that it divides over meshes."""
+
+
+# The published models (24 layers, width 3072): MLP width and attention of each.
 def _latent(groups, branches, q_latent_dim=1024, **kwargs):
     return LatentConfig(
         **{"num_heads": 24} | kwargs,
@@ -264,7 +268,7 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     mlp_dim, attention = _PAPER[name.removesuffix(_NORMAL)]
     sizes = dict(
         attention=attention,
-        vocab_size=50304,
+        vocab_size=GPT2_VOCABULARY,
         num_layers=24,
         embed_dim=3072,
         mlp_dim=mlp_dim,

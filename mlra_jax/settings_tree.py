@@ -67,6 +67,15 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "", what: str = "s
     return cls(**values)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
 def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """`did you mean X?`, or which names there are."""
     known = list(known)
