@@ -78,7 +78,7 @@ class Progress:
 
     def _report(self, line: str, values: Mapping[str, float]) -> None:
         self._say(f"step {self.step}/{self._steps}  {line}")
-        if self._writer:
+        if self._writer is not None:
             self._writer.write(self.step, values)
 
 
