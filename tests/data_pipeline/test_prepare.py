@@ -565,6 +565,35 @@ def test_two_writers_do_not_meet(corpus, ranks_file, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_writer_keeps_others_out_while_it_writes(tmp_path):
+    met = []
+
+    class Meeting(Rows):
+        def pieces(self, position):
+            with pytest.raises(BlockingIOError, match="another process is preparing"):
+                small(tmp_path, name="y")
+            met.append(True)
+            yield from super().pieces(position)
+
+    texts = ["ab", "c"]
+    source = Meeting(lambda start, stop: texts[start:stop], 2, "me")
+    prepare(source, tmp_path / "out", tokenizer=get_tokenizer("bytes"), name="x")
+    assert met
+    # Afterwards the folder is free again.
+    small(tmp_path, name="y")
+
+
+def test_a_fault_behind_finished_shards_leaves_them_and_their_journal(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", 1)
+    lines = "".join(f'{{"text": "{i:03}"}}\n' for i in range(20))
+    (tmp_path / "in.jsonl").write_text(lines + "no json\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="line at byte 340: no JSON"):
+            small(tmp_path, shard_tokens=10)
+        left = contents(tmp_path / "out")
+        assert "x_prepare.json" in left and "x_train_000002.bin" in left
+
+
 def test_a_vocabulary_that_does_not_fit_16_bits_is_refused(corpus, tmp_path):
     class Large:
         name, vocab_size, end_of_text = "large", 65537, 65536
