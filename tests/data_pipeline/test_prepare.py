@@ -588,7 +588,7 @@ def test_a_fault_behind_finished_shards_leaves_them_and_their_journal(tmp_path, 
     lines = "".join(f'{{"text": "{i:03}"}}\n' for i in range(20))
     (tmp_path / "in.jsonl").write_text(lines + "no json\n")
     for _ in range(2):
-        with pytest.raises(ValueError, match="line at byte 340: no JSON"):
+        with pytest.raises(ValueError, match="line at byte 320: no JSON"):
             small(tmp_path, shard_tokens=10)
         left = contents(tmp_path / "out")
         assert "x_prepare.json" in left and "x_train_000002.bin" in left
