@@ -45,7 +45,7 @@ def assert_near(out, wanted, tolerance):
     assert (norm(out - wanted) <= tolerance * norm(wanted)).all()
 
 
-@pytest.mark.parametrize("block", [1, 7, 8, 18, 19, 20])
+@pytest.mark.parametrize("block", [1, 8, 18, 19, 20])
 def test_blocks_of_queries_see_up_to_themselves(block):
     q, k, v = arguments()
     q = q.at[:, :, 0].multiply(300)  # Scores beyond the range of exp.

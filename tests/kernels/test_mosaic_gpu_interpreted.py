@@ -148,9 +148,9 @@ EDGES = [
         # An empty row, one of a few positions, latents in two groups, two rows' queries in flight.
         (
             "alternate",
-            dict(B=3, T=2, L=4, H=3, C=128, S=208, G=2),
+            dict(B=3, T=2, L=4, H=3, C=128, S=136, G=2),
             dict(ctas=5, stages=2, query_stages=2, join_rows=4),
-            [[([203, 204], 11), ([0, 0], 0), ([5, 6], 3)]],
+            [[([131, 132], 11), ([0, 0], 0), ([5, 6], 3)]],
         ),
         # GLA-2's width in float16; the first query sees nothing, the second most.
         (

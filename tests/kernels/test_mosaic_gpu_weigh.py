@@ -49,7 +49,11 @@ class Threads:
         places = places[:, None].astype(np.int64) + np.arange(width)
         assert places.max() < len(memory.flat), "a read out of bounds"
         memory.read.append(places)
-        return memory.flat[places] if width > 1 else memory.flat[places[:, 0]]
+        if width == 1:
+            return memory.flat[places[:, 0]]
+        # What is another half warp's to read may have been dropped by it.
+        theirs = places[:, 0] // 128 % (2 * WARPS) != THREADS // 16
+        return np.where(theirs[:, None], np.nan, memory.flat[places]).astype(memory.flat.dtype)
 
     def store(self, value, pointer):
         memory, places = pointer
@@ -75,7 +79,8 @@ class Threads:
                 minui=np.minimum, addf=np.add, subf=np.subtract, mulf=np.multiply,
                 maximumf=np.maximum, CmpIPredicate=predicates,
                 cmpi=lambda predicate, a, b: predicate(a, b),
-                select=np.where, extf=lambda kind, x: x.astype(kind[2]),
+                select=lambda c, a, b: np.where(c if a.ndim == 1 else c[:, None], a, b),
+                extf=lambda kind, x: x.astype(kind[2]),
             ),
             vector=space(
                 broadcast=lambda kind, x: np.repeat(x[:, None], kind[1], axis=1),

@@ -245,10 +245,14 @@ def weigh_parts(parts_ref, lses_ref, sums_ref, statistics_ref) -> None:
         lse[-1] = arith.select(there, lse[-1], real(-math.inf))
         top = functools.reduce(arith.maximumf, lse, real(LOWEST))
         total, acc = real(0.0), spread(real(0.0))
-        for x, value in zip(lse, values, strict=True):
+        for k, (x, value) in enumerate(zip(lse, values, strict=True)):
             weight = exp2(arith.subf(x, top))
             total = arith.addf(total, weight)
-            acc = mlir_math.fma(arith.extf(wide, value), spread(weight), acc)
+            value = arith.extf(wide, value)
+            if k + 1 == len(values):
+                # Who has no last part has read another's, which may be dropped by now: anything.
+                value = arith.select(there, value, spread(real(0.0)))
+            acc = mlir_math.fma(value, spread(weight), acc)
         # The two halves become one.
         swap = lambda x: mgpu.utils.shfl_bfly(x, 16)
         joint = arith.maximumf(top, swap(top))

@@ -475,7 +475,7 @@ def _multiply(cta: _Cta) -> None:
 
 
 def _multiply_in_turns(cta: _Cta) -> None:
-    """Two warpgroups take every second tile of one stream each."""
+    """Two warpgroups take turns at the tiles of one stream."""
 
     def visit(v: Visit) -> None:
         state = _attend(cta, v, 0, 0)
