@@ -153,8 +153,9 @@ def test_the_held_out_tail_is_capped_and_may_begin_in_any_file(tmp_path, monkeyp
 
 def test_the_check_before_the_start_covers_each_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_TOKENS_CHECKED_FIRST", 100)
+    monkeypatch.setattr(sources, "_TOKENS_CHECKED_AT_ONCE", 7)
     files = [tmp_path / f"{i}.bin" for i in range(2)]
-    for place, found in ((0, True), (49, True), (50, False)):
+    for place, found in ((0, True), (6, True), (7, True), (48, True), (49, True), (50, False)):
         for path in files:
             tokens = np.zeros(200, np.uint16)
             tokens[place] = 300 if path == files[1] else 299

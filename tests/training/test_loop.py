@@ -133,6 +133,7 @@ class Lab:
 
         class Validation:
             def __init__(inner, *arguments, **options):
+                assert options["global_batch"] == 4, "validation takes as many rows as a part"
                 inner.batches = validation(*arguments, **options)
 
             def __iter__(inner):
