@@ -210,6 +210,14 @@ def test_text_is_ordered_folder_by_folder_and_never_validation_by_its_name(tmp_p
     assert not source.validation[0].tokens.size
 
 
+def test_a_pattern_is_read_in_order_whatever_the_folder_says(tmp_path, monkeypatch):
+    for i in range(3):
+        token_file.write(tmp_path / f"{i}.bin", np.array([i, i]))
+    listed = sources.glob.glob
+    monkeypatch.setattr(sources.glob, "glob", lambda *a, **k: sorted(listed(*a, **k))[::-1])
+    assert tokens_of(load(f"{tmp_path}/*.bin", validation="pydoc").train) == [0, 0, 1, 1, 2, 2]
+
+
 def test_ids_of_a_large_vocabulary_are_kept_whole(tmp_path):
     class Large:
         name, vocab_size, end_of_text = "large", 70_000, 69_999
