@@ -529,6 +529,7 @@ def test_faults_are_one_line_and_leave_finished_shards_alone(corpus, ranks_file,
     "content, message",
     [
         ('{"text": "a"}\nnot json\n', "line at byte 14: no JSON"),
+        ('{"text": "a"}\n  \r\nnot json\n', "line at byte 18: no JSON"),
         ('{"text": "a"}\n{"body": "b"}\n', "line at byte 14: no field 'text'"),
         ('{"text": 3}\n', "holds no text"),
         ("[1]\n", "no field"),
