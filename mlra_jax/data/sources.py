@@ -26,6 +26,7 @@ _CUT = re.compile(r"(?<=\S\n)(?=\S)")
 # Token files are checked up to this many tokens before a run starts (a fraction of a second), the
 # rest as it is read: 100 GB must not delay the first step.
 _TOKENS_CHECKED_FIRST = 100_000_000
+_TOKENS_CHECKED_AT_ONCE = 1 << 22
 _MAX_HELD_OUT = 10_000_000
 
 
@@ -245,9 +246,9 @@ def _load(
             segments.append(Segment(str(path), token_file.read(path)))
     for segment in segments:
         first = segment.tokens[: _TOKENS_CHECKED_FIRST // len(segments)]
-        step = 1 << 22
-        for start in range(0, len(first), step):
-            _check_ids(segment, first[start : start + step], start, vocab_size)
+        for start in range(0, len(first), _TOKENS_CHECKED_AT_ONCE):
+            part = first[start : start + _TOKENS_CHECKED_AT_ONCE]
+            _check_ids(segment, part, start, vocab_size)
     if texts:
         segments.append(_encode(texts, tokenizer, vocab_size))
     return tuple(segments)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.checkpoints import Checkpoint, CheckpointError
+from mlra_jax.config import ModelConfig
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
@@ -23,6 +24,8 @@ from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from mlra_jax.training.stopping import StopSignals
+
+Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
@@ -73,13 +76,20 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         else:
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
-            compute = _compile(experiment, mesh, state, batch, say)
+            compute, seconds_to_compile = _compile(make_train_step(experiment, mesh), state, batch)
+            say(
+                f"{_parameters(state):,} parameters on {_described(mesh)}, "
+                f"{experiment.tokens_per_step:,} tokens a step, "
+                f"compiled in {seconds_to_compile:.0f} s"
+            )
+            if sharding.platform(mesh) == "cpu":
+                compute = _one_at_a_time(compute)
             progress = Progress(
                 steps=experiment.steps,
                 step=step,
                 seconds=seconds,
                 tokens_per_step=experiment.tokens_per_step,
-                full_rate=_full_rate(experiment, mesh, state),
+                full_rate=_full_rate(model, mesh, state),
                 say=say,
                 writer=writer,
             )
@@ -177,7 +187,7 @@ class _Loop:
     """The steps of a run from where it stands to the last, or to a signal."""
 
     due: _Due
-    compute: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    compute: Compute
     batches: TrainBatches
     validate: Callable[[Any], tuple[float, int]]
     saver: Saver
@@ -255,29 +265,27 @@ def _begin(workdir: Path, experiment: Experiment, step: int) -> MetricsWriter:
     return MetricsWriter(workdir, step)
 
 
-def _compile(
-    experiment: Experiment, mesh: Mesh, state: TrainState, batch: Batch, say: Callable
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled step; says what it will train, and where."""
+def _compile(step: Any, state: TrainState, batch: Batch) -> tuple[Compute, float]:
+    """The compiled step, and the seconds it took."""
     began = time.monotonic()
-    compiled = make_train_step(experiment, mesh).lower(state, batch).compile()
-    seconds = time.monotonic() - began
+    compiled = step.lower(state, batch).compile()
+    return compiled, time.monotonic() - began
+
+
+def _one_at_a_time(compute: Compute) -> Compute:
+    """Many CPU devices share few threads: more than one step under way could starve another."""
+    return lambda state, batch: jax.block_until_ready(compute(state, batch))
+
+
+def _described(mesh: Mesh) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    say(
-        f"{_parameters(state):,} parameters on {axes or 'one device'} "
-        f"({sharding.platform(mesh)}), {experiment.tokens_per_step:,} tokens a step, "
-        f"compiled in {seconds:.0f} s"
-    )
-    if sharding.platform(mesh) != "cpu":
-        return compiled
-    # Many CPU devices share few threads: more than one step under way could starve another.
-    return lambda state, batch: jax.block_until_ready(compiled(state, batch))
+    return f"{axes or 'one device'} ({sharding.platform(mesh)})"
 
 
-def _full_rate(experiment: Experiment, mesh: Mesh, state: TrainState) -> float | None:
+def _full_rate(model: ModelConfig, mesh: Mesh, state: TrainState) -> float | None:
     """Tokens per second if all devices did nothing but the model's products, at their peak."""
     peak = costs.peak_flops(mesh.devices.flat[0].device_kind)
-    per_token = costs.flops_per_token(experiment.model, _parameters(state))
+    per_token = costs.flops_per_token(model, _parameters(state))
     return peak and peak * mesh.size / per_token
 
 

@@ -529,6 +529,7 @@ def test_faults_are_one_line_and_leave_finished_shards_alone(corpus, ranks_file,
     "content, message",
     [
         ('{"text": "a"}\nnot json\n', "line at byte 14: no JSON"),
+        ('{"text": "a"}\n  \r\nnot json\n', "line at byte 18: no JSON"),
         ('{"text": "a"}\n{"body": "b"}\n', "line at byte 14: no field 'text'"),
         ('{"text": 3}\n', "holds no text"),
         ("[1]\n", "no field"),
@@ -601,6 +602,35 @@ def test_a_vocabulary_that_does_not_fit_16_bits_is_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="tokenizer large has 65537 ids, more than the 65536"):
         prepare(open_input(str(corpus[0])), tmp_path / "out", tokenizer=Large(), name="x")
     assert not (tmp_path / "out").exists()
+    # The largest that fits, and the largest shard.
+    Large.vocab_size, Large.end_of_text = 65536, 65535
+    Large.encode_array = lambda self, text: np.full(len(text), 65534, np.uint32)
+    (shard,) = small(tmp_path, tokenizer=Large(), shard_tokens=2**31 - 1)
+    assert token_file.read(shard).tolist() == [65535, *[65534] * 2, 65535, *[65534] * 3]
+
+
+@pytest.mark.parametrize(
+    "name, there, blocks",
+    [
+        ("x", "x_val_000007.bin", True),
+        ("x", "x_train_000000.bin", True),
+        ("a+b", "a+b_train_000000.bin", True),
+        ("x.y", "xzy_train_000000.bin", False),
+        ("x", "yx_train_000000.bin", False),
+        ("x", "x_test_000000.bin", False),
+        ("x", "x_train_000000.bin.txt", False),
+    ],
+)
+def test_shards_without_a_journal_are_not_overwritten(tmp_path, name, there, blocks):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / there).write_text("mine")
+    if blocks:
+        with pytest.raises(FileExistsError, match="is there already; take another destination"):
+            small(tmp_path, name=name)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [there]
+    else:
+        assert len(small(tmp_path, name=name)) == 2
+    assert (tmp_path / "out" / there).read_text() == "mine"
 
 
 def test_a_hugging_face_data_set(tmp_path, monkeypatch):

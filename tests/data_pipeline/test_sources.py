@@ -153,8 +153,9 @@ def test_the_held_out_tail_is_capped_and_may_begin_in_any_file(tmp_path, monkeyp
 
 def test_the_check_before_the_start_covers_each_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_TOKENS_CHECKED_FIRST", 100)
+    monkeypatch.setattr(sources, "_TOKENS_CHECKED_AT_ONCE", 7)
     files = [tmp_path / f"{i}.bin" for i in range(2)]
-    for place, found in ((0, True), (49, True), (50, False)):
+    for place, found in ((0, True), (6, True), (7, True), (48, True), (49, True), (50, False)):
         for path in files:
             tokens = np.zeros(200, np.uint16)
             tokens[place] = 300 if path == files[1] else 299
@@ -207,6 +208,14 @@ def test_text_is_ordered_folder_by_folder_and_never_validation_by_its_name(tmp_p
     source = load(tmp_path, validation_fraction=0.01)
     assert BYTES.decode(tokens_of(source.train)) == "Ba/ya-b/xa.txtb/c_val_d.txt"
     assert not source.validation[0].tokens.size
+
+
+def test_a_pattern_is_read_in_order_whatever_the_folder_says(tmp_path, monkeypatch):
+    for i in range(3):
+        token_file.write(tmp_path / f"{i}.bin", np.array([i, i]))
+    listed = sources.glob.glob
+    monkeypatch.setattr(sources.glob, "glob", lambda *a, **k: sorted(listed(*a, **k))[::-1])
+    assert tokens_of(load(f"{tmp_path}/*.bin", validation="pydoc").train) == [0, 0, 1, 1, 2, 2]
 
 
 def test_ids_of_a_large_vocabulary_are_kept_whole(tmp_path):

@@ -195,6 +195,9 @@ def test_without_network_gpt2_names_the_remedy(monkeypatch):
     [
         ("nothing here\n", "line 1"),
         ("IQ== 0\nIg==\n", "line 2"),
+        ("I!Q== 0\n", "line 1 is not 'base64-of-token rank'"),
+        ("IQ== 0\nIg== one\n", "line 2"),
+        ("IQ== 0\nIg== 0\n", "without gap or repetition"),
         ("IQ== 0\nIg== 2\n", "without gap"),
         ("IQ== 0\n", "lacks the single byte 0"),
         ("", "ranks must be"),

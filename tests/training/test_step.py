@@ -1,6 +1,7 @@
 """A step is the same step on every mesh and in any number of parts, and is the paper's AdamW."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,25 @@ def test_the_loss_in_chunks_of_any_size_against_numpy(chunk, weighted):
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     want = np.einsum("btd,btv->dv", x_BTD, weights[..., None] * (chances - right))
     np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [10, 100])
+def test_no_more_logits_exist_than_a_chunk_has(chunk):
+    """Neither at once nor kept for the backward pass, in the lowered steps."""
+    experiment, mesh = on_mesh(loss_chunk=chunk), sharding.make_mesh()
+    state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
+    weights = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.float32)
+    train = make_train_step(experiment, mesh).lower(state, batch)
+    validate = make_validation_step(experiment, mesh).lower(
+        state.params, batch | {"weights": weights}
+    )
+    for lowered in (train, validate):
+        text = lowered.as_text()
+        shapes = set(re.findall(rf"tensor<((?:\d+x)+){VOCAB}xf32>", text))
+        logits = {s for s in shapes if s.startswith(f"{BATCH}x")}
+        # All whole chunks, then what is left.
+        assert logits == ({"16x10x", "16x4x"} if chunk == 10 else {"16x24x"})
+        assert not any(s.endswith("x16x10x") for s in shapes), "kept for each chunk"
 
 
 def test_schedule_is_the_papers():
