@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from mlra_jax import sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.config import ModelConfig
-from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param, precision
+from mlra_jax.kernels.softmax import precision
+from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param
 
 
 class Block(nnx.Module):

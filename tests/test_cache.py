@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from mlra_jax import cache as kv
 from mlra_jax import sharding
 from mlra_jax.attention.heads import held_copies
-from mlra_jax.attention.sharded import merge
 from mlra_jax.config import ConfigError, LatentConfig
-from mlra_jax.kernels.absorbed_decode.config import Problem
+from mlra_jax.kernels.absorbed_decode.problem import Problem
+from mlra_jax.kernels.softmax import merge
 
 B, S, D_C, D_ROPE = 2, 512, 48, 6
 CAPACITY = 12

@@ -1,24 +1,35 @@
 """Attention over devices: a whole sequence, and one decode step over a cache that never moves."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import sharding
-from mlra_jax.kernels.causal_attention import causal_attention
+from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
+from mlra_jax.kernels.softmax import merge
 
 Attend = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def whole_sequence(
+def causal(
     q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array, *, scale: float, mesh: Mesh
 ) -> jax.Array:
-    """Causal attention of a sequence to itself, `[B, T, H, V]`; heads are split over the mesh."""
-    return causal_attention(q_BTHK, k_BTJK, v_BTJV, scale=scale, mesh=mesh)
+    """`causal_attention` of arrays split over `mesh`; returns `[B, T, H, V]`, split alike.
+
+    The batch and the heads are split as the table in `sharding` says; H and J must divide.
+    """
+    name = implementation_for(mesh.devices.flat[0], q_BTHK.dtype)
+    local = functools.partial(causal_attention, scale=scale, implementation=name)
+    if mesh.size == 1:
+        return local(q_BTHK, k_BTJK, v_BTJV)
+    split = sharding.spec("batch", "length", "heads", "head_dim")
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(split, split, split), out_specs=split, check_vma=False
+    )(q_BTHK, k_BTJK, v_BTJV)
 
 
 def decode_step(
@@ -65,17 +76,3 @@ def decode_step(
         out_specs=(sharding.spec("batch", "length", "heads", "head_dim"), cached),
         check_vma=False,
     )(queries, new, cache, lengths_B)
-
-
-def merge(z: jax.Array, lse: jax.Array, axis_name: str | tuple[str, ...], dim: int) -> jax.Array:
-    """The whole softmax's output from the parts that the devices of an axis computed.
-
-    `z [..., C]` and `lse [...]` are one device's output and log-sum-exp over its share of the
-    positions (0 and -inf where it saw none). The result is split over the axis along `dim`.
-    """
-    top = jax.lax.pmax(lse, axis_name)
-    weight = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0.0))[..., None]
-    scatter = lambda x: jax.lax.psum_scatter(x, axis_name, scatter_dimension=dim, tiled=True)
-    total = scatter(weight)
-    merged = scatter(z.astype(jnp.float32) * weight) / jnp.where(total > 0, total, 1.0)
-    return merged.astype(z.dtype)
