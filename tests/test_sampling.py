@@ -121,6 +121,18 @@ def test_rows_draw_independently():
     assert (draw(same, key=1, temperature=1.0) != drawn).sum() > 60
 
 
+def test_a_row_that_asks_for_nothing_keeps_everything():
+    """Tokens so unlikely that they vanish in a sum, beside rows that have top_k and top_p."""
+    logits = np.full((3, 4096), -12.5, np.float32)
+    logits[:, 0] = 0.0
+    settings = [Sampling(2.0), Sampling(2.0, top_k=3), Sampling(2.0, top_p=0.05)]
+    rows, one = draws(settings, [5, 5, 5], 3), draws(Sampling(2.0), [5], 1)
+    together = np.array([compiled(logits, rows, step, 4096) for step in range(20)])
+    alone = [int(compiled(logits[:1], one, step, 4096)[0]) for step in range(20)]
+    assert together[:, 0].tolist() == alone and len(set(alone)) > 15
+    assert set(together[:, 2]) == {0}
+
+
 def test_correlation_between_neighbouring_rows():
     coins = draw(np.zeros((40_000, 2)), temperature=1.0)
     assert abs(coins.mean() - 0.5) < 0.01
