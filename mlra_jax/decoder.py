@@ -215,17 +215,16 @@ def padded_width(config: ModelConfig, mesh: Mesh) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _abstract(config, mesh):
-    """(graph definition, weights as sharded shapes) of a decoder."""
-    form = nnx.eval_shape(lambda: _Form(config, mesh=mesh, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(form)
-    shardings = nnx.to_pure_dict(sharding.state_shardings(state, mesh))
+    """(definition, weights as sharded shapes) of a decoder."""
+    make = lambda: _Form(config, mesh=mesh, rngs=nnx.Rngs(0))
+    definition, shapes = sharding.abstract(make, mesh)
 
-    def shape(path, x, where):
+    def as_read(path, x):
         # Norms are computed in float32 and stay as they are stored.
         dtype = x.dtype if path[-1].key == "scale" else jnp.dtype(config.dtype)
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=where)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
-    return graphdef, jax.tree.map_with_path(shape, nnx.to_pure_dict(state), shardings)
+    return definition, jax.tree.map_with_path(as_read, shapes)
 
 
 def _convert(config, mesh, params, donate):

@@ -18,7 +18,7 @@ INIT_STDDEV = 0.02
 def param(
     rngs: nnx.Rngs, init, shape: Sequence[int], axes: Sequence[str | None], dtype: str
 ) -> nnx.Param:
-    """A parameter with its logical axis names; `sharding.state_shardings` maps them to a mesh."""
+    """A parameter with its logical axis names; `sharding.abstract` maps them to a mesh."""
     value = init(rngs.params(), tuple(shape), jnp.dtype(dtype))
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
 
