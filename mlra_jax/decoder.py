@@ -239,7 +239,7 @@ def _abstract(config, mesh):
 
     def as_read(path, x):
         # Norms are computed in float32 and stay as they are stored.
-        dtype = x.dtype if path[-1].key == "scale" else jnp.dtype(config.dtype)
+        dtype = x.dtype if path[-1].key == "scale" else jnp.dtype(config.execution.dtype)
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
     return definition, jax.tree.map_with_path(as_read, shapes)

@@ -61,7 +61,7 @@ class Embedding(nnx.Module):
     """Token vectors, and the output head that is the same tensor."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        self.mesh, self.dtype = mesh, config.dtype
+        self.mesh, self.dtype = mesh, config.execution.dtype
         self.embedding = param(
             rngs,
             nnx.initializers.normal(INIT_STDDEV),
@@ -125,7 +125,7 @@ class Model(nnx.Module):
         def body(x, layer):
             return nnx.merge(graphdef, layer)(x, positions_BT), None
 
-        body = jax.checkpoint(body) if self.config.remat else body
+        body = jax.checkpoint(body) if self.config.execution.remat else body
         x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
         return self.final_norm(x_BTD)
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mlra_jax import model as models
 from mlra_jax.config import (
     AttentionConfig,
+    Execution,
     GroupedConfig,
     LatentConfig,
     ModelConfig,
@@ -45,14 +46,18 @@ ATTENTIONS: dict[str, AttentionConfig] = LATENT | OTHERS
 
 
 def config(attention: AttentionConfig | str, num_layers: int = 1, **changes) -> ModelConfig:
-    """A model of this attention, or of the one that has this name in `ATTENTIONS`."""
+    """A model of this attention, or of the one that has this name in `ATTENTIONS`.
+
+    `changes` are to fields of `ModelConfig` and of `Execution`.
+    """
+    how = {name: changes.pop(name) for name in ("dtype", "remat") if name in changes}
     sizes = dict(
         attention=ATTENTIONS[attention] if isinstance(attention, str) else attention,
         vocab_size=VOCAB,
         num_layers=num_layers,
         embed_dim=40,
         mlp_dim=56,
-        dtype="float32",
+        execution=Execution(**{"dtype": "float32"} | how),
         zero_init=False,
     )
     return ModelConfig(**sizes | changes)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.config import ConfigError, LatentConfig, ModelConfig
+from mlra_jax.config import ConfigError, Execution, LatentConfig, ModelConfig
 from mlra_jax.model import Model
 from mlra_jax.training.optimizer import make_schedule
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
@@ -36,7 +36,7 @@ EXPERIMENT = Experiment(
         mlp_dim=48,
         context_length=LENGTH,
         zero_init=False,
-        dtype="float32",
+        execution=Execution(dtype="float32"),
     ),
     data=DataSettings(source="pydoc", tokenizer="bytes", global_batch=BATCH),
     optimizer=OptimizerSettings(peak_learning_rate=1e-2, warmup_steps=2),
