@@ -88,7 +88,7 @@ def describe_cache(model, batch: int, capacity: int) -> str:
     line = f"cache: {held:,} bytes per device ({batch} x {capacity} positions)"
     a = model.config.attention
     if isinstance(a, LatentConfig) and a.num_latents > 1:
-        width = (a.latent_dim + a.rope_dim) * jax.numpy.dtype(model.config.dtype).itemsize
+        width = (a.latent_dim + a.rope_dim) * jax.numpy.dtype(model.config.execution.dtype).itemsize
         mla = rows * capacity // ways["context"] * width * model.config.num_layers
         line += f"; MLA would hold {mla:,}, {mla / held:.2f} times as much"
     return line

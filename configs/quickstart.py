@@ -4,7 +4,7 @@ Eight virtual CPU devices, data 2 x tensor 4: each of the four tensor shares hol
 `--config.data.source=FILE` trains on any other text.
 """
 
-from mlra_jax.config import LatentConfig, ModelConfig
+from mlra_jax.config import Execution, LatentConfig, ModelConfig
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
 
@@ -25,8 +25,7 @@ def get_config():
         embed_dim=128,
         mlp_dim=384,
         context_length=128,
-        dtype="float32",
-        remat=False,
+        execution=Execution(dtype="float32", remat=False),
     )
     return Experiment(
         model=model,

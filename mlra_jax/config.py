@@ -158,9 +158,31 @@ _KINDS = {
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _require_dtype(config, name: str) -> None:
+    value = getattr(config, name)
+    _require(value in DTYPES, f"{name}={value!r} is none of {', '.join(DTYPES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed. Another one computes the same model."""
+
+    dtype: str = "bfloat16"
+    """Of activations and products; norms' statistics, softmax and logits are float32."""
+    remat: bool = True
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self):
+        _require_dtype(self, "dtype")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: embedding, `num_layers` blocks of attention and SwiGLU, tied output head."""
+    """A decoder: embedding, `num_layers` blocks of attention and SwiGLU, tied output head.
+
+    All but `execution` says what the model is: a checkpoint is of one such model. As a dictionary,
+    on a command line and in files, the fields of `execution` stand among the others.
+    """
 
     attention: AttentionConfig
     vocab_size: int
@@ -173,11 +195,8 @@ class ModelConfig:
     rope_base: float = 10000.0
     zero_init: bool = True
     """Attention output and MLP down projections begin at zero (the paper's choice)."""
-    dtype: str = "bfloat16"
-    """Of activations and products; norms' statistics, softmax and logits are float32."""
     param_dtype: str = "float32"
-    remat: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    execution: Execution = Execution()
 
     def __post_init__(self):
         _require(
@@ -191,15 +210,18 @@ class ModelConfig:
                 isinstance(value, int | float) and math.isfinite(value) and value > 0,
                 f"{name}={value!r} must be a positive number",
             )
-        for name in ("dtype", "param_dtype"):
-            value = getattr(self, name)
-            _require(value in DTYPES, f"{name}={value!r} is none of {', '.join(DTYPES)}")
+        _require_dtype(self, "param_dtype")
+
+    def identity(self) -> dict[str, Any]:
+        """What the model is, JSON-ready: `to_dict` without how it is computed."""
+        values = dataclasses.asdict(self)
+        del values["execution"]
+        attention = {"kind": self.attention.kind} | dataclasses.asdict(self.attention)
+        return values | {"attention": attention}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` takes back."""
-        return dataclasses.asdict(self) | {
-            "attention": {"kind": self.attention.kind} | dataclasses.asdict(self.attention)
-        }
+        return self.identity() | dataclasses.asdict(self.execution)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -210,7 +232,10 @@ class ModelConfig:
         if kind not in _KINDS:
             raise ConfigError(f"attention.kind={kind!r} is none of {', '.join(_KINDS)}")
         attention = build(_KINDS[kind], attention, "attention.", "model setting")
-        return build(cls, {"attention": attention, **values}, what="model setting")
+        how = {f.name: f for f in dataclasses.fields(Execution)}.keys() & values.keys()
+        execution = Execution(**{name: values.pop(name) for name in how})
+        values = {"attention": attention, "execution": execution, **values}
+        return build(cls, values, what="model setting")
 
 
 GPT2_VOCABULARY = 50304

@@ -40,7 +40,7 @@ def cache_bytes_per_device(
     values = cache_values_per_device(
         config, batch=batch, capacity=capacity, tensor=tensor, context=context
     )
-    return values * config.num_layers * jnp.dtype(config.dtype).itemsize
+    return values * config.num_layers * jnp.dtype(config.execution.dtype).itemsize
 
 
 def table(names: Sequence[str], tokens: int, batch: int) -> str:

@@ -84,7 +84,7 @@ def abstract_cache(config: ModelConfig, mesh: Mesh, batch: int, slots: int) -> k
     shapes = module.cache_shapes(config.attention, batch, slots, mesh.shape["tensor"])
     layer = {
         name: jax.ShapeDtypeStruct(
-            shape, config.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
+            shape, config.execution.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
         )
         for name, shape in shapes.items()
     }

@@ -15,8 +15,10 @@ import optax
 import pytest
 
 from mlra_jax import checkpoints, sharding
+from mlra_jax import model as models
 from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.config import (
+    Execution,
     GroupedConfig,
     LatentConfig,
     ModelConfig,
@@ -24,7 +26,6 @@ from mlra_jax.config import (
     TensorProductConfig,
     TiedConfig,
 )
-from mlra_jax.training.state import model_parts
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -37,11 +38,9 @@ CONFIG = ModelConfig(
 
 
 def abstract_params(mesh, dtype=None):
-    _, shapes, shardings = model_parts(CONFIG, mesh)
+    _, shapes = models.structure(CONFIG, mesh)
     return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=where),
-        shapes,
-        shardings,
+        lambda s: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=s.sharding), shapes
     )
 
 
@@ -298,11 +297,13 @@ IDENTITIES = {
     "tensor_product": dataclasses.replace(CONFIG, attention=TensorProductConfig(4, 8, 2, 3)),
 }
 # What a model is; how it computes may change from one run to the next.
-COMPUTES = {"dtype": "float32", "remat": False}
+COMPUTES = {"execution": Execution("float32", False)}
 
 
 def other(value):
     """A value of the same type that any size, name or switch may have instead."""
+    if isinstance(value, Execution):
+        return COMPUTES["execution"]
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -366,7 +367,7 @@ def test_a_workdir_of_another_model_names_the_difference(written):
         config = dataclasses.replace(CONFIG, **changes)
         checkpoints.check_same_model(opened, config, tokenizer, "runs/a")
 
-    check(dtype="float32", remat=False)
+    check(**COMPUTES)
     with pytest.raises(CheckpointError, match=r"runs/a .* model.mlp_dim is 24 there and 32 here"):
         check(mlp_dim=32)
     with pytest.raises(CheckpointError, match=r"tokenizer is 'bytes' there and 'gpt2' here"):

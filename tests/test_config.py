@@ -12,6 +12,7 @@ from mlra_jax.config import (
     DTYPES,
     PRESETS,
     ConfigError,
+    Execution,
     GroupedConfig,
     LatentConfig,
     ModelConfig,
@@ -68,9 +69,8 @@ models = st.builds(
     norm_eps=st.floats(1e-12, 1.0),
     rope_base=st.floats(1.0, 1e9),
     zero_init=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
     param_dtype=st.sampled_from(DTYPES),
-    remat=st.booleans(),
+    execution=st.builds(Execution, dtype=st.sampled_from(DTYPES), remat=st.booleans()),
 )
 
 
@@ -100,11 +100,17 @@ def test_every_attention_is_told_apart_and_keeps_its_defaults():
     config = ModelConfig.from_dict(values)
     assert (config.attention.gated, config.norm_eps, config.zero_init) == (False, 1e-6, True)
     assert (config.rope_base, config.context_length) == (10000.0, 2048)
-    assert (config.param_dtype, ModelConfig.dtype, ModelConfig.remat) == (
-        "float32",
-        "bfloat16",
-        True,
-    )
+    assert (config.param_dtype, Execution()) == ("float32", Execution("bfloat16", True))
+
+
+def test_how_a_model_is_computed_is_no_part_of_its_identity():
+    config = tiny.config("gta")
+    other = dataclasses.replace(config, execution=Execution("float16", remat=False))
+    assert config != other and config.identity() == other.identity()
+    assert other.to_dict() == config.identity() | {"dtype": "float16", "remat": False}
+    assert ModelConfig.from_dict(config.identity()).execution == Execution()
+    with pytest.raises(ConfigError, match="^dtype='int8' is none of float32, bfloat16, float16$"):
+        ModelConfig.from_dict(config.to_dict() | {"dtype": "int8"})
 
 
 def test_the_caller_keeps_what_is_given():
@@ -166,7 +172,6 @@ def test_sizes_of_an_attention_that_cannot_be(name, field, value, words):
         ("norm_eps", float("nan"), "norm_eps=nan must be a positive"),
         ("rope_base", float("inf"), "rope_base=inf must be a positive"),
         ("rope_base", "1e4", "rope_base='1e4' must be a positive"),
-        ("dtype", "int8", "dtype='int8' is none of float32, bfloat16, float16"),
         ("param_dtype", None, "param_dtype=None is none of float32"),
     ],
 )

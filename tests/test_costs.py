@@ -8,7 +8,7 @@ import tiny
 
 from mlra_jax import costs, sharding
 from mlra_jax.attention import MODULES
-from mlra_jax.config import VARIANTS, ConfigError, preset
+from mlra_jax.config import VARIANTS, ConfigError, Execution, preset
 
 # Values a token, layer and device in units of d_h at 1, 2, 4 and 8 ways by tensor: the paper's
 # table 1 for the latent family, the definitions for the others.
@@ -88,7 +88,7 @@ def test_what_cannot_be_split_is_a_dash():
 
 @pytest.mark.parametrize("dtype, width", [("bfloat16", 2), ("float32", 4)])
 def test_bytes_are_those_of_all_layers_in_the_compute_dtype(dtype, width):
-    config = preset("mlra_4", dtype=dtype, num_layers=5)
+    config = preset("mlra_4", execution=Execution(dtype), num_layers=5)
     size = dict(batch=2, capacity=48, tensor=4, context=2)
     held = costs.cache_bytes_per_device(config, **size)
     assert held == 2 * 24 * (128 + 64) * 5 * width

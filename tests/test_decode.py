@@ -14,7 +14,7 @@ import decode
 import mlra_jax
 from mlra_jax import checkpoints
 from mlra_jax import model as models
-from mlra_jax.config import LatentConfig, ModelConfig
+from mlra_jax.config import Execution, LatentConfig, ModelConfig
 from mlra_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
     num_layers=2,
     embed_dim=32,
     mlp_dim=48,
-    dtype="float32",
+    execution=Execution(dtype="float32"),
     zero_init=False,
 )
 

@@ -56,7 +56,7 @@ def test_a_model_is_loaded_in_its_places_and_dtype(saved):
     rope = layers * D * 6
     assert held == (total - 2 * whole - 2 * rope) // 4 + 2 * whole + rope
     assert 1e-4 < relative_error(model(TOKENS), made[5](TOKENS)) < 5e-2
-    assert model.config.dtype == model.config.param_dtype == "bfloat16"
+    assert model.config.execution.dtype == model.config.param_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

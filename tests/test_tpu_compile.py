@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="libtpu, the TPU compiler, is not installed (pip install libtpu)",
 )
 V5E_MEMORY = 16 * 2**30
-ROUNDING = 2**20
+ROUNDING = 2**14
 """Small arrays take whole tiles of memory."""
 
 
@@ -30,9 +30,9 @@ def v5e_16():
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 
 
-def parameters_per_device(fsdp: int, split: int) -> int:
+def parameters_per_device(fsdp: int, split: int, F: int = 9880) -> int:
     """Of the published MLRA-4, by hand: `split` devices share what `tensor` and `context` split."""
-    D, H, C, Q, F, V = 3072, 24, 128, 1024, 9880, 50304
+    D, H, C, Q, V = 3072, 24, 128, 1024, 50304
     query = D * Q + Q * H * (128 + 64)
     latent = D * 4 * C + 2 * (4 * H * C * 128)
     layer = (query + latent + H * 128 * D + 3 * D * F) // (fsdp * split)
@@ -86,7 +86,8 @@ def test_decoding_step(v5e_16, capsys):
     held = cache_bytes_per_device(config, batch=1, capacity=slots, tensor=4)
     assert held == config.num_layers * slots * (128 + 64) * 2
     memory = program.memory_analysis()
-    given = held + 2 * parameters_per_device(fsdp=1, split=4)
+    # A device's 2470 columns of the MLP take whole tiles.
+    given = held + 2 * parameters_per_device(fsdp=1, split=4, F=4 * 2560)
     assert 0 <= memory.argument_size_in_bytes - given < ROUNDING
     assert memory.alias_size_in_bytes >= held, "the cache is not changed in place"
     assert memory.temp_size_in_bytes < held / config.num_layers, "a layer's cache is copied"

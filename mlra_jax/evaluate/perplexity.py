@@ -137,7 +137,7 @@ def evaluate(
         "window": window,
         "max_tokens": max_tokens,
         "param_dtype": dtype or opened.model.param_dtype,
-        "dtype": dtype or opened.model.dtype,
+        "dtype": dtype or opened.model.execution.dtype,
         "tokens": {file: fingerprint([segment]) for file, (segment, _) in sets.items()},
     }
     store = _Store(output, settings)

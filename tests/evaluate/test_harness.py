@@ -11,7 +11,7 @@ from flax import nnx
 
 from mlra_jax import checkpoints
 from mlra_jax import model as models
-from mlra_jax.config import LatentConfig, ModelConfig
+from mlra_jax.config import Execution, LatentConfig, ModelConfig
 from mlra_jax.evaluate import loglikelihood, tasks
 from mlra_jax.sharding import make_mesh
 
@@ -62,7 +62,14 @@ def checkpoint(tmp_path_factory):
     """A small random model that reads bytes."""
     attention = LatentConfig(4, 1, 4, 16, 12, nope_dim=4, rope_dim=4)
     config = ModelConfig(
-        attention, 260, 1, 32, 40, context_length=64, zero_init=False, dtype="float32"
+        attention,
+        260,
+        1,
+        32,
+        40,
+        context_length=64,
+        zero_init=False,
+        execution=Execution(dtype="float32"),
     )
     model = models.create(config, make_mesh(), seed=3)
     # Far from uniform, so that answers differ.

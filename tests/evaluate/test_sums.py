@@ -14,7 +14,7 @@ from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.evaluate import perplexity
 from mlra_jax.evaluate.perplexity import Tally, evaluate, table
 
-CONFIG = ModelConfig(GroupedConfig(2, 2, 4), 50, 1, 8, 8, dtype="bfloat16")
+CONFIG = ModelConfig(GroupedConfig(2, 2, 4), 50, 1, 8, 8)
 WINDOW = 4
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.config import PRESETS, ConfigError, GroupedConfig, ModelConfig, preset
+from mlra_jax.config import PRESETS, ConfigError, Execution, GroupedConfig, ModelConfig, preset
 from mlra_jax.settings_tree import closest
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
@@ -214,7 +214,7 @@ def experiments(draw):
         *(draw(POSITIVE) for _ in range(3)),
     )
     return Experiment(
-        preset(draw(st.sampled_from(PRESETS)), remat=draw(st.booleans())),
+        preset(draw(st.sampled_from(PRESETS)), execution=Execution(remat=draw(st.booleans()))),
         data,
         mesh,
         optimizer,

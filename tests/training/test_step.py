@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.config import ConfigError, LatentConfig, ModelConfig
+from mlra_jax.config import ConfigError, Execution, LatentConfig, ModelConfig
 from mlra_jax.model import Model
 from mlra_jax.training.optimizer import make_schedule
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
-from mlra_jax.training.state import abstract_state, create_state, model_parts
+from mlra_jax.training.state import abstract_state, create_state
 from mlra_jax.training.step import (
     abstract_batch,
     loss_sum,
@@ -36,7 +37,7 @@ EXPERIMENT = Experiment(
         mlp_dim=48,
         context_length=LENGTH,
         zero_init=False,
-        dtype="float32",
+        execution=Execution(dtype="float32"),
     ),
     data=DataSettings(source="pydoc", tokenizer="bytes", global_batch=BATCH),
     optimizer=OptimizerSettings(peak_learning_rate=1e-2, warmup_steps=2),
@@ -119,7 +120,7 @@ def test_gradients_of_parts_are_summed_in_float32():
 
 def plain_loss(experiment, mesh):
     """The loss over all logits at once, and its gradient."""
-    definition, _, _ = model_parts(experiment.model, mesh)
+    definition, _ = models.structure(experiment.model, mesh)
 
     def loss(params, batch):
         logits_BTV = nnx.merge(definition, params)(batch["inputs"])

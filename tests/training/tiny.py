@@ -1,6 +1,6 @@
 """The smallest experiment that has everything, for runs of the command line in tests."""
 
-from mlra_jax.config import LatentConfig, ModelConfig
+from mlra_jax.config import Execution, LatentConfig, ModelConfig
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
 
@@ -15,8 +15,7 @@ def experiment() -> Experiment:
         embed_dim=16,
         mlp_dim=24,
         context_length=12,
-        dtype="float32",
-        remat=False,
+        execution=Execution(dtype="float32", remat=False),
     )
     return Experiment(
         model=model,
