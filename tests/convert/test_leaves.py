@@ -251,6 +251,15 @@ def test_bars_count_every_byte(tmp_path, monkeypatch):
         assert sum(done) == whole, text
 
 
+def test_pages_are_given_back_after_every_block(tmp_path, monkeypatch):
+    """Or a conversion would hold all of the file that it has read."""
+    released, real = [], conversion.Weights.release
+    monkeypatch.setattr(conversion.Weights, "release", lambda w: (released.append(1), real(w)))
+    convert(RELEASED / "mha", tmp_path / "m", quiet=True)
+    arrays = lazy.open_arrays(checkpoints.open_checkpoint(tmp_path / "m").folder / "params")
+    assert len(released) >= sum(len(array.blocks()) for array in arrays.values()) > 10
+
+
 def test_a_vocabulary_of_gpt2s_size_is_gpt2s(tmp_path, monkeypatch):
     """Nothing in the released files names the tokenizer."""
     assert conversion.GPT2_VOCABULARY == preset("mha").vocab_size == 50304
