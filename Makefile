@@ -1,5 +1,7 @@
 # make quickstart: train a small MLRA-4 and decode from it.   make test: run the tests.
 # make quickstart SOURCE=FILE trains on a text file, a folder of them or a .bin token file.
+# make check: style, types and the tests that need no compiler, in seconds.   make check TESTS=DIR
+# runs another folder's.   make mutants: do the tests notice planted faults?
 
 PYTHON ?= python3
 SOURCE ?= pydoc
@@ -16,7 +18,10 @@ ifeq ($(suffix $(SOURCE)),.bin)
 TOKENS := --config.data.tokenizer=gpt2 --config.model.vocab_size=50304
 endif
 
-.PHONY: quickstart test lint clean
+# The tests of these compile nothing.
+TESTS ?= tests/test_presets.py tests/test_house.py tests/test_mutants.py
+
+.PHONY: quickstart test check lint mutants clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/installed
@@ -26,10 +31,19 @@ quickstart: $(VENV)/installed
 	@$(RUN) decode.py --checkpoint='$(WORKDIR)' --virtual_cpu_devices=4 --mesh=tensor=4 \
 		--prompt='The ' --max_new_tokens=300 --temperature=0.7 --top_p=0.95
 
-test: $(VENV)/installed
-	@$(VENV)/bin/ruff check .
+test: lint
+	@$(RUN) -m pytest -n 2 --durations=20
+
+check: lint
+	@$(RUN) -m pytest -n 2 $(TESTS)
+
+lint: $(VENV)/installed
+	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
-	@$(RUN) -m pytest -n 2
+	@$(VENV)/bin/mypy
+
+mutants: $(VENV)/installed
+	@$(RUN) -m tests.mutants $(MUTANTS)
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \

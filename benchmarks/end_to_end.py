@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.limits import launch_seconds, random_pool, read_bandwidth
 from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.config import preset
@@ -27,16 +27,6 @@ from mlra_jax.generation.loop import Sampling, Stream
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.state import create_state
 from mlra_jax.training.step import abstract_batch, make_train_step
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that a reduction over 4 GiB reads on one device."""
-    x = jnp.ones((2**30,), jnp.float32)
-    total = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, t: t + (x * t).sum(), 1e-9))
-    total(x).block_until_ready()
-    started = time.perf_counter()
-    total(x).block_until_ready()
-    return 20 * x.nbytes / (time.perf_counter() - started)
 
 
 def train(name: str, mesh, batch: int, steps: int = 10) -> dict:
@@ -97,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     mesh, name = sharding.parse_mesh(arguments.mesh), arguments.preset
     device = jax.devices()[0]
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(random_pool(0), launch_seconds())["read"]
     result = {
         "device": device.device_kind,
         "jax": jax.__version__,

@@ -3,7 +3,12 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples on every machine; compiling in one of them is no reason to fail.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 # Most of the time of these tests is LLVM's, on programs that run once.
 os.environ["XLA_FLAGS"] = " ".join(

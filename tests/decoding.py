@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 from flax import nnx
 from jax.sharding import Mesh
+from tiny import random_model, relative_error
 
 from mlra_jax import cache as kv
 from mlra_jax import model as models
@@ -15,24 +17,8 @@ from mlra_jax.generation.loop import fill
 from mlra_jax.sharding import make_mesh
 
 STEPS = 5
-RAGGED = (9, 4, 13)
-
-
-def relative_error(got, want) -> float:
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
-
-
-def small_config(attention: AttentionConfig, num_layers: int = 1) -> ModelConfig:
-    return ModelConfig(
-        attention,
-        vocab_size=88,
-        num_layers=num_layers,
-        embed_dim=40,
-        mlp_dim=56,
-        dtype="float32",
-        zero_init=False,
-    )
+# With the steps the longest row fills the cache to its last slot on every mesh.
+RAGGED = (9, 4, 27)
 
 
 @functools.lru_cache(maxsize=4)
@@ -47,19 +33,6 @@ def whole_pass(model: models.Model, tokens_BT, positions_BT=None) -> np.ndarray:
     graphdef, state = nnx.split(model)
     forward = jax.jit(lambda state, *arrays: nnx.merge(graphdef, state)(*arrays))
     return np.asarray(forward(state, tokens_BT, positions_BT))
-
-
-def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> models.Model:
-    """The same numbers on every mesh, wide enough that softmaxes are far from uniform."""
-    graphdef, shapes = models.abstract_state(config, mesh)
-    # Drawn by NumPy: compiling JAX's generator would take longer than everything else here.
-    rng = np.random.default_rng(seed)
-    placed = []
-    for path, x in nnx.to_flat_state(shapes):
-        values = rng.normal(1.0 if path[-1] == "scale" else 0.0, 0.2, x.shape)
-        values = jax.device_put(values.astype(np.float32), x.get_value().sharding)
-        placed.append((path, x.replace(values)))
-    return nnx.merge(graphdef, nnx.from_flat_state(placed))
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,10 +55,10 @@ def decoding_error(
 
     Row `b` is a prompt of `lengths[b]` tokens; it should give what it gives alone.
     """
-    config, mesh = small_config(attention, num_layers), make_mesh(tensor=tensor, context=context)
+    config, mesh = tiny.config(attention, num_layers), make_mesh(tensor=tensor, context=context)
     tokens, whole = _whole_pass(config, seed)
     graphdef, state = _unstacked(config, mesh, seed)
-    capacity = kv.round_capacity(max(lengths) + STEPS + 2, mesh)
+    capacity = kv.round_capacity(max(lengths) + STEPS, mesh)
 
     @jax.jit
     def prefill(state, prompts_BT, lengths_B):

@@ -2,11 +2,10 @@
 
 import contextlib
 import io
+import re
 import shutil
 import sys
 
-import jax
-import numpy as np
 import pytest
 from absl import flags
 from flax import nnx
@@ -16,9 +15,7 @@ import mlra_jax
 from mlra_jax import checkpoints
 from mlra_jax import model as models
 from mlra_jax.config import LatentConfig, ModelConfig
-from mlra_jax.generation import Sampling
-from mlra_jax.generation.sampling import sample
-from mlra_jax.sharding import make_mesh, parse_mesh
+from mlra_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(
     LatentConfig(
@@ -86,6 +83,8 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
             assert f"[{row}] {line}" in out
     # 128 slots over 2 context shares, (32/4 + 4) values, 2 prompts and layers, 4 bytes.
     assert f"cache: {128 // 2 * (32 // 4 + 4) * 2 * 2 * 4:,} bytes per device" in err
+    mla = 128 // 2 * (32 + 4) * 2 * 2 * 4
+    assert f"(2 x 128 positions); MLA would hold {mla:,}, 3.00 times as much" in err
 
 
 @pytest.mark.parametrize(
@@ -127,68 +126,46 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path):
     assert isinstance(code, str) and "\n" not in code and str(copy) in code
 
 
-@pytest.mark.parametrize(
-    "prompts, new, words",
-    [
-        ([], 1, "no prompts"),
-        ([[1], []], 1, "prompt 1 is empty"),
-        ([[1, 257]], 1, "prompt 0 has token 257"),
-        ([[-1]], 1, "prompt 0 has token -1"),
-        ([[1]], 0, "max_new_tokens=0"),
-    ],
-)
-def test_generate_refuses(model, prompts, new, words):
-    with pytest.raises(ValueError, match=words):
-        mlra_jax.generate(model, prompts, max_new_tokens=new)
+def test_prompts_from_a_file_on_a_data_mesh(checkpoint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Hello\nA longer prompt, \nÄ\nfour\n", encoding="utf-8")
+    settings = [f"--checkpoint={checkpoint}", "--max_new_tokens=8"]
+    prompts = ["first", *file.read_text(encoding="utf-8").splitlines(), "last"]
+    flags = [f"--prompt={prompts[0]}", f"--prompt={prompts[-1]}"]
+    whole = run(*settings, *(f"--prompt={p}" for p in [prompts[0], prompts[-1], *prompts[1:-1]]))
+    # Those of the command line first, then the file's lines.
+    split = run(*settings, *flags, f"--prompt_file={file}", "--mesh=data=2")
+    assert split[2] == whole[2] == 0 and split[0] == whole[0]
+    assert "[5] four" in split[0] and "[4] Ä" in split[0]
+    # Half of the rows on each device, with 128 slots of 36 values, in 2 layers of 4 bytes.
+    assert f"cache: {3 * 128 * (32 + 4) * 2 * 4:,} bytes per device (6 x 128 positions)" in split[1]
+    assert "; MLA would hold" in split[1] and ", 1.00 times as much" in split[1]
 
 
-def test_generate_is_the_argmax_of_whole_passes_and_stops(model):
-    prompts = [[5, 6, 7], [1, 2, 3, 4, 5, 6]]
-    rows = mlra_jax.generate(model, prompts, max_new_tokens=6)
-    for prompt, row in zip(prompts, rows, strict=True):
-        logits = np.asarray(model(np.array([prompt + row], np.int32)))[0, :, : model.num_tokens]
-        assert row == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-    stop = rows[0][2]
-    stopped = mlra_jax.generate(model, prompts, max_new_tokens=6, stop_token=stop)
-    assert stopped == [row[: row.index(stop)] if stop in row else row for row in rows]
+def test_the_end_of_text_token_ends_a_prompt_unless_told_otherwise(checkpoint):
+    # So hot that each of the 257 ids is about as likely: the end comes within 800 draws.
+    settings = [f"--checkpoint={checkpoint}", "--prompt=x", "--max_new_tokens=800"]
+    settings += ["--temperature=1e6", "--seed=2"]
+    steps = lambda err: int(re.search(r"1 prompt\(s\), (\d+) steps", err)[1])
+    out, err, code = run(*settings)
+    whole_out, whole_err, whole_code = run(*settings, "--nostop")
+    assert code == whole_code == 0
+    assert steps(err) < steps(whole_err) == 800
+    assert whole_out.startswith(out.rstrip("\n")[:-1]) and len(whole_out) > len(out)
 
 
-def test_sampling_depends_on_the_seed_only(model):
-    draw = lambda seed: mlra_jax.generate(
-        model, [[1, 2], [3, 4, 5]], max_new_tokens=12, temperature=1.0, seed=seed
+def test_sampling_flags_reach_the_sampler(checkpoint):
+    settings = [f"--checkpoint={checkpoint}", "--prompt=abc", "--max_new_tokens=12"]
+    greedy = run(*settings)[0]
+    hot = [*settings, "--temperature=1e6"]
+    assert run(*hot, "--seed=1")[0] == run(*hot, "--seed=1")[0] != run(*hot, "--seed=2")[0]
+    assert (
+        run(*hot, "--top_k=1")[0] == greedy == run(*settings, "--temperature=1", "--top_p=1e-9")[0]
     )
-    assert draw(1) == draw(1) != draw(2)
 
 
-def test_samples_follow_the_distribution():
-    probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
-    logits = np.tile(np.log(probabilities), (20000, 1)).astype(np.float32)
-    drawn = lambda num=5, **s: np.bincount(
-        np.asarray(sample(logits, jax.random.key(0), Sampling(**s), num)), minlength=5
-    )
-    spread = drawn(temperature=1.0) / 20000
-    assert np.abs(spread - probabilities).max() < 0.015
-    squared = probabilities**2 / (probabilities**2).sum()
-    assert np.abs(drawn(temperature=0.5) / 20000 - squared).max() < 0.015
-    assert (drawn(temperature=1.0, top_k=2) > 0).tolist() == [True, True, False, False, False]
-    # 0.5 + 0.25 do not reach 0.8, so the third stays.
-    assert (drawn(temperature=1.0, top_p=0.8) > 0).tolist() == [True, True, True, False, False]
-    assert (drawn(temperature=1.0, top_p=0.01) > 0).tolist() == [True] + 4 * [False]
-    assert (drawn(num=3, temperature=1.0) > 0).tolist() == [True, True, True, False, False]
-    assert drawn(temperature=0.0)[0] == 20000
-
-
-def test_meshes_by_name():
-    assert dict(parse_mesh("tensor=4, context=2").shape) == {
-        "data": 1,
-        "fsdp": 1,
-        "tensor": 4,
-        "context": 2,
-    }
-    assert parse_mesh("").size == 1
-
-
-def test_a_stacked_model_says_what_to_do():
-    model = models.create(CONFIG, make_mesh(), seed=0)
-    with pytest.raises(ValueError, match=r"model\.unstack\(\)"):
-        mlra_jax.generate(model, [[1]], max_new_tokens=1)
+def test_a_cache_that_fits_exactly_and_one_slot_less(checkpoint):
+    settings = [f"--checkpoint={checkpoint}", "--prompt=" + 9 * "x", "--max_new_tokens=8"]
+    out, err, code = run(*settings, "--cache_length=16")
+    assert code == 0 and out == run(*settings)[0] and "(1 x 16 positions)" in err
+    assert "need 16 cache slots and cache_length is 15" in run(*settings, "--cache_length=15")[2]

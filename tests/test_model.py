@@ -5,19 +5,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention.test_latent import MEMBERS
-from decoding import relative_error, small_config
+import tiny
 from flax import nnx
+from tiny import relative_error
 
 from mlra_jax import model as models
-from mlra_jax.layers import rotate
 from mlra_jax.sharding import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(0, 88, (4, 10), np.int32)
 
 
 def test_sharded_creation_makes_the_same_weights_in_their_places():
-    config = small_config(MEMBERS["mlra_2_gated"], num_layers=2)
+    config = tiny.config("mlra_2_gated", num_layers=2)
     whole = models.create(config, make_mesh(), seed=5)
     split = models.create(config, make_mesh(data=2, fsdp=2, tensor=2), seed=5)
     weights = lambda model: jax.device_get(nnx.to_pure_dict(nnx.state(model)))
@@ -31,21 +30,69 @@ def test_sharded_creation_makes_the_same_weights_in_their_places():
     assert relative_error(whole(TOKENS), before) < 1e-6
 
 
-def test_positions_in_the_millions_keep_their_angles():
-    positions = np.array([[0, 5, 1023, 1024, 131071, 2_000_003]], np.int32)
-    x = np.random.default_rng(1).normal(size=(1, 6, 2, 64)).astype(np.float32)
-    angle = positions[0, :, None] * 10000.0 ** (-np.arange(32) / 32)
-    cos, sin = np.cos(angle)[None, :, None], np.sin(angle)[None, :, None]
-    x1, x2 = x[..., :32], x[..., 32:]
-    want = np.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1)
-    assert relative_error(rotate(jnp.asarray(x), jnp.asarray(positions), 10000.0), want) < 2e-4
-
-
 @pytest.mark.parametrize("member", ["mla", "mlra_4"])
 def test_a_token_does_not_see_later_ones(member):
-    model = models.create(small_config(MEMBERS[member]), make_mesh(), seed=2)
+    model = models.create(tiny.config(member), make_mesh(), seed=2)
     changed = TOKENS.copy()
     changed[:, 6:] = (changed[:, 6:] + 1) % 88
     before, after = np.asarray(model(TOKENS)), np.asarray(model(changed))
     assert relative_error(after[:, :6], before[:, :6]) < 1e-6
     assert relative_error(after[:, 6:], before[:, 6:]) > 1e-2
+
+
+def equations(jaxpr, name):
+    """All equations of this primitive, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if isinstance(inner, jax.extend.core.Jaxpr):
+                yield from equations(inner, name)
+
+
+def forward_jaxpr(config):
+    graphdef, state = models.abstract_state(config, make_mesh())
+    forward = lambda state, tokens: nnx.merge(graphdef, state)(tokens)
+    return jax.make_jaxpr(forward)(state, TOKENS).jaxpr
+
+
+@pytest.mark.parametrize("name", ["mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa"])
+def test_float32_products_are_float32_on_every_machine(name):
+    """TPUs and GPUs round the operands of a float32 product unless told not to."""
+    products = list(equations(forward_jaxpr(tiny.config(name)), "dot_general"))
+    assert len(products) > 8
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert all(p.params["precision"] == highest for p in products)
+    narrow = list(equations(forward_jaxpr(tiny.config(name, dtype="bfloat16")), "dot_general"))
+    assert len(narrow) == len(products)
+    assert not any(
+        p.params["precision"] == highest for p in narrow if p.invars[0].aval.dtype == "bfloat16"
+    )
+    # The parameters are float32: none of them reaches a product unconverted.
+    width = tiny.config(name).embed_dim
+    assert not any(
+        p.invars[1].aval.dtype == "float32" and width in p.invars[1].aval.shape for p in narrow
+    )
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_blocks_are_computed_again_in_the_backward_pass_where_asked(remat):
+    config = tiny.config("mla", num_layers=2, remat=remat)
+    again = equations(forward_jaxpr(config), "remat2")
+    blocks = [e for e in again if e.outvars[0].aval.shape == (*TOKENS.shape, config.embed_dim)]
+    assert len(blocks) == remat
+
+
+@pytest.mark.parametrize("name", ["mlra_4", "gqa"])
+def test_bfloat16_activations_give_float32_logits_close_to_float32s(name):
+    exact = tiny.random_model(tiny.config(name, 2), make_mesh())
+    narrow = tiny.random_model(tiny.config(name, 2, dtype="bfloat16"), make_mesh())
+    assert narrow.hidden(TOKENS).dtype == jnp.bfloat16
+    logits = narrow(TOKENS)
+    assert logits.dtype == jnp.float32
+    assert 1e-4 < relative_error(logits, exact(TOKENS)) < 3e-2
+    # More digits than bfloat16 has: the head adds up in float32.
+    assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9

@@ -101,3 +101,8 @@ def test_presets_differ_from_what_they_ablate_only_in_what_is_ablated(name):
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown preset 'mlra4'; did you mean mlra_4"):
         preset("mlra4")
+
+
+def test_unknown_preset_that_is_near_none_lists_them_all():
+    with pytest.raises(ConfigError, match="unknown preset 'zzzzzz'; there are mha, mqa, gqa, gta"):
+        preset("zzzzzz")

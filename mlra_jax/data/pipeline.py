@@ -125,7 +125,8 @@ def make_train_iterator(
         grain.MapDataset.range(len(windows))
         .shuffle(seed)
         .repeat()
-        .batch(global_batch)
+        # Without end there is no remainder; asked to count one, Grain overflows for a batch of one.
+        .batch(global_batch, drop_remainder=True)
         .map(lambda indices: _read(windows, indices[rows]))
     )
     options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)

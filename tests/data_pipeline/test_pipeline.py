@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlra_jax.data import token_file
 from mlra_jax.data.pipeline import make_train_iterator, make_validation_batches
-from mlra_jax.data.sources import load_source
+from mlra_jax.data.sources import Segment, Source, load_source
 
 LENGTH = 8
 TOKENS = np.random.default_rng(1).permutation(5000).astype(np.uint16)
@@ -127,6 +129,122 @@ def test_a_state_of_other_data_is_refused(source, tmp_path):
     other = load_source(str(path), tokenizer=None, vocab_size=5000)
     with pytest.raises(ValueError, match="cannot resume the data"):
         train(other).set_state(state)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("windows", 41),
+        ("fingerprint", "00000000"),
+        ("context_length", 9),
+        ("global_batch", 7),
+        ("seed", 4),
+    ],
+)
+def test_each_field_of_a_state_is_compared(source, key, value):
+    iterator = train(source)
+    state = take(iterator, 3) and iterator.get_state()
+    assert state["next_batch"] == 3 and state["data"].keys() >= {key}
+    was = state["data"][key]
+    message = f"cannot resume the data: {key} was {value} in the saved run and is {was} now"
+    for saved in (
+        state["data"] | {key: value},
+        {k: v for k, v in state["data"].items() if k != key},
+    ):
+        missing = message.replace(f"was {value}", "was None") if key not in saved else message
+        with pytest.raises(ValueError, match=missing):
+            train(source).set_state({"next_batch": 3, "data": saved})
+
+
+def test_other_tokens_of_the_same_number_are_other_data(source):
+    state = train(source).get_state()
+    first, second = source.train
+    for place in (0, -1):
+        tokens = np.array(second.tokens)
+        tokens[place] ^= 1
+        other = Source((first, Segment("x", tokens)), source.validation)
+        with pytest.raises(ValueError, match="fingerprint was .* in the saved run and is .* now"):
+            train(other).set_state(state)
+    # The same tokens elsewhere are the same data.
+    copies = tuple(Segment("y", np.array(part.tokens, np.int64)) for part in source.train)
+    train(Source(copies, ())).set_state(state)
+
+
+@st.composite
+def shapes(draw):
+    """(lengths of the segments, T, B, processes, seed), with a window at least."""
+    length = draw(st.integers(1, 6))
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
+    sizes.append(length + 1 + draw(st.integers(0, 20)))
+    processes = draw(st.integers(1, 5))
+    return sizes, length, processes * draw(st.integers(1, 4)), processes, draw(st.integers(0, 99))
+
+
+@given(shapes())
+@settings(max_examples=40, deadline=None)
+def test_any_sizes_and_processes_see_every_window_once_an_epoch(shape):
+    sizes, length, batch, processes, seed = shape
+    ids = np.arange(sum(sizes), dtype=np.uint16)
+    cuts = np.cumsum([0, *sizes])
+    segments = tuple(
+        Segment("x", ids[start:stop]) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
+    )
+    windows = [
+        list(range(start + i * length, start + (i + 1) * length + 1))
+        for start, size in zip(cuts[:-1], sizes, strict=True)
+        for i in range((size - 1) // length if size else 0)
+    ]
+    source = Source(segments, segments)
+    options = dict(
+        tokenizer=None,
+        vocab_size=65536,
+        context_length=length,
+        global_batch=batch,
+        process_count=processes,
+    )
+    joined = lambda parts: {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    rows = lambda b: np.concatenate([b["inputs"], b["targets"][:, -1:]], 1).tolist()
+    each = [
+        make_train_iterator(source, seed=seed, process_index=p, **options) for p in range(processes)
+    ]
+    stream = []
+    while len(stream) < 2 * len(windows):
+        parts = [next(iterator) for iterator in each]
+        assert {len(part["inputs"]) for part in parts} == {batch // processes}
+        stream += rows(joined(parts))
+    assert sorted(stream[: len(windows)]) == sorted(stream[len(windows) :][: len(windows)])
+    assert sorted(stream[: len(windows)]) == windows
+    checks = [
+        list(make_validation_batches(source, process_index=p, **options)) for p in range(processes)
+    ]
+    assert {len(part) for part in checks} == {-(-len(windows) // batch)}
+    whole = [joined(parts) for parts in zip(*checks, strict=True)]
+    seen = [row for b in whole for row in rows(b)]
+    weights = np.concatenate([b["weights"] for b in whole])
+    assert seen[: len(windows)] == windows
+    assert np.array_equal(weights[:, 0], np.arange(len(seen)) < len(windows))
+    assert np.array_equal(weights, np.repeat(weights[:, :1], length, 1))
+
+
+@pytest.mark.parametrize(
+    "tokens, windows", [(1, 1), (7, 1), (8, 1), (15, 1), (16, 2), (79, 9), (80, 10), (1000, 10)]
+)
+def test_validation_stops_at_its_number_of_tokens(source, tokens, windows):
+    batches = validation(source, max_tokens=tokens)
+    assert len(batches) == len(list(batches)) == -(-windows // 4)
+    assert sum(batch["weights"].sum() for batch in batches) == windows * LENGTH
+
+
+def test_a_source_by_name_is_opened_with_its_options(tmp_path):
+    token_file.write(tmp_path / "a.bin", TOKENS[:100])
+    token_file.write(tmp_path / "b.bin", TOKENS[100:150])
+    spec = str(tmp_path / "a.bin")
+    assert sum(b["weights"].sum() for b in validation(spec, validation_fraction=0.5)) == 6 * LENGTH
+    named = validation(spec, validation=str(tmp_path / "b.bin"))
+    assert np.array_equal(next(iter(named))["inputs"][0], TOKENS[100:108])
+    assert train(spec, validation_fraction=0.5).get_state()["data"]["windows"] == 6
+    with pytest.raises(ValueError, match="too little training data"):
+        train(spec, validation_fraction=0.95)
 
 
 def test_validation_is_every_window_in_order_with_padding_of_no_weight(source):

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -6,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlra_jax.data import token_file
-from mlra_jax.data.prepare import main, open_input, prepare
-from mlra_jax.data.sources import load_source
+from mlra_jax.data.prepare import Rows, _in_order, main, open_input, prepare
+from mlra_jax.data.sources import load_source, pydoc_documents
 from mlra_jax.data.tokenizers import get_tokenizer
 
 
@@ -155,6 +160,332 @@ def test_going_on_from_every_shard_gives_the_same_bytes(tmp_path, monkeypatch):
             write(tmp_path / "steps")
     write(tmp_path / "steps")
     assert contents(tmp_path / "steps") == contents(tmp_path / "whole")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_write(after_chunks):
+    """`token_file.write` that fails once it has been given so many chunks in all."""
+    real, left = token_file.write, [after_chunks]
+
+    def write(path, chunks):
+        def counted():
+            for chunk in chunks:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Interrupted
+                yield chunk
+
+        return real(path, counted())
+
+    return write
+
+
+@st.composite
+def corpora(draw):
+    """Files by name: JSON lines of documents, and texts that are cut into many pieces."""
+    words = st.text("ab é界\n", max_size=12)
+    lines = draw(st.lists(words, max_size=6))
+    texts = draw(st.lists(words, max_size=5))
+    long = "".join(f"{word}x\ny" for word in draw(st.lists(words, min_size=1, max_size=8)))
+    files = {
+        "a.jsonl": "".join(json.dumps({"text": t}) + "\n" for t in lines),
+        "b/c.txt": long,
+        "d.ndjson": "\n \n".join(json.dumps({"n": 1, "text": t}) for t in texts),
+        "e.txt": "x" + draw(words),
+    }
+    return files, [*lines, long, *texts, files["e.txt"]]
+
+
+@given(
+    corpus=corpora(),
+    shard=st.integers(5, 60),
+    piece=st.integers(1, 8),
+    batch=st.integers(1, 30),
+    workers=st.integers(1, 3),
+    stops=st.lists(st.integers(0, 12), max_size=4),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_input_interrupted_anywhere_gives_the_same_bytes(
+    tmp_path_factory, corpus, shard, piece, batch, workers, stops
+):
+    """Also inside a document of many pieces, of which a batch holds one or some."""
+    files, documents = corpus
+    folder = tmp_path_factory.mktemp("prepare")
+    for name, text in files.items():
+        path = folder / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    expected = [token for text in documents for token in (256, *text.encode())]
+
+    def write(name, workers=1):
+        return prepare(
+            open_input(str(folder / "in")),
+            folder / name,
+            tokenizer=get_tokenizer("bytes"),
+            name="x",
+            shard_tokens=shard,
+            workers=workers,
+        )
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("mlra_jax.data.sources._PIECE_CHARACTERS", piece)
+        monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", batch)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody cuts the power here
+        arrays = [token_file.read(path) for path in write("whole")]
+        assert np.concatenate(arrays).tolist() == expected
+        assert [len(a) for a in arrays[:-1]] == [shard] * (len(arrays) - 1)
+        assert 1 <= len(arrays[-1]) <= shard
+        for stop in stops:
+            with monkeypatch.context() as once, contextlib.suppress(Interrupted):
+                once.setattr(token_file, "write", interrupted_write(stop))
+                write("steps", workers)
+            left = {path.name for path in (folder / "steps").iterdir()} - {"x_prepare.json"}
+            assert left == {f"x_train_{i:06d}.bin" for i in range(len(left))}
+        write("steps", workers)
+        assert contents(folder / "steps") == contents(folder / "whole")
+
+
+def test_going_on_reads_nothing_that_lies_before(tmp_path, monkeypatch):
+    """One document of many pieces: the journal's place is inside it, and reading begins there."""
+    monkeypatch.setattr("mlra_jax.data.sources._PIECE_CHARACTERS", 10)
+    monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", 1)
+    text = "".join(f"line {i}\n" for i in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    asked = []
+
+    def write():
+        source = open_input(str(tmp_path / "a.txt"))
+        pieces = source.pieces
+        monkeypatch.setattr(source, "pieces", lambda place: asked.append(place) or pieces(place))
+        return prepare(
+            source,
+            tmp_path / "out",
+            tokenizer=get_tokenizer("bytes"),
+            name="x",
+            shard_tokens=300,
+        )
+
+    with monkeypatch.context() as once:
+        once.setattr(token_file, "write", interrupted_write(30))
+        with pytest.raises(Interrupted):
+            write()
+    journal = json.loads((tmp_path / "out/x_prepare.json").read_text())
+    assert journal["shards"] == [300] and journal["complete"] is False
+    file, offset = journal["position"]
+    # The tokens of a text of bytes lie where its bytes do, one further for end-of-text.
+    assert file == 0 and 250 < offset < 299 and offset + journal["used"] + 1 == 300
+    shards = write()
+    assert asked == [(0, 0), (0, offset)]
+    journal = json.loads((tmp_path / "out/x_prepare.json").read_text())
+    assert journal["complete"] is True and journal["shards"] == [300, 300, len(text) - 599]
+    write()
+    assert len(asked) == 2, "what is complete is not read again"
+    tokens = np.concatenate([token_file.read(path) for path in shards])
+    assert tokens.tolist() == [256, *text.encode()]
+
+
+def small(tmp_path, **changes):
+    """Prepares two documents; `changes` to the arguments of `prepare`."""
+    path = tmp_path / "in.jsonl"
+    if not path.exists():
+        path.write_text('{"text": "ab", "other": "x"}\n{"text": "cde", "other": "y"}\n')
+    source = open_input(str(path), text_key=changes.pop("text_key", "text"))
+    arguments = dict(tokenizer=get_tokenizer("bytes"), name="x", shard_tokens=4) | changes
+    return prepare(source, tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize(
+    "key, value, field",
+    [
+        ("text_key", "other", "input"),
+        ("shard_tokens", 5, "shard_tokens"),
+        ("validation_first_shard", True, "validation_first_shard"),
+    ],
+)
+def test_each_setting_of_what_was_begun_is_compared(tmp_path, key, value, field):
+    names = [path.name for path in small(tmp_path)]
+    assert names == ["x_train_000000.bin", "x_train_000001.bin"]
+    before = contents(tmp_path / "out")
+    assert json.loads(before["x_prepare.json"]).keys() == {
+        "settings",
+        "shards",
+        "position",
+        "used",
+        "complete",
+    }
+    with pytest.raises(ValueError, match=f"was begun with another {field} "):
+        small(tmp_path, **{key: value})
+    assert contents(tmp_path / "out") == before
+    # Under another name it is another set beside the first, and workers may be others.
+    small(tmp_path, **{key: value}, name="y")
+    small(tmp_path, workers=3)
+    assert before.items() <= contents(tmp_path / "out").items()
+
+
+def test_a_shard_of_another_length_is_not_the_journals(tmp_path):
+    first, _ = small(tmp_path)
+    token_file.write(first, np.arange(3))
+    with pytest.raises(ValueError, match=f"{first} is not the shard that .*; delete both"):
+        small(tmp_path)
+
+
+def test_an_input_is_known_by_names_sizes_times_and_field(tmp_path):
+    def identity(folder, **options):
+        return open_input(str(tmp_path / folder), **options).identity
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("1.txt", "2.txt"):
+            (tmp_path / folder / name).write_text("text")
+            os.utime(tmp_path / folder / name, ns=(1, 10**9 + 1))
+    first = identity("a")
+    assert identity("b") == first, "a moved folder is the same input"
+    seen = {first, identity("a", text_key="body"), identity("a/1.txt")}
+    os.utime(tmp_path / "b/1.txt", ns=(1, 10**9 + 2))
+    seen.add(identity("b"))
+    (tmp_path / "b/1.txt").write_text("texts")
+    os.utime(tmp_path / "b/1.txt", ns=(1, 10**9 + 1))
+    seen.add(identity("b"))
+    (tmp_path / "a/2.txt").rename(tmp_path / "a/3.txt")
+    seen.add(identity("a"))
+    assert len(seen) == 6
+    source = open_input(str(tmp_path / "b"))
+    assert (source.size, source.unit) == (9, "B")
+    assert [source.done(place) for place in ((0, 0), (0, 3), (1, 0), (1, 2))] == [0, 3, 5, 7]
+
+
+def test_pydoc_is_an_input():
+    source, documents = open_input("pydoc"), pydoc_documents()
+    assert source.identity == open_input("pydoc").identity and source.size == len(documents)
+    pieces = list(source.pieces((0, 0)))
+    assert [piece.text for piece in pieces] == documents
+    assert all(piece.begins_document for piece in pieces)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 256])
+def test_rows_are_read_from_any_place(monkeypatch, at_once):
+    monkeypatch.setattr("mlra_jax.data.prepare._ROWS_READ_AT_ONCE", at_once)
+    texts, asked = [f"row {i}" for i in range(10)], []
+    source = Rows(lambda a, b: asked.append((a, b)) or texts[a:b], 10, "me")
+    for start in range(11):
+        asked.clear()
+        pieces = list(source.pieces((0, start)))
+        assert pieces == [((0, i), True, texts[i]) for i in range(start, 10)]
+        assert [stop for _, stop in asked[:-1]] == [start for start, _ in asked[1:]]
+        assert all(0 < stop - start <= at_once for start, stop in asked)
+        assert source.done((0, start)) == start
+    texts[7] = None
+    with pytest.raises(ValueError, match="row 7 of the data set holds no text"):
+        list(source.pieces((0, 2)))
+
+
+def test_what_is_read_ahead_is_bounded_and_stays_in_order():
+    read = []
+    items = (read.append(i) or i for i in range(50))
+    with ThreadPoolExecutor(4) as pool:
+        results = _in_order(pool, lambda i: (time.sleep(0.001 * (i % 3)), i)[1], items, 5)
+        for expected in range(50):
+            assert next(results) == expected
+            assert len(read) <= expected + 6
+        assert next(results, None) is None
+
+
+class Columns(dict):
+    """Stands for a data set of the hub: columns by name, rows by slice."""
+
+    column_names = property(list)
+
+    def __getitem__(self, rows):
+        return {name: column[rows] for name, column in self.items()}
+
+    def __len__(self):
+        return len(next(iter(self.values())))
+
+
+def test_a_data_set_of_the_hub_by_name_configuration_and_split(tmp_path, monkeypatch, capsys):
+    """The library is not needed for this: a stand-in is asked for what the command names."""
+    asked = []
+
+    def load_dataset(repository, configuration, split):
+        asked.append((repository, configuration, split))
+        if repository == "gone":
+            raise RuntimeError("no such\n  data set")
+        return Columns(text=["ab", "c"], body=["d", "e"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    flags = lambda source: [f"--source={source}", f"--destination={tmp_path}", "--tokenizer=bytes"]
+    assert main([*flags("hf:org/name.v1:part"), "--split=test", "--text_key=body"]) == 0
+    assert capsys.readouterr().out == f"4 tokens in 1 shards of {tmp_path}\n"
+    assert token_file.read(tmp_path / "name_train_000000.bin").tolist() == [256, 100, 256, 101]
+    assert open_input("hf:org/name").size == 2
+    assert asked == [("org/name.v1", "part", "test"), ("org/name", None, "train")]
+    assert "data set gone: no such data set" in failure(capsys, flags("hf:gone"))
+    message = failure(capsys, [*flags("hf:a"), "--text_key=x"])
+    assert "data set a has no column 'x' but text, body; name it with --text_key" in message
+    identities = [
+        open_input(source, **options).identity
+        for source, options in (
+            ("hf:a", {}),
+            ("hf:b", {}),
+            ("hf:a:c", {}),
+            ("hf:a", {"text_key": "body"}),
+            ("hf:a", {"split": "test"}),
+        )
+    ]
+    assert len(set(identities)) == len(identities)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'mlra-jax[datasets]'" in failure(capsys, flags("hf:a"))
+
+
+def test_the_command_names_its_files_and_says_what_it_wrote(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("abc")
+    flags = [f"--source={tmp_path / 'book.txt'}", f"--destination={tmp_path / 'out'}"]
+    flags += ["--tokenizer=bytes", "--shard_tokens=2", "--validation_first_shard", "--workers=2"]
+    assert main(flags) == 0
+    assert capsys.readouterr().out == f"4 tokens in 2 shards of {tmp_path / 'out'}\n"
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["book_prepare.json", "book_train_000001.bin", "book_val_000000.bin"]
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(path, chunks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(token_file, "write", interrupt)
+    (tmp_path / "a.txt").write_text("abc")
+    flags = [f"--source={tmp_path / 'a.txt'}", f"--destination={tmp_path / 'out'}"]
+    assert main([*flags, "--tokenizer=bytes"]) == 130
+    assert "the same command goes on after the last shard" in capsys.readouterr().err
+
+
+def test_folders_without_text_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.hidden").write_text("x")
+    with pytest.raises(ValueError, match="folder .*empty has no files"):
+        open_input(str(tmp_path / "empty"))
+    token_file.write(tmp_path / "empty/a.bin", np.arange(3))
+    with pytest.raises(ValueError, match="a.bin is a token file already; give text"):
+        open_input(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"shard_tokens": 0}, "shard_tokens must be 1 to .*, not 0"),
+        ({"shard_tokens": 2**31}, "shard_tokens must be 1 to .*, not 2147483648"),
+        ({"workers": 0}, "workers must be positive, not 0"),
+        ({"name": ""}, "'' cannot begin a file name"),
+        ({"name": "a/b"}, "'a/b' cannot begin a file name"),
+        ({"name": ".a"}, "'.a' cannot begin a file name"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **change)
+    assert not (tmp_path / "out").exists()
 
 
 def failure(capsys, flags):

@@ -3,6 +3,8 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlra_jax.data import sources, token_file
 from mlra_jax.data.sources import Segment, Windows, load_source, read_pieces
@@ -127,6 +129,140 @@ def test_pydoc_is_the_language_reference():
     assert len(train) + len(validation) > 300_000
     assert 0.049 < len(validation) / (len(train) + len(validation)) <= 0.05
     assert "assert_stmt" in BYTES.decode(train)
+
+
+def test_the_held_out_tail_is_capped_and_may_begin_in_any_file(tmp_path, monkeypatch):
+    files = [tmp_path / f"{i}.bin" for i in range(3)]
+    for i, path in enumerate(files):
+        token_file.write(path, np.arange(100 * i, 100 * i + 100))
+    spec = ",".join(map(str, files))
+    for cap in (1, 99, 100, 101, 150, 200, 250):
+        monkeypatch.setattr(sources, "_MAX_HELD_OUT", cap)
+        source = load(spec, tokenizer=None, validation_fraction=0.9)
+        assert tokens_of(source.train) == list(range(300 - cap))
+        assert tokens_of(source.validation) == list(range(300 - cap, 300))
+        # Messages name the place in the file.
+        first = source.validation[0]
+        assert (first.name, first.offset) == (str(files[(300 - cap) // 100]), (300 - cap) % 100)
+    monkeypatch.undo()
+    assert sources._MAX_HELD_OUT == 10_000_000
+    small = load(files[0], tokenizer=None, validation_fraction=0.001)
+    assert len(small.train[0].tokens) == 100 and small.validation[0].tokens.size == 0
+
+
+def test_the_check_before_the_start_covers_each_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_TOKENS_CHECKED_FIRST", 100)
+    files = [tmp_path / f"{i}.bin" for i in range(2)]
+    for place, found in ((0, True), (49, True), (50, False)):
+        for path in files:
+            tokens = np.zeros(200, np.uint16)
+            tokens[place] = 300 if path == files[1] else 299
+            token_file.write(path, tokens)
+        if found:
+            with pytest.raises(ValueError, match=f"1.bin: token id 300 at position {place} "):
+                load(tmp_path, tokenizer=None)
+        else:
+            load(tmp_path, tokenizer=None)
+
+
+def test_a_fingerprint_sees_the_ends_of_every_part_and_its_length():
+    tokens = np.random.default_rng(0).integers(0, 9, 200_000).astype(np.uint16)
+    parts = lambda *arrays: sources.fingerprint([Segment("x", a) for a in arrays])
+    seen = [parts(tokens), parts(tokens[:-1]), parts(tokens[:9], tokens[9:])]
+    for place in (0, 65535, len(tokens) - 65536, len(tokens) - 1):
+        other = tokens.copy()
+        other[place] += 1
+        seen += [parts(other), parts(tokens[:5], other)]
+    # Of the same ends, another middle.
+    seen.append(parts(np.concatenate([tokens[:70_000], tokens[69_000:]])))
+    assert len(set(seen)) == len(seen)
+    assert (
+        parts(tokens)
+        == parts(tokens.astype(np.uint32))
+        == sources.fingerprint([Segment("elsewhere", tokens.copy(), 7)])
+    )
+    assert len(seen[0]) == 8 and int(seen[0], 16) >= 0
+
+
+def test_text_and_token_files_together(tmp_path):
+    token_file.write(tmp_path / "a.bin", np.array([5, 6, 7]))
+    (tmp_path / "b.txt").write_text("xy")
+    (tmp_path / "c.txt").write_text("z")
+    # A folder with token files is those alone; by name each is what it is.
+    assert tokens_of(load(tmp_path).train) == [5, 6, 7]
+    spec = f"{tmp_path}/b.txt, {tmp_path}/a.bin ,{tmp_path}/c.txt"
+    assert tokens_of(load(spec).train) == [5, 6, 7, 256, *b"xy", 256, *b"z"]
+    both = load(f"pydoc,{tmp_path}/c.txt")
+    assert tokens_of(both.train)[0] == 256 and tokens_of(both.validation)[-2:] == [256, *b"z"]
+    assert tokens_of(load(f"{tmp_path}/**/*.txt").train) == [256, *b"xy", 256, *b"z"]
+    assert tokens_of(load(tmp_path / "a.bin", validation="pydoc").train) == [5, 6, 7]
+
+
+def test_text_is_ordered_folder_by_folder_and_never_validation_by_its_name(tmp_path):
+    """By the parts of the path: as strings, a-b/x would come before a/y."""
+    for name in ("a/y", "a-b/x", "a.txt", "b/c_val_d.txt", "B"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = load(tmp_path, validation_fraction=0.01)
+    assert BYTES.decode(tokens_of(source.train)) == "Ba/ya-b/xa.txtb/c_val_d.txt"
+    assert not source.validation[0].tokens.size
+
+
+def test_ids_of_a_large_vocabulary_are_kept_whole(tmp_path):
+    class Large:
+        name, vocab_size, end_of_text = "large", 70_000, 69_999
+
+        def encode_array(self, text):
+            return np.array([65_536 + ord(c) for c in text], np.uint32)
+
+    (tmp_path / "a.txt").write_text("ab")
+    source = load(tmp_path / "a.txt", tokenizer=Large(), vocab_size=70_000)
+    assert tokens_of(source.train) == [69_999, 65_633, 65_634]
+    # 65536 ids still fit 16 bits.
+    Large.vocab_size, Large.end_of_text = 65_536, 65_535
+    Large.encode_array = lambda self, text: np.array([65_534] * len(text), np.uint32)
+    source = load(tmp_path / "a.txt", tokenizer=Large(), vocab_size=65_536)
+    assert tokens_of(source.train) == [65_535, 65_534, 65_534]
+    assert source.train[0].tokens.dtype == np.uint16
+    with pytest.raises(ValueError, match="has 65536 ids, more than the model's vocab_size 65535"):
+        load(tmp_path / "a.txt", tokenizer=Large(), vocab_size=65_535)
+
+
+def test_pydoc_is_every_topic_by_name():
+    from pydoc_data.topics import topics
+
+    documents = sources.pydoc_documents()
+    assert documents == [topics[name] for name in sorted(topics)] and len(documents) > 50
+    whole = load("pydoc")
+    tokens = tokens_of(whole.train) + tokens_of(whole.validation)
+    assert tokens == [t for text in documents for t in (256, *text.encode())]
+
+
+WORDS = ["a", "é\n", "界\n", "b\n", "\n", " ", "\r\n", "😀", "\u3000", "\t"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=150).map("".join), st.integers(1, 12))
+@settings(max_examples=80, deadline=None)
+def test_any_text_in_pieces_of_any_size(tmp_path_factory, text, size):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sources, "_PIECE_CHARACTERS", size)
+        pieces = list(read_pieces(path))
+        assert "".join(piece for _, piece in pieces) == text
+        starts = np.cumsum([0] + [len(piece.encode()) for _, piece in pieces])
+        assert [start for start, _ in pieces] == starts[: len(pieces)].tolist()
+        for i in range(len(pieces)):
+            assert list(read_pieces(path, pieces[i][0])) == pieces[i:]
+        # A cut is made at the first newline between visible characters behind `size` characters.
+        for _, piece in pieces[:-1]:
+            assert len(piece) >= size and piece[-1] == "\n"
+        for _, piece in pieces:
+            assert not sources._CUT.search(piece, size)
+        broken = tmp_path_factory.mktemp("text") / "b.txt"
+        broken.write_bytes(text.encode() + b"\xff")
+        with pytest.raises(ValueError, match=f"byte {len(text.encode())} cannot be read"):
+            list(read_pieces(broken))
 
 
 def test_token_shards_by_folder_list_and_pattern(tmp_path):

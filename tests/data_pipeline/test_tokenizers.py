@@ -1,7 +1,14 @@
+import base64
+import hashlib
 import random
+import re
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mlra_jax.data import tokenizers
 from mlra_jax.data.tokenizers import StreamDecoder, get_tokenizer
 
 
@@ -53,6 +60,92 @@ def test_streaming_never_splits_a_character(tokenizer):
             assert text.startswith(so_far)
         assert so_far == text and decoder.flush() == ""
         assert tokenizer.decode(tokens) == text
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_any_tokens_stream_as_their_bytes_decode(tokenizer, data):
+    """Whatever is cut where: what is given out so far is a beginning, the end is the whole."""
+    ids = st.integers(0, tokenizer.vocab_size - 1)
+    text = st.text(max_size=6).map(tokenizer.encode)
+    of_byte = {tokenizer.token_bytes(i): i for i in range(257)}
+    half = st.sampled_from([c.encode()[:k] for c in "é界😀" for k in (1, 2, 3)])
+    half = half.map(lambda part: [of_byte[bytes([byte])] for byte in part])
+    end = st.just([tokenizer.end_of_text])
+    parts = data.draw(st.lists(st.one_of(text, half, end, st.lists(ids, max_size=4)), max_size=6))
+    tokens = [token for part in parts for token in part]
+    documents = [b""]
+    for token in tokens:
+        if token == tokenizer.end_of_text:
+            documents.append(b"")
+        else:
+            documents[-1] += tokenizer.token_bytes(token)
+    expected = "".join(document.decode("utf-8", "replace") for document in documents)
+    decoder, so_far = StreamDecoder(tokenizer), ""
+    for token in tokens:
+        so_far += decoder.push(token)
+        assert expected.startswith(so_far)
+    assert so_far + decoder.flush() == expected == tokenizer.decode(tokens)
+    # A decoder that was flushed begins anew.
+    assert decoder.push(tokenizer.encode("a")[0]) == "a" and decoder.flush() == ""
+
+
+def test_each_id_has_its_bytes_and_end_of_text_none(tokenizer):
+    assert tokenizer.token_bytes(tokenizer.end_of_text) == b""
+    whole = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    assert len(set(whole)) == tokenizer.vocab_size
+    assert tokenizer.encode_array("aé").dtype == np.uint32
+    assert tokenizer.encode_array("").size == 0
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.push(tokenizer.end_of_text), decoder.flush()] == ["", ""]
+
+
+def test_words_are_cut_as_gpt2_cuts_them(tmp_path):
+    """No merge reaches from one word into the next: each rank below would, if it could."""
+    merges = [b"a1", b"1a", b"a ", b"a.", b".a", b"'sa", b"  a", b"\na", b"a'", b"'s", b" a", b"aa"]
+    ranks = [bytes([b]) for b in range(256)] + merges
+    path = tmp_path / "ranks"
+    path.write_text(
+        "\n".join(f"{base64.b64encode(t).decode()} {rank}" for rank, t in enumerate(ranks))
+    )
+    tokenizer = get_tokenizer(path)
+    pieces = lambda text: [tokenizer.token_bytes(i).decode() for i in tokenizer.encode(text)]
+    for text, words in (
+        ("aa1aa", ["aa", "1", "aa"]),
+        ("aa aa", ["aa", " a", "a"]),
+        ("aa  aa", ["aa", " ", " a", "a"]),
+        ("aa.aa", ["aa", ".", "aa"]),
+        ("aa'saa", ["aa", "'s", "aa"]),
+        ("\naa", ["\n", "aa"]),
+    ):
+        assert pieces(text) == words
+
+
+def test_a_tokenizers_name_is_of_its_ranks_not_of_its_file(ranks_file, tmp_path, monkeypatch):
+    text = ranks_file.read_text()
+    other = tmp_path / "elsewhere"
+    other.write_text("\n" + "\n".join(reversed(text.splitlines())) + "\n\n")
+    name = get_tokenizer(ranks_file).name
+    assert get_tokenizer(other).name == name and re.fullmatch("tiktoken:[0-9a-f]{16}", name)
+    assert get_tokenizer(other).encode("the thing") == get_tokenizer(ranks_file).encode("the thing")
+    swapped = text.splitlines()
+    (a, i), (b, j) = (line.split() for line in swapped[256:258])
+    swapped[256:258] = [f"{a} {j}", f"{b} {i}"]
+    other.write_text("\n".join(swapped))
+    assert get_tokenizer(other).name != name
+    # Ranks that are GPT-2's are gpt2, wherever they came from.
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    monkeypatch.setattr(tokenizers, "_GPT2_RANKS_SHA256", digest)
+    assert get_tokenizer(ranks_file).name == "gpt2"
+
+
+def test_gpt2_is_tiktokens(monkeypatch, ranks_file):
+    encoding = get_tokenizer(ranks_file)._encoding
+    asked = []
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: asked.append(name) or encoding)
+    tokenizer = get_tokenizer("gpt2")
+    assert asked == ["gpt2"] == [tokenizer.name]
+    assert (tokenizer.end_of_text, tokenizer.vocab_size) == (267, 268)
 
 
 def test_broken_bytes_give_replacement_characters_and_do_not_leak_into_the_next_document(tokenizer):

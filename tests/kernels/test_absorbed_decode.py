@@ -1,5 +1,6 @@
 """The op: plain reference against NumPy, argument checks, choice of the kernel, tuned settings."""
 
+import dataclasses
 import functools
 import json
 import types
@@ -11,12 +12,14 @@ import pytest
 from absl import logging
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxprs import HIGHEST, products
 
 from mlra_jax.kernels.absorbed_decode import (
     absorbed_decode,
     api,
     autotune,
     config,
+    has_kernel,
     load_tuned,
     merge_partials,
     mosaic_tpu,
@@ -78,14 +81,44 @@ def assert_close(actual, wanted, tolerance):
     "lengths, starts",
     [
         ([2, 30], [0, 7]),
+        ([36, 37], [36, 37]),
+        # Beyond the end of the cache, all but the last queries still see less than all of it.
+        ([38, 39], [0, 1]),
+        ([40, 0], [35, 0]),
         ([2**31 - 1, -(2**31)], [-5, 3]),
         ([[0, 5, 37], [99, -1, 4]], [3, 2**31 - 1]),
+        ([[38, 36, 1], [13, 14, 12]], [36, 13]),
     ],
 )
 def test_reference_follows_the_definition(lengths, starts):
     arrays = arguments()
     actual = decode(*arrays, jnp.array(lengths), jnp.array(starts))
     assert_close(actual, expected(*arrays, lengths, starts), 2e-6)
+
+
+def test_starts_default_to_the_first_position():
+    arrays, lengths = arguments(), jnp.array([37, 5])
+    for got, wanted in zip(
+        decode(*arrays, lengths), decode(*arrays, lengths, jnp.zeros(2, int)), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_scores_beyond_the_range_of_exp():
+    q, *others = arguments()
+    lengths, starts = [37, 20], [0, 19]
+    for factor in (1000, -1000):
+        out, lse = decode(factor * q, *others, jnp.array(lengths), jnp.array(starts))
+        wanted, wanted_lse = expected(factor * q, *others, lengths, starts)
+        assert np.linalg.norm(out - wanted) < 1e-3 * np.linalg.norm(wanted)
+        np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5)
+
+
+def test_float32_products_are_not_rounded():
+    bounds = jnp.array([37, 5]), jnp.array([0, 2])
+    assert products(decode, *arguments(), *bounds) == {(HIGHEST, "float32")}
+    narrow = arguments(dtype=jnp.bfloat16)
+    assert products(decode, *narrow, *bounds) == {(None, "float32")}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 5e-3), (jnp.float16, 1e-3)])
@@ -96,6 +129,9 @@ def test_narrow_reference_is_near_float32_and_never_widens_the_cache(dtype, tole
     out, lse = decode(q, q_rope[:, :, 0], *cache, lengths, starts)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     assert_close((out, lse), expected(q, q_rope, *cache, lengths, starts), tolerance)
+    # Probabilities are narrowed, so only the LSE, of float32 products, is nearly exact.
+    wanted_lse = expected(q, q_rope, *cache, lengths, starts)[1]
+    np.testing.assert_allclose(lse, wanted_lse, rtol=2e-6)
     jaxpr = str(jax.make_jaxpr(decode)(q, q_rope, *cache, lengths, starts))
     assert f"f32[{B},{S},{L},{C}]" not in jaxpr and f"f32[{B},{S},{R}]" not in jaxpr
 
@@ -110,6 +146,33 @@ def test_parts_of_a_cache_merge_to_the_whole():
     ]
     merged = jax.jit(merge_partials)(*(jnp.stack(x) for x in zip(*parts, strict=True)))
     assert_close(merged, expected(q, q_rope, latents, k_rope, lengths, starts), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_merging_at_extremes(dtype):
+    inf = np.inf
+    lse = np.array(
+        [
+            [200, -200, 200, -200, -inf, -inf, 3, 88.7, -inf],
+            [-200, 200, 200, -200.5, 200, -inf, -inf, 88.9, -200],
+            [199, 199.5, 200, -inf, -inf, -inf, 3, 89.0, -inf],
+        ],
+        np.float32,
+    )
+    out = np.random.default_rng(0).standard_normal((*lse.shape, 4)).astype(dtype)
+    merged, whole = jax.jit(merge_partials)(jnp.asarray(out), jnp.asarray(lse))
+    assert merged.dtype == dtype and whole.dtype == jnp.float32
+    with np.errstate(invalid="ignore"):
+        top = np.float64(lse).max(axis=0)
+        weights = np.nan_to_num(np.exp(lse - top))
+    wanted = (weights[..., None] * out.astype(np.float64)).sum(0)
+    wanted = wanted / np.maximum(weights.sum(0), 1e-9)[:, None]
+    seen = np.isfinite(top)
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+    np.testing.assert_allclose(np.float64(merged), wanted, rtol=tolerance, atol=tolerance)
+    wanted_whole = top[seen] + np.log(weights.sum(0)[seen])
+    np.testing.assert_allclose(whole[seen], wanted_whole, rtol=1e-6)
+    assert np.isneginf(whole[~seen]).all() and not np.asarray(merged)[~seen].any()
 
 
 def test_inside_shard_map_with_checked_types():
@@ -131,6 +194,18 @@ def test_inside_shard_map_with_checked_types():
     "changes, message",
     [
         ({"q": (3, 5, 16)}, "q needs 5 dimensions"),
+        ({"q_rope": (2, 3, 8)}, "q_rope needs 4 or 5 dimensions"),
+        ({"latents": (2, 37, 64)}, "latents needs 4 dimensions"),
+        ({"k_rope": (2, 37, 1, 8)}, "k_rope needs 3 dimensions"),
+        ({"lengths": ()}, "lengths needs 1 or 2 dimensions"),
+        ({"starts": (2, 3)}, "starts needs 1 dimensions"),
+        ({"q": (2, 3, 4, 0, 16)}, "no dimension may be 0"),
+        ({"k_rope": (2, 37, 0)}, "no dimension may be 0"),
+        ({"q_rope": (2, 3, 0, 5, 8)}, "no dimension may be 0"),
+        ({"q_rope": (2, 3, 8, 5, 8)}, "the 4 latents do not divide among the 8 groups"),
+        ({"latents": jnp.float16}, "latents is float16 but q is float32: cast one of them"),
+        ({"q_rope": jnp.bfloat16}, "q_rope is bfloat16 but q is float32: cast one of them"),
+        ({"starts": jnp.float32}, "starts is float32, expected int32"),
         ({"q_rope": (2, 3, 3, 5, 8)}, "the 4 latents do not divide among the 3 groups"),
         ({"q_rope": (2, 3, 5, 7)}, "q_rope has shape (2, 3, 5, 7), expected (2, 3, 5, 8)"),
         ({"latents": (2, 36, 4, 16)}, "latents has shape (2, 36, 4, 16), expected (2, 37, 4, 16)"),
@@ -191,7 +266,15 @@ def tile_used(**keywords):
     "platform, kind, kernel",
     [
         ("tpu", "TPU v5 lite", "mosaic_tpu"),
+        ("tpu", "TPU7x", "mosaic_tpu"),
         ("gpu", "NVIDIA H100 80GB HBM3", "mosaic_gpu"),
+        ("gpu", "NVIDIA H100 PCIe", "mosaic_gpu"),
+        ("cuda", "NVIDIA H200", "mosaic_gpu"),
+        ("gpu", "NVIDIA H800", "mosaic_gpu"),
+        ("gpu", "NVIDIA H20", "mosaic_gpu"),
+        ("gpu", "NVIDIA GH200 480GB", "mosaic_gpu"),
+        ("gpu", "NVIDIA B200", "reference"),
+        ("rocm", "AMD Instinct MI300X", "reference"),
         ("gpu", "NVIDIA A100-SXM4-80GB", "reference"),
         ("cpu", "cpu", "reference"),
     ],
@@ -200,6 +283,68 @@ def test_the_platform_chooses_the_kernel(monkeypatch, platform, kind, kernel):
     fake_backend(monkeypatch)
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
     assert api._choose(None, device, None) == kernel
+    monkeypatch.setattr(api, "_target_device", lambda: device)
+    assert has_kernel(*arguments()[:3]) == (kernel != "reference")
+    fake_backend(monkeypatch, why_not="too wide")
+    assert not has_kernel(*arguments()[:3])
+    assert api._choose(None, device, None) == "reference"
+
+
+def test_has_kernel_asks_the_override_first(monkeypatch):
+    fake_backend(monkeypatch)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments()[:3]]
+    assert not has_kernel(*shapes)
+    monkeypatch.setenv(api.OVERRIDE, "mosaic_tpu")
+    assert has_kernel(*shapes)
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    monkeypatch.setattr(api, "_target_device", lambda: tpu)
+    monkeypatch.setenv(api.OVERRIDE, "reference")
+    assert not has_kernel(*shapes)
+    monkeypatch.setenv(api.OVERRIDE, "")
+    assert has_kernel(*shapes)
+    monkeypatch.setenv(api.OVERRIDE, "fastest")
+    with pytest.raises(ValueError, match="MLRA_JAX_DECODE_KERNEL is 'fastest', expected one of"):
+        has_kernel(*shapes)
+
+
+def test_kernels_get_ends_and_starts_within_the_cache(monkeypatch):
+    got = {}
+
+    def kernel(q, q_rope, latents, k_rope, lengths_BT, starts_B, **keywords):
+        got.update(keywords, q_rope=q_rope.shape, lengths=lengths_BT, starts=starts_B)
+        return q, jnp.zeros(q.shape[:4])
+
+    fake_backend(monkeypatch)
+    api._backend(None).absorbed_decode = kernel
+    call = functools.partial(absorbed_decode, implementation="mosaic_tpu", scale=jnp.float32(2))
+    q, q_rope, *cache = arguments(S=37)
+    call(q, q_rope[:, :, 0], *cache, jnp.array([1, 39]), jnp.array([-1, 38]))
+    assert got["q_rope"] == (2, 3, 1, 5, 8) and type(got["scale"]) is float and got["scale"] == 2
+    assert got["lengths"].tolist() == [[0, 0, 1], [37, 37, 37]]
+    assert got["starts"].tolist() == [0, 37]
+    ends = jnp.array([[-1, 0, 1], [36, 37, 38]], jnp.int16)
+    call(q, q_rope, *cache, ends)
+    assert got["lengths"].tolist() == [[0, 0, 1], [36, 37, 37]]
+    assert got["starts"].tolist() == [0, 0]
+    assert got["lengths"].dtype == got["starts"].dtype == jnp.int32
+
+
+def test_an_override_that_cannot_serve_is_named(monkeypatch):
+    fake_backend(monkeypatch, why_not="too wide")
+    monkeypatch.setenv(api.OVERRIDE, "mosaic_gpu")
+    with pytest.raises(ValueError, match="^MLRA_JAX_DECODE_KERNEL=mosaic_gpu cannot serve .*wide$"):
+        tile_used()
+
+
+def test_a_backend_that_cannot_be_imported_is_a_reason(monkeypatch):
+    def missing(name):
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(api, "_backend", missing)
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    assert api._choose(None, tpu, None) == "reference"
+    with pytest.raises(ValueError, match=r"it cannot be imported \(no mosaic_gpu\)"):
+        api._choose("mosaic_gpu", tpu, None)
 
 
 def test_override_by_argument_and_by_environment(monkeypatch):
@@ -210,6 +355,8 @@ def test_override_by_argument_and_by_environment(monkeypatch):
     monkeypatch.setenv(api.OVERRIDE, "mosaic_gpu")
     assert tile_used() == 128
     assert tile_used(implementation="reference") != 128
+    monkeypatch.setenv(api.OVERRIDE, "")
+    assert tile_used() != 128
     monkeypatch.setenv(api.OVERRIDE, "fastest")
     with pytest.raises(ValueError, match="MLRA_JAX_DECODE_KERNEL is 'fastest', expected one of"):
         tile_used()
@@ -217,18 +364,25 @@ def test_override_by_argument_and_by_environment(monkeypatch):
 
 def test_fallback_is_logged_once_per_reason(monkeypatch):
     lines = []
-    monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append(text % args))
+    log = lambda level, text, *args: lines.append((level, text % args))
+    monkeypatch.setattr(logging, "log", log)
+    api._log_once.cache_clear()
+    for _ in range(2):
+        tile_used()
+    assert lines == [
+        (logging.INFO, "absorbed decode runs in plain JAX: there is no kernel for cpu")
+    ]
+    lines.clear()
     monkeypatch.setattr(
         api, "_target_device", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
     )
-    api._log_once.cache_clear()
     plain = tile_used(implementation="reference")
     for reason in ("too wide", "too wide", "too long"):
         fake_backend(monkeypatch, why_not=reason)
         assert tile_used() == plain
     assert lines == [
-        "absorbed decode runs in plain JAX: mosaic_tpu: too wide",
-        "absorbed decode runs in plain JAX: mosaic_tpu: too long",
+        (logging.WARNING, "absorbed decode runs in plain JAX: mosaic_tpu: too wide"),
+        (logging.WARNING, "absorbed decode runs in plain JAX: mosaic_tpu: too long"),
     ]
 
 
@@ -245,11 +399,66 @@ def test_tuned_settings_are_measured_saved_and_used(monkeypatch, tmp_path):
     assert tile_used(implementation="mosaic_tpu") == 128
     assert load_tuned(path) == 1
     assert tile_used(implementation="mosaic_tpu") == 384
-    # Settings hold for the problem they were measured on and no other.
-    other = absorbed_decode(
-        *arguments(S=38), jnp.array([9, 9]), scale=SCALE, implementation="mosaic_tpu"
-    )
-    assert other[1][0, 0, 0, 0] == 128
+
+
+PROBLEM = config.Problem("TPU v5 lite", 2, 3, 4, 5, 1, 128, 64, 4096, "bfloat16")
+
+
+def test_settings_hold_for_the_problem_they_were_measured_on_and_no_other(monkeypatch):
+    monkeypatch.setattr(config, "_tuned", {})
+    settings = mosaic_tpu.TpuConfig(384, 2, 1)
+    config.remember_tuned("mosaic_tpu", PROBLEM, settings)
+    assert config.find_tuned("mosaic_tpu", dataclasses.replace(PROBLEM)) == vars(settings)
+    assert config.find_tuned("mosaic_gpu", PROBLEM) is None
+    for name, value in vars(PROBLEM).items():
+        other = value + "x" if isinstance(value, str) else value + 1
+        changed = dataclasses.replace(PROBLEM, **{name: other})
+        assert config.find_tuned("mosaic_tpu", changed) is None
+
+
+def test_the_problem_names_every_size_of_the_call(monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(api, "_target_device", lambda: device)
+    seen = []
+    monkeypatch.setattr(api, "_why_not", lambda name, problem: seen.append(problem))
+    q, q_rope, latents, k_rope = arguments(B=2, T=3, L=4, H=5, C=16, R=8, S=37, G=2)
+    assert has_kernel(q, q_rope, latents)
+    wanted = config.Problem("NVIDIA H200", 2, 3, 4, 5, 2, 16, 8, 37, "float32")
+    assert seen == [wanted]
+    # A call without groups has one.
+    fake_backend(monkeypatch)
+    lengths = jnp.array([9, 9])
+    absorbed_decode(q, q_rope[:, :, 0], latents, k_rope, lengths, scale=1.0)
+    autotune(q, q_rope[:, :, 0], latents, k_rope, lengths, scale=1.0)
+    assert seen[1:] == [dataclasses.replace(wanted, groups=1)] * len(seen[1:]) and len(seen) > 2
+
+
+def test_a_file_of_settings_keeps_all_and_adds_to_what_is_known(monkeypatch, tmp_path):
+    path, other = tmp_path / "tuned.json", dataclasses.replace(PROBLEM, batch=7)
+    monkeypatch.setattr(config, "_tuned", {})
+    entries = [
+        ("mosaic_tpu", PROBLEM, 256),
+        ("mosaic_gpu", PROBLEM, 384),
+        ("mosaic_tpu", other, 512),
+    ]
+    for name, problem, tile in entries:
+        config.remember_tuned(name, problem, mosaic_tpu.TpuConfig(tile, 2, 1))
+    save_tuned(path)
+    config._tuned.clear()
+    config.remember_tuned("mosaic_gpu", other, mosaic_tpu.TpuConfig(640, 2, 1))
+    config.remember_tuned("mosaic_gpu", PROBLEM, mosaic_tpu.TpuConfig(128, 2, 1))
+    assert load_tuned(path) == 3
+    tiles = {key: settings["tile"] for key, settings in config._tuned.items()}
+    assert tiles == {(name, problem): tile for name, problem, tile in entries} | {
+        ("mosaic_gpu", other): 640
+    }
+    # A file that cannot be read changes nothing.
+    path.write_text(path.read_text().replace('"batch": 7', '"stack": 7'))
+    with pytest.raises(ValueError, match="tuned.json is not a file of tuned kernel settings"):
+        load_tuned(path)
+    assert len(config._tuned) == 4
+    with pytest.raises(FileNotFoundError):
+        load_tuned(tmp_path / "missing.json")
 
 
 def test_settings_of_another_version_are_left_aside_with_one_line(monkeypatch, tmp_path):
@@ -289,15 +498,46 @@ def test_nothing_to_tune_where_the_reference_serves():
     assert autotune(*arguments(), jnp.array([9, 9]), scale=SCALE) is None
 
 
-def test_autotuner_passes_over_what_does_not_run():
+def test_the_fastest_is_by_median_and_compiling_does_not_count(monkeypatch):
+    took = {"spread": [1, 9, 2, 9, 2], "even": [3, 3, 3, 3, 3], "lucky": [0, 0, 4, 4, 4]}
+    clock, calls = [0.0], []
+
+    def run(candidate):
+        times = iter([1000, *took[candidate]])
+
+        def call():
+            calls.append(candidate)
+            clock[0] += next(times)
+            return jnp.zeros(1)
+
+        return call
+
+    monkeypatch.setattr(config.time, "perf_counter", lambda: clock[0])
+    assert config.fastest(took, run, repeats=5) == ("spread", 2)
+    assert config.fastest(list(took)[1:], run, repeats=5) == ("even", 3)
+    assert [calls.count(name) for name in took] == [6, 12, 12]
+
+
+def test_autotuner_passes_over_what_does_not_run(monkeypatch):
     def run(candidate):
         if candidate == "broken":
             raise RuntimeError("out of memory\nand more")
         return lambda: jnp.zeros(1)
 
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(config.time, "perf_counter", iter([1.0, 1.00025]).__next__)
     assert config.fastest(["broken", "sound"], run, repeats=1)[0] == "sound"
+    assert lines == [
+        "autotune: broken does not run: out of memory",
+        "autotune: sound takes 250.0 us",
+    ]
+    monkeypatch.setattr(config.time, "perf_counter", lambda: 0.0)
     with pytest.raises(ValueError, match="no candidate configuration runs on this device"):
         config.fastest(["broken"], run)
+    # What fails only when it runs is passed over as well.
+    late = lambda candidate: lambda: run(candidate)()
+    assert config.fastest(["sound", "broken"], late, repeats=1)[0] == "sound"
 
 
 @pytest.mark.parametrize("content", ["", "[]", json.dumps({"format_version": 2, "tuned": []})])

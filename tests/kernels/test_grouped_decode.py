@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import HIGHEST, products
 
-from mlra_jax.kernels.grouped_decode import grouped_decode
+from mlra_jax.kernels.grouped_decode import api, grouped_decode
 
 B, T, J, G, K, V, S = 3, 2, 3, 4, 10, 6, 21
 SCALE = 0.37
@@ -60,6 +61,40 @@ def test_ends_of_their_own_for_each_query_and_any_integer(arrays):
     assert error(out, attend(*arrays, [[S, S], [0, 0], [0, 0]], [0] * B)[0]) < 1e-6
 
 
+def test_ends_and_starts_at_the_edges_of_the_cache(arrays):
+    for lengths, starts in (
+        ([S + 1, S, S - 1], [S - 1, S, S - 2]),
+        ([S + 2, 1, 2], [0, 0, 1]),
+        ([T - 1, 0, -1], [1, 0, 0]),
+    ):
+        out, lse = grouped_decode(*arrays, jnp.array(lengths), jnp.array(starts), scale=SCALE)
+        ends = [[min(n - 1, S), min(n, S)] for n in lengths]
+        wanted, wanted_lse = attend(*arrays, ends, starts)
+        assert np.abs(out - wanted).max() < 1e-5
+        np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_implementations_get_ends_and_starts_within_the_cache(monkeypatch, arrays):
+    got = []
+    record = lambda q, k, v, lengths, starts, *, scale: got.append((lengths, starts, scale))
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "reference", record)
+    grouped_decode(*arrays, jnp.array([1, S + 2, S]), jnp.array([-1, S + 1, 3]), scale=1)
+    lengths, starts, scale = got[0]
+    assert lengths.tolist() == [[0, 1], [S, S], [S - 1, S]] and starts.tolist() == [0, S, 3]
+    assert type(scale) is float
+    grouped_decode(*arrays, jnp.array([[-1, 1], [S, S + 1], [0, 2]]), scale=1)
+    lengths, starts, _ = got[1]
+    assert lengths.tolist() == [[0, 1], [S, S], [0, 2]] and starts.tolist() == [0] * B
+
+
+def test_float32_products_are_not_rounded(arrays):
+    call = functools.partial(grouped_decode, scale=SCALE)
+    lengths = jnp.full(B, S)
+    assert products(call, *arrays, lengths) == {(HIGHEST, "float32")}
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    assert products(call, *narrow, lengths) == {(None, "float32")}
+
+
 def test_scores_beyond_the_range_of_exp(arrays):
     q, k, v = arrays
     out, lse = grouped_decode(1000 * q, k, v, jnp.full(B, S), scale=SCALE)
@@ -83,10 +118,11 @@ def one_head(arrays):
     return q[:, :, :1], k[:, :, :1], v[:, :, :1]
 
 
-def test_one_head_as_absorbed_decode(arrays):
+@pytest.mark.parametrize("lengths", [[21, 9, 2], [[3, 17], [99, -5], [20, 21]]])
+def test_one_head_as_absorbed_decode(arrays, lengths):
     """The keys taken for rotary keys, the values for latents."""
-    lengths, starts = jnp.array([21, 9, 2]), jnp.array([0, 4, 1])
-    call = functools.partial(grouped_decode, *one_head(arrays), lengths, starts, scale=SCALE)
+    bounds = jnp.array(lengths), jnp.array([0, 4, 1])
+    call = functools.partial(grouped_decode, *one_head(arrays), *bounds, scale=SCALE)
     out, lse = call(implementation="absorbed")
     wanted, wanted_lse = call(implementation="reference")
     assert error(out, wanted) < 1e-6
@@ -120,7 +156,15 @@ def test_an_override_that_is_none_is_refused(monkeypatch, arrays):
     "changes, words",
     [
         (dict(k=np.zeros((B, S, J, K + 1), np.float32)), "k has shape"),
+        (dict(k=np.zeros((B, S, J - 1, K), np.float32)), "k has shape"),
+        (dict(k=np.zeros((B, S, J, K), np.float16)), "k is float16 but q is float32"),
+        (dict(q=np.zeros((B, T, J, G, K), np.int8)), "q is int8, expected bfloat16, float16"),
+        (dict(q=np.zeros((B, T, J, 0, K), np.float32)), "no dimension may be 0"),
+        (dict(v=np.zeros((B, S, J, 0), np.float32)), "no dimension may be 0"),
         (dict(v=np.zeros((B, S - 1, J, V), np.float32)), "v has shape"),
+        (dict(v=np.zeros((B, S, J + 1, V), np.float32)), "v has shape"),
+        (dict(lengths=np.zeros((B, T + 1), np.int32)), "lengths has shape"),
+        (dict(starts_B=np.zeros(B, np.float32)), "starts is float32, expected int32"),
         (dict(q=np.zeros((B, T, J * G, K), np.float32)), "expected q"),
         (dict(v=np.zeros((B, S, J, V), np.float16)), "v is float16 but q is float32"),
         (dict(lengths=np.zeros(B + 1, np.int32)), "lengths has shape"),

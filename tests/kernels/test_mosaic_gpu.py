@@ -54,8 +54,9 @@ def problem(**changes):
     ],
     ids=["alternate", "columns", "wide", "rows_of_a_batch", "together", "longest", "most_rows"],
 )
-def test_lowers_for_hopper(changes):
+def test_lowers_for_hopper(monkeypatch, changes):
     p = problem(**changes)
+    registers, order = recorded_calls(monkeypatch)
     assert mosaic_gpu.supports(p) is None
     q = (p.batch, p.queries, p.latents, p.heads, p.width)
     q_rope = (p.batch, p.queries, p.groups, p.heads, p.rope)
@@ -65,8 +66,55 @@ def test_lowers_for_hopper(changes):
     op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=mosaic_gpu.heuristic(p))
     text = jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 2
+    assert registers == REGISTERS[p.width == 512]
+    # Each launch waits for the one before it, lets the next begin, and only then copies.
+    waits = ["griddepcontrol_wait", "griddepcontrol_launch_dependents"]
+    split, join = order[: order.index(waits[0], 1)], order[order.index(waits[0], 1) :]
+    assert split[:2] == waits and set(split[2:]) == {"copy_gmem_to_smem"}
+    assert join[:2] == waits and not set(join[2:]) & {*waits, "copy_gmem_to_smem"}
     # The cache goes in as it lies: nothing pads, transposes or converts an array of its size.
     assert operations_on(text, *shapes[2:]) <= ONLY_READ
+
+
+# Registers per thread, by warpgroup: one that copies, and two or three that multiply. The hardware
+# has 512 for the warps of four SM parts, and a warpgroup may only give back or take what is there.
+REGISTERS = {
+    False: [(40, "decrease"), (232, "increase")],
+    True: [(40, "decrease"), (120, "decrease"), (176, "increase")],
+}
+
+
+def recorded_calls(monkeypatch):
+    """What a kernel being traced says of registers, and its waits and copies in order."""
+    registers, order = [], []
+    plgpu = mosaic_gpu.plgpu
+
+    def record(name, note):
+        function = getattr(plgpu, name)
+
+        def call(*args, **keywords):
+            note(*args, **keywords)
+            return function(*args, **keywords)
+
+        monkeypatch.setattr(plgpu, name, call)
+
+    record("set_max_registers", lambda n, *, action: registers.append((n, action)))
+    for name in ("griddepcontrol_wait", "griddepcontrol_launch_dependents", "copy_gmem_to_smem"):
+        record(name, lambda *_, name=name: order.append(name))
+    return registers, order
+
+
+def test_launches_overlap_only_when_asked(monkeypatch):
+    _, order = recorded_calls(monkeypatch)
+    for p in (problem(cache=64), problem(batch=2, cache=64)):
+        config = dataclasses.replace(mosaic_gpu.heuristic(p), overlap=False)
+        q = (p.batch, p.queries, p.latents, p.heads)
+        shapes = (*q, 128), (*q, 64), (p.batch, 64, 1, 128), (p.batch, 64, 64)
+        arrays = [jax.ShapeDtypeStruct(s, p.dtype) for s in shapes]
+        bounds = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((p.batch, 1), (p.batch,))]
+        op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=config)
+        jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",))
+    assert set(order) == {"copy_gmem_to_smem"}
 
 
 # Giving latents and their widths one dimension moves nothing.
@@ -106,29 +154,114 @@ def test_serves_every_member_and_number_of_heads(latents, width, dtype):
             assert mosaic_gpu._smem_bytes(config, p) <= 227 * 1024
 
 
+def test_says_what_it_cannot_serve():
+    for name, served, refused in (
+        ("dtype", ("bfloat16", "float16"), ("float32", "float64")),
+        ("width", (128, 256, 512), (64, 127, 129, 384, 1024)),
+        ("rope", (16, 32, 64, 128), (8, 24, 48, 96, 256)),
+        ("cache", (8, 4096), (4095, 4097, 4100)),
+    ):
+        for value in served:
+            assert mosaic_gpu.supports(problem(**{name: value})) is None
+        for value in refused:
+            assert str(value) in mosaic_gpu.supports(problem(**{name: value}))
+
+
+LONG = dict(cache=131072)
+
+
 @pytest.mark.parametrize(
-    "changes, word",
+    "changes, chosen",
     [
-        (dict(dtype="float32"), "float32"),
-        (dict(width=96), "96"),
-        (dict(rope=24), "24"),
-        (dict(cache=1001), "1001"),
+        # One row: tiles in stripes over as many CTAs as have equally much to do.
+        (LONG, dict(stages=4, ctas=128, stripes=True)),
+        (dict(cache=64), dict(stages=4, ctas=1, stripes=True)),
+        (dict(cache=72), dict(stages=4, ctas=2, stripes=True)),
+        (dict(cache=133 * 64), dict(stages=4, ctas=67, stripes=True)),
+        (dict(cache=132 * 64), dict(stages=4, ctas=132, stripes=True)),
+        (LONG | dict(device_kind="NVIDIA H20"), dict(stages=4, ctas=76, stripes=True)),
+        (LONG | dict(device_kind="NVIDIA H100 PCIe"), dict(stages=4, ctas=114, stripes=True)),
+        (LONG | dict(device_kind="NVIDIA H800 PCIe"), dict(stages=4, ctas=114, stripes=True)),
+        # Two latents to a tile where their query rows fit one product each.
+        (LONG | dict(latents=4, heads=24), dict(stages=4, ctas=128, shared=2, stripes=True)),
+        (dict(latents=4, heads=32, queries=2, batch=2), dict(stages=4, shared=2)),
+        (dict(latents=2, heads=33, queries=2, batch=2), dict(stages=4, query_stages=2)),
+        (dict(latents=3, batch=2), dict(stages=4, query_stages=2)),
+        (dict(latents=2, heads=64, rope=128), dict(stages=3, ctas=64, shared=2, stripes=True)),
+        # Four units at most divide the CTAs among themselves, and only evenly.
+        (dict(latents=4, heads=65), dict(stages=4, ctas=128, stripes=True)),
+        (dict(latents=5), dict(stages=4, query_stages=2)),
+        (dict(latents=4, heads=65, device_kind="NVIDIA H20"), dict(ctas=78, query_stages=2)),
+        # Wide latents leave room for fewer stages.
+        (dict(batch=64), dict(stages=4, query_stages=2)),
+        (dict(width=256), dict(stages=4, ctas=64, stripes=True)),
+        (dict(width=256, heads=128), dict(stages=3, ctas=64, stripes=True)),
+        (dict(width=512, batch=64), dict(stages=2)),
+        (dict(width=512, rope=128, batch=2), dict(stages=1)),
     ],
 )
-def test_says_what_it_cannot_serve(changes, word):
-    assert word in mosaic_gpu.supports(problem(**changes))
+def test_heuristic(changes, chosen):
+    assert mosaic_gpu.heuristic(problem(**changes)) == mosaic_gpu.Config(**chosen)
 
 
 def test_candidates_fit_and_hold_the_heuristic():
-    for changes in (dict(), dict(width=512), dict(batch=64, latents=4, heads=24)):
+    tried = lambda found, name: {getattr(config, name) for config in found}
+    for changes, blocks, stages, shared, query_stages, join_rows in (
+        (dict(), {64, 128}, {2, 4}, {1}, {1, 2}, {4}),
+        (dict(width=512, batch=2), {64}, {1, 2}, {1}, {1, 2}, {2, 4, 8}),
+        (dict(batch=64, latents=4, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
+        (dict(latents=2, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {4}),
+    ):
         p = problem(**changes)
         found = mosaic_gpu.candidates(p)
-        assert mosaic_gpu.heuristic(p) in found
-        assert len(set(found)) == len(found)
+        first = mosaic_gpu.heuristic(p)
+        assert found[0] == first and len(set(found)) == len(found)
+        assert tried(found, "block") == blocks and tried(found, "stages") == stages
+        assert tried(found, "shared") == shared and tried(found, "query_stages") == query_stages
+        assert tried(found, "join_rows") == join_rows
         for config in found:
+            # Only the heuristic's own pairing may keep its stripes; others use the whole chip.
+            assert config.stripes == (first.stripes and config.shared == first.shared)
+            assert config.ctas == (first.ctas if config.stripes else 132)
             used = mosaic_gpu._smem_bytes(config, p)
             assert used <= 227 * 1024
             assert mosaic_gpu.Config(**dataclasses.asdict(config)) == config
+
+
+def memory_of(scratch):
+    """Bytes of shared memory that a scratch type takes; of a union, those of its largest member."""
+    if isinstance(scratch, mosaic_gpu.plgpu.Barrier):
+        return 8 * int(np.prod(scratch.num_barriers))
+    return math.prod(scratch.shape) * jnp.dtype(scratch.dtype).itemsize
+
+
+def test_shared_memory_is_counted_as_the_launch_takes_it(monkeypatch):
+    launch = {}
+    monkeypatch.setattr(mosaic_gpu.plgpu, "kernel", lambda body, **kwargs: launch.update(kwargs))
+    for changes in (
+        dict(),
+        dict(batch=2, heads=100),
+        dict(latents=4, heads=24, groups=2),
+        dict(latents=2, heads=7, batch=3),
+        dict(width=256, heads=9),
+        dict(width=256, heads=128, queries=2, rope=16),
+        dict(width=512),
+        dict(width=512, heads=128, batch=2, rope=32),
+    ):
+        p = problem(**changes)
+        for config in mosaic_gpu.candidates(p):
+            shape = mosaic_gpu._shape(p, config)
+            shape = dataclasses.replace(shape, scale=0.1, dtype=jnp.dtype(p.dtype))
+            mosaic_gpu._split_kernel(shape, config)
+            taken = sum(map(memory_of, launch["scratch_types"].values()))
+            counted = mosaic_gpu._smem_bytes(config, p)
+            # Statistics and barriers are counted as whole KiB.
+            assert counted - 3 * 1024 <= taken <= counted - 1024
+            assert launch["grid"] == (config.ctas,)
+            parts, lses = launch["out_type"]
+            assert parts.shape[3] == lses.shape[2]
+            units = p.batch * p.latents // config.shared * shape.blocks
+            assert parts.shape[3] == config.ctas + (0 if config.stripes else units)
 
 
 def test_table_numbers_the_tiles_of_ragged_rows():

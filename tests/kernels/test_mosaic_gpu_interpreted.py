@@ -90,112 +90,129 @@ def interpreted(monkeypatch):
     # Joining a row is a call into Python: fewer rows to a product, which the interpreter allows.
     monkeypatch.setattr(mosaic_gpu, "_ROWS", 16)
 
-    def run(config, *arrays):
+    def compiled(config, q, *_):
         # The race detector takes all stages of a union of references for one place.
-        one_place = arrays[0].shape[-1] == 512 and config.query_stages > 1
+        one_place = q.shape[-1] == 512 and config.query_stages > 1
         interpreter = plgpu.InterpretGPUParams(detect_races=not one_place)
-        kernel = functools.partial(mosaic_gpu.absorbed_decode, scale=SCALE, config=config)
-        with plgpu.force_gpu_interpret_mode(interpreter):
-            return jax.jit(kernel)(*arrays)
+        kernel = jax.jit(functools.partial(mosaic_gpu.absorbed_decode, scale=SCALE, config=config))
 
-    return run
+        def run(*arrays):
+            with plgpu.force_gpu_interpret_mode(interpreter):
+                return kernel(*arrays)
+
+        return run
+
+    return compiled
+
+
+# Ends and starts on, before and behind the edges of tiles of 64, which begin at multiples of 8.
+# The last end of a row is not always its greatest.
+EDGES = [
+    ([64, 63], 0),
+    ([65, 64], 0),
+    ([62, 63], 1),
+    ([72, 71], 9),
+    ([72, 73], 8),
+    ([127, 129], 7),
+    ([128, 127], 0),
+    ([64, 66], 64),
+    ([66, 65], 65),
+]
 
 
 @pytest.mark.parametrize(
-    "mode, sizes, config, lengths_BT, starts_B",
+    "mode, sizes, config, bounds",
     [
-        # One row whose tiles go to five CTAs in turn, two each.
+        # One row whose tiles go to three CTAs in turn. The tile that a CTA asks for unseen may be
+        # another than its first, or one too many.
         (
             "alternate",
-            dict(B=1, T=1, L=1, H=5, C=128, S=608, G=1),
-            dict(ctas=5, stages=2, stripes=True),
-            [[603]],
-            [5],
+            dict(B=1, T=1, L=1, H=5, C=128, S=400, G=1),
+            dict(ctas=3, stages=2, stripes=True),
+            [[([395], 5)], [([330], 70)], [([65], 0)], [([0], 0)]],
+        ),
+        (
+            "alternate",
+            dict(B=9, T=2, L=1, H=3, C=128, S=136, G=1),
+            dict(ctas=3, stages=4, join_rows=8),
+            [EDGES, [([0, 0], 9)] * 9],
+        ),
+        # A row in four parts, one more than are read at once.
+        (
+            "alternate",
+            dict(B=2, T=1, L=1, H=3, C=128, S=264, G=1),
+            dict(ctas=5, stages=2, join_rows=8),
+            [[([256], 0), ([9], 8)]],
         ),
         # An empty row, one of a few positions, latents in two groups, two rows' queries in flight.
         (
             "alternate",
             dict(B=3, T=2, L=4, H=3, C=128, S=208, G=2),
             dict(ctas=5, stages=2, query_stages=2, join_rows=4),
-            [[203, 204], [0, 0], [5, 6]],
-            [11, 0, 3],
+            [[([203, 204], 11), ([0, 0], 0), ([5, 6], 3)]],
         ),
-        # GLA-2's width in float16; the first query sees nothing.
+        # GLA-2's width in float16; the first query sees nothing, the second most.
         (
             "alternate",
-            dict(B=1, T=3, L=1, H=5, C=256, S=264, G=1, dtype="float16"),
-            dict(ctas=9, stages=2, stripes=True),
-            [[0, 1, 261]],
-            [0],
+            dict(B=1, T=3, L=1, H=2, C=256, S=200, G=1, dtype="float16"),
+            dict(ctas=5, stages=2, stripes=True),
+            [[([0, 193, 1], 0)]],
         ),
         # Two units of two latents each, and more CTAs than tiles for one of them.
         (
             "latents",
-            dict(B=1, T=2, L=4, H=3, C=128, S=264, G=4, R=32),
-            dict(ctas=12, stages=2, shared=2, stripes=True),
-            [[258, 259]],
-            [9],
+            dict(B=1, T=2, L=4, H=3, C=128, S=136, G=4, R=32),
+            dict(ctas=6, stages=2, shared=2, stripes=True),
+            [[([130, 129], 9)]],
         ),
         (
             "latents",
             dict(B=3, T=1, L=2, H=5, C=128, S=208, G=1),
             dict(ctas=4, stages=2, shared=2, join_rows=2),
-            [[203], [0], [66]],
-            [11, 0, 3],
+            [[([203], 11), ([0], 0), ([64], 0)]],
         ),
         # Two blocks of query rows, each of two tiles.
         (
             "together",
             dict(B=1, T=7, L=1, H=5, C=128, S=200, G=1, R=16),
             dict(ctas=4, stages=1, stripes=True),
-            [[131, 132, 133, 134, 135, 136, 193]],
-            [59],
-        ),
-        # The tile that each CTA asks for unseen is another than its first, or one too many.
-        (
-            "alternate",
-            dict(B=1, T=1, L=1, H=5, C=128, S=608, G=1),
-            dict(ctas=5, stages=2, stripes=True),
-            [[330]],
-            [70],
-        ),
-        (
-            "columns",
-            dict(B=1, T=1, L=1, H=3, C=512, S=264, G=1, R=32),
-            dict(ctas=3, stages=2, stripes=True),
-            [[200]],
-            [90],
+            [[([193, 132, 128, 134, 127, 136, 131], 59)]],
         ),
         # MLA's width; the results pass through the memory of the queries.
         (
             "columns",
+            dict(B=1, T=1, L=1, H=3, C=512, S=264, G=1, R=32),
+            dict(ctas=3, stages=2, stripes=True),
+            [[([200], 90)], [([64], 0)]],
+        ),
+        (
+            "columns",
             dict(B=2, T=2, L=1, H=3, C=512, S=200, G=1, R=32),
             dict(ctas=2, stages=2, join_rows=3),
-            [[196, 197], [66, 67]],
-            [0, 1],
+            [[([193, 192], 0), ([66, 67], 1)]],
         ),
         (
             "columns",
             dict(B=1, T=1, L=2, H=5, C=512, S=264, G=1),
             dict(block=128, ctas=3, stages=1, query_stages=2),
-            [[259]],
-            [3],
+            [[([257], 0)]],
         ),
     ],
     ids=[
-        "splits",
+        "stripes",
+        "edges",
+        "parts",
         "ragged",
         "wide",
         "pairs",
         "pairs-ragged",
         "together",
-        "late",
-        "MLA-late",
+        "MLA-stripes",
         "MLA",
         "MLA-L2",
     ],
 )
-def test_numerics(interpreted, mode, sizes, config, lengths_BT, starts_B):
+def test_numerics(interpreted, mode, sizes, config, bounds):
     B, T, L, H, C, S, G = (sizes[n] for n in "BTLHCSG")
     R, dtype = sizes.get("R", 64), sizes.get("dtype", "bfloat16")
     assert mosaic_gpu._mode(T * H, C, config.get("shared", 1)) == mode
@@ -204,41 +221,44 @@ def test_numerics(interpreted, mode, sizes, config, lengths_BT, starts_B):
     random = np.random.default_rng(seed)
     shapes = (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), (B, S, R)
     arrays = [jnp.asarray(random.standard_normal(s, np.float32), dtype) for s in shapes]
-    bounds = jnp.array(lengths_BT, jnp.int32), jnp.array(starts_B, jnp.int32)
-
-    out, lse = interpreted(mosaic_gpu.Config(**config), *arrays, *bounds)
-
-    assert out.dtype == dtype and lse.dtype == jnp.float32
-    out, lse = np.asarray(out, np.float32), np.asarray(lse)
+    # Scores of hundreds in the first head: exp of them is beyond float32.
+    arrays[0] = arrays[0].at[:, :, :, 0].multiply(256)
+    kernel = interpreted(mosaic_gpu.Config(**config), *arrays)
     truth = jax.jit(functools.partial(reference.absorbed_decode, scale=SCALE))
-    wanted, wanted_lse = map(np.asarray, truth(*(x.astype(jnp.float32) for x in arrays), *bounds))
-    hidden = np.isneginf(wanted_lse)
-    assert (np.isneginf(lse) == hidden).all() and not out[hidden].any()
-    assert np.linalg.norm(out - wanted) <= 5e-3 * np.linalg.norm(wanted)
-    np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=1e-4)
+    for rows in bounds:
+        lengths_BT, starts_B = (jnp.array(x, jnp.int32) for x in zip(*rows, strict=True))
+        out, lse = kernel(*arrays, lengths_BT, starts_B)
+        assert out.dtype == dtype and lse.dtype == jnp.float32
+        out, lse = np.asarray(out, np.float32), np.asarray(lse)
+        wanted = truth(*(x.astype(jnp.float32) for x in arrays), lengths_BT, starts_B)
+        wanted, wanted_lse = map(np.asarray, wanted)
+        hidden = np.isneginf(wanted_lse)
+        assert (np.isneginf(lse) == hidden).all() and not out[hidden].any()
+        # Every row by itself: a short one must not hide behind the long ones.
+        for b in range(B):
+            assert np.linalg.norm(out[b] - wanted[b]) <= 5e-3 * np.linalg.norm(wanted[b])
+        np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=1e-4, rtol=1e-5)
 
 
 def test_latents_are_copied_once_and_only_where_a_row_sees(interpreted, monkeypatch):
     moved = []
     copy = plgpu.copy_gmem_to_smem
-    shapes = (3, 1, 4, 4, 128), (3, 1, 1, 4, 64), (3, 336, 4, 128), (3, 336, 64)
+    shapes = (4, 1, 4, 4, 128), (4, 1, 1, 4, 64), (4, 336, 4, 128), (4, 336, 64)
 
     def recorded(source, *others):
         copy(source, *others)
-        if source.ref.shape == (3, 336, 4 * 128):
+        if source.ref.shape == (4, 336, 4 * 128):
             row, positions, columns = source.transforms[-1].indices
             record = lambda *at: moved.append(tuple(map(int, at)))
             jax.debug.callback(record, row, columns.start, positions.start)
 
     monkeypatch.setattr(plgpu, "copy_gmem_to_smem", recorded)
-    interpreted(
-        mosaic_gpu.Config(ctas=3, stages=2, shared=2),
-        *(jnp.zeros(s, jnp.bfloat16) for s in shapes),
-        jnp.array([[330], [0], [200]]),
-        jnp.array([0, 0, 70]),
-    )
+    arrays = [jnp.zeros(s, jnp.bfloat16) for s in shapes]
+    kernel = interpreted(mosaic_gpu.Config(ctas=3, stages=2, shared=2), *arrays)
+    # Two rows that end with a tile, one a position later.
+    kernel(*arrays, jnp.array([[320], [0], [200], [129]]), jnp.array([0, 0, 72, 0]))
     jax.effects_barrier()
-    begins = {0: range(0, 330, 64), 2: range(64, 200, 64)}
+    begins = {0: range(0, 320, 64), 2: range(72, 200, 64), 3: range(0, 129, 64)}
     assert sorted(moved) == [
         (row, column, at) for row in begins for column in (0, 256) for at in begins[row]
     ]

@@ -10,10 +10,17 @@ from flax import nnx
 
 from mlra_jax import sharding
 from mlra_jax.config import ConfigError, LatentConfig, ModelConfig
+from mlra_jax.model import Model
 from mlra_jax.training.optimizer import make_schedule
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 from mlra_jax.training.state import abstract_state, create_state, model_parts
-from mlra_jax.training.step import abstract_batch, make_train_step, make_validation_step
+from mlra_jax.training.step import (
+    abstract_batch,
+    loss_sum,
+    make_train_step,
+    make_validation_step,
+)
+from tests.training.test_optimizer import adamw, rate
 
 BATCH, LENGTH, VOCAB = 16, 24, 96
 MLRA_4 = LatentConfig(
@@ -68,7 +75,7 @@ def one_device():
 def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape):
     _, expected = one_device
     state, losses = run(on_mesh(*shape))
-    for name in ("loss", "gradient_norm"):
+    for name in ("loss", "gradient_norm", "learning_rate"):
         got, want = ([m[name] for m in metrics] for metrics in (losses, expected))
         np.testing.assert_allclose(got, want, rtol=1e-5)
     assert expected[4]["loss"] < expected[0]["loss"] - 0.1, "the steps must do something"
@@ -81,7 +88,9 @@ def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
     whole_state, whole = one_device
     data = dataclasses.replace(EXPERIMENT.data, accumulate=4)
     parts_state, parts = run(on_mesh(2, 2, 1, data=data))
-    np.testing.assert_allclose([m["loss"] for m in parts], [m["loss"] for m in whole], rtol=1e-5)
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        got, want = ([m[name] for m in metrics] for metrics in (parts, whole))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
     for got, want in zip(
         *(jax.tree.leaves(jax.device_get(s.params)) for s in (parts_state, whole_state)),
         strict=True,
@@ -89,34 +98,48 @@ def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
         assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
-def test_loss_and_first_update_against_numpy(one_device):
-    """Plain cross-entropy over all logits, and AdamW written out, from the step's gradients."""
-    experiment = on_mesh(optimizer=dataclasses.replace(EXPERIMENT.optimizer, warmup_steps=0))
-    mesh = sharding.make_mesh()
-    state = create_state(experiment, mesh)
+def plain_loss(experiment, mesh):
+    """The loss over all logits at once, and its gradient."""
     definition, _, _ = model_parts(experiment.model, mesh)
-    batch = random_batch(0)
 
-    def plain(params):
+    def loss(params, batch):
         logits_BTV = nnx.merge(definition, params)(batch["inputs"])
         picked = jax.nn.one_hot(batch["targets"], VOCAB) * jax.nn.log_softmax(logits_BTV)
         return -picked.sum() / batch["targets"].size
 
-    before = jax.device_get(state.params)
-    loss, gradients = jax.device_get(jax.jit(jax.value_and_grad(plain))(state.params))
-    after, metrics = make_train_step(experiment, mesh)(state, batch)
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
-    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradients)))
-    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
-    rate = 1e-2
-    for old, gradient, new in zip(
-        *map(jax.tree.leaves, (before, gradients, jax.device_get(after.params))), strict=True
-    ):
-        # After one update both moments are the gradient's own: m / (sqrt(v) + eps).
-        g = gradient.astype(np.float64) * min(1, 1 / norm)
-        want = old - rate * (g / (np.abs(g) + 1e-8) + 0.1 * old)
-        steady = np.abs(g) > 1e-6  # where eps and rounding do not decide the sign
-        np.testing.assert_allclose(new[steady], want[steady], rtol=1e-4, atol=2e-6)
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_steps_against_numpy_with_clipping():
+    """Cross-entropy over all logits, and AdamW written out, from the plain gradients.
+
+    Each step's loss is that before its update, its norm that before clipping, its rate its own.
+    """
+    # An eps as large as the clipped gradients: without it only their signs would count.
+    optimizer = OptimizerSettings(
+        peak_learning_rate=0.05, warmup_steps=2, clip_norm=0.02, eps=1e-4, b1=0.6, b2=0.8
+    )
+    experiment, mesh = on_mesh(optimizer=optimizer, steps=4), sharding.make_mesh()
+    state, step = create_state(experiment, mesh), make_train_step(experiment, mesh)
+    plain = plain_loss(experiment, mesh)
+    start, tree = jax.tree.flatten(jax.device_get(state.params))
+    gradients, want = [], start
+    for i in range(4):
+        loss, gradient = plain(
+            jax.tree.unflatten(tree, [w.astype(np.float32) for w in want]), random_batch(i)
+        )
+        gradients.append([np.asarray(g) for g in jax.tree.leaves(gradient)])
+        want = adamw(optimizer, 4, start, gradients)[-1]
+        norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients[-1]))
+        assert norm > 5 * optimizer.clip_norm
+        state, metrics = step(state, random_batch(i))
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
+        np.testing.assert_allclose(metrics["learning_rate"], rate(optimizer, 4, i), rtol=1e-6)
+        assert int(state.step) == i + 1
+    for old, new, expected in zip(start, jax.tree.leaves(state.params), want, strict=True):
+        moved = np.linalg.norm(expected - old)
+        assert np.linalg.norm(new - expected) < 1e-3 * moved
 
 
 def test_validation_counts_each_token_by_its_weight(one_device):
@@ -132,6 +155,57 @@ def test_validation_counts_each_token_by_its_weight(one_device):
     twice, _ = validate(state.params, half | {"weights": np.ones_like(weights)})
     assert count == BATCH // 2 * LENGTH
     np.testing.assert_allclose(total * 2, twice, rtol=1e-6)
+    # The sum over rows, each by itself, with a weight of its own.
+    rows = [
+        validate(state.params, batch | {"weights": weights * 0 + (np.arange(BATCH) == i)[:, None]})
+        for i in range(BATCH)
+    ]
+    factors = np.linspace(0, 3, BATCH).astype(np.float32)
+    factors_BT = np.broadcast_to(factors[:, None], (BATCH, LENGTH))
+    total, count = validate(state.params, batch | {"weights": factors_BT})
+    np.testing.assert_allclose(
+        total, sum(f * r[0] for f, r in zip(factors, rows, strict=True)), rtol=1e-5
+    )
+    np.testing.assert_allclose(count, factors_BT.sum(), rtol=1e-6)
+
+
+class Head:
+    """Stands for a model: a table of vectors, and its products with a matrix as logits."""
+
+    def __init__(self, table_VD, head_DV, longest):
+        self.table_VD, self.head_DV, self.longest = table_VD, head_DV, longest
+
+    def hidden(self, tokens_BT):
+        return self.table_VD[tokens_BT]
+
+    def logits(self, x_BTD):
+        assert x_BTD.shape[1] <= self.longest, "more positions at a time than a chunk"
+        return x_BTD @ self.head_DV
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 6, 7])
+def test_the_loss_in_chunks_of_any_size_against_numpy(chunk, weighted):
+    """7 positions: chunks that divide them, that leave one, that leave all but one."""
+    generator = np.random.default_rng(chunk)
+    table = generator.standard_normal((9, 4)).astype(np.float32)
+    head = generator.standard_normal((4, 9)).astype(np.float32)
+    tokens = generator.integers(0, 9, (2, 8))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    weights = np.ones((2, 7), np.float32)
+    if weighted:
+        weights = batch["weights"] = generator.uniform(0, 2, (2, 7)).astype(np.float32)
+    loss, gradient = jax.value_and_grad(lambda h: loss_sum(Head(table, h, chunk), batch, chunk))(
+        jnp.asarray(head)
+    )
+    x_BTD = table.astype(np.float64)[batch["inputs"]]
+    logits = x_BTD @ head
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    right = np.eye(9)[batch["targets"]]
+    want = -(weights * np.log((chances * right).sum(-1))).sum()
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    want = np.einsum("btd,btv->dv", x_BTD, weights[..., None] * (chances - right))
+    np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5)
 
 
 def test_schedule_is_the_papers():
@@ -159,6 +233,30 @@ def test_abstract_state_has_moments_where_their_parameters_are():
     moments = [leaf for leaf in jax.tree.leaves(abstract.optimizer) if leaf.ndim]
     assert [m.sharding for m in moments] == [p.sharding for p in params] * 2
     assert all(m.dtype == jnp.float32 for m in moments)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), create_state(experiment, mesh)) == (
-        jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+    facts = lambda x: (x.shape, x.dtype, x.sharding)
+    state = create_state(experiment, mesh)
+    assert jax.tree.map(facts, state) == jax.tree.map(facts, abstract)
+    assert (int(state.step), state.step.dtype) == (0, jnp.int32)
+
+
+def test_a_fresh_state_is_the_models_own_by_seed_and_a_step_takes_its_place():
+    mesh, experiment = sharding.make_mesh(), on_mesh(seed=3)
+    state = create_state(experiment, mesh)
+    model = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Model(experiment.model, rngs=nnx.Rngs(3)))))
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), state.params, model()
     )
+    other = create_state(on_mesh(seed=4), mesh).params["embed"]["embedding"]
+    assert not np.array_equal(state.params["embed"]["embedding"], other)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
+    make_train_step(experiment, mesh)(state, random_batch(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_batch_is_described_as_it_will_come():
+    mesh = sharding.make_mesh(2, 2, 2)
+    described = abstract_batch(on_mesh(2, 2, 2), mesh)
+    assert described.keys() == {"inputs", "targets"}
+    for struct in described.values():
+        assert (struct.shape, struct.dtype) == ((BATCH, LENGTH), jnp.int32)
+        assert struct.sharding.shard_shape(struct.shape) == (BATCH // 4, LENGTH)

@@ -1,0 +1,1 @@
+"""Planted faults: small wrong changes of the package that the tests must notice."""

@@ -1,0 +1,107 @@
+"""Bytes of a cache, for every variant and every way to split it."""
+
+import math
+import re
+
+import pytest
+import tiny
+
+from mlra_jax import costs, sharding
+from mlra_jax.attention import MODULES
+from mlra_jax.config import VARIANTS, ConfigError, preset
+
+# Values a token, layer and device in units of d_h at 1, 2, 4 and 8 ways by tensor: the paper's
+# table 1 for the latent family, the definitions for the others.
+PUBLISHED = {
+    "mla": (4.5, 4.5, 4.5, 4.5),
+    "gla_2": (4.5, 2.5, 2.5, 2.5),
+    "gla_4": (4.5, 2.5, 1.5, 1.5),
+    "mlra_2": (4.5, 2.5, 1.5, 1.5),
+    "mlra_4": (4.5, 2.5, 1.5, 1.5),
+    "mha": (48, 24, 12, 6),
+    "mqa": (2, 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_values_per_device_are_the_papers(name):
+    config = preset(name)
+    for tensor, widths in zip((1, 2, 4, 8), PUBLISHED[name], strict=True):
+        values = costs.cache_values_per_device(config, batch=1, capacity=8, tensor=tensor)
+        assert values == 8 * 128 * widths
+
+
+def test_context_shares_of_the_published_models():
+    for name, tensor, context, widths in [
+        ("mlra_4", 4, 2, 0.75),
+        ("mla", 1, 4, 1.125),
+        ("mla", 4, 2, 2.25),
+        ("tpa", 1, 2, 4.75 / 2),
+    ]:
+        size = dict(batch=3, capacity=64, tensor=tensor, context=context)
+        values = costs.cache_values_per_device(preset(name), **size)
+        assert values == 3 * 64 * 128 * widths
+
+
+# The same of every variant, and of those that the paper's table leaves out.
+WIDTHS = PUBLISHED | {
+    "gqa": (12, 6, 4, 4),  # 6 key heads over 4 devices: two on each
+    "gta": (6.5, 3.5, 2.5, 2.5),
+    "mfa": (4, 4, 4, 4),
+    # Rank 2 of keys and of values; every device has the factors that all heads share.
+    "tpa": tuple(2 * 2 * (24 / tensor + 128) / 128 for tensor in (1, 2, 4, 8)),
+}
+TENSOR = (1, 2, 4, 8, 1, 1, 1, 2, 4)
+CONTEXT = (1, 1, 1, 1, 2, 4, 8, 2, 2)
+
+
+def test_every_cell_of_the_table():
+    tokens, batch = 65536, 3
+    heading, *lines = costs.table(VARIANTS, tokens=tokens, batch=batch).splitlines()
+    assert heading.startswith(f"Cache per device in GiB, {batch} x {tokens} tokens, bfloat16")
+    assert lines[2].split() == [
+        "ways",
+        *["1", "2", "4", "8", "2", "4", "8"],
+        "2",
+        "x",
+        "2",
+        "4",
+        "x",
+        "2",
+    ]
+    assert tuple(zip(TENSOR, CONTEXT, strict=True)) == costs.SPLITS
+    rows = {line[:20].strip(): re.findall(r"(\S+) \((\S+)\)", line) for line in lines[3:]}
+    assert rows.keys() == set(VARIANTS) == WIDTHS.keys()
+    for name, cells in rows.items():
+        for (gib, width), tensor, context in zip(cells, TENSOR, CONTEXT, strict=True):
+            want = WIDTHS[name][(1, 2, 4, 8).index(tensor)] / context
+            assert width == f"{want:.3g}", (name, tensor, context)
+            assert gib == f"{want * 128 * 2 * 24 * tokens * batch / 2**30:.2f}"
+
+
+def test_what_cannot_be_split_is_a_dash():
+    row = costs.table(["mla_double_heads"], 8, 1).splitlines()[-1]
+    assert "-" not in row
+    with pytest.raises(ConfigError, match="4 latent heads and tensor=3"):
+        costs.cache_bytes_per_device(preset("mlra_4"), batch=1, capacity=8, tensor=3)
+
+
+@pytest.mark.parametrize("dtype, width", [("bfloat16", 2), ("float32", 4)])
+def test_bytes_are_those_of_all_layers_in_the_compute_dtype(dtype, width):
+    config = preset("mlra_4", dtype=dtype, num_layers=5)
+    size = dict(batch=2, capacity=48, tensor=4, context=2)
+    held = costs.cache_bytes_per_device(config, **size)
+    assert held == 2 * 24 * (128 + 64) * 5 * width
+
+
+@pytest.mark.parametrize("name", tiny.ATTENTIONS)
+def test_what_is_counted_is_what_the_arrays_hold(name):
+    config, mesh = tiny.config(name, 2), sharding.make_mesh(data=2, tensor=2, context=2)
+    module = MODULES[type(config.attention)]
+    shapes = module.cache_shapes(config.attention, 4, 16, 2)
+    held = sum(
+        math.prod(sharding.named(mesh, *module.cache_axes[n]).shard_shape(shape)) * 4
+        for n, shape in shapes.items()
+    )
+    counted = costs.cache_bytes_per_device(config, batch=2, capacity=16, tensor=2, context=2)
+    assert counted == 2 * held

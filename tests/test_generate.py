@@ -1,0 +1,205 @@
+"""`generate` and `Stream`: what they give, what they refuse, how little room they need."""
+
+import numpy as np
+import pytest
+import tiny
+from tiny import random_model
+
+import mlra_jax
+from mlra_jax.generation import Stream, loop
+from mlra_jax.generation.padding import pad
+from mlra_jax.sharding import make_mesh
+
+CONFIG = tiny.config("mlra_4", num_layers=2)
+
+
+def decodable(mesh=None, num_tokens=80):
+    model = random_model(CONFIG, mesh or make_mesh())
+    model.unstack()
+    model.num_tokens = num_tokens  # the last eight ids are padding
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decodable(make_mesh(tensor=2))
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    """Prompts and caches are rounded up to few tokens here, so that few tokens cross a bound."""
+    monkeypatch.setattr("mlra_jax.generation.padding._BUCKET", 4)
+    monkeypatch.setattr(loop, "_CACHE_BUCKET", 16)
+
+
+def prompts(*lengths):
+    rng = np.random.default_rng(sum(lengths))
+    return [rng.integers(0, 80, n).tolist() for n in lengths]
+
+
+def argmax_of_whole_passes(model, prompts, rows):
+    """What greedy decoding should have given, were `rows` right up to each token."""
+    for prompt, row in zip(prompts, rows, strict=True):
+        logits = np.asarray(model(np.array([prompt + row], np.int32)))[0, :, : model.num_tokens]
+        yield logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "prompts, new, words",
+    [
+        ([], 1, "no prompts"),
+        ([[1], []], 1, "prompt 1 is empty"),
+        ([[1, 80]], 1, "prompt 0 has token 80"),
+        ([[-1]], 1, "prompt 0 has token -1"),
+        ([[1]], 0, "max_new_tokens=0"),
+    ],
+)
+def test_generate_refuses(model, prompts, new, words):
+    with pytest.raises(ValueError, match=words):
+        mlra_jax.generate(model, prompts, max_new_tokens=new)
+
+
+def test_generate_is_the_argmax_of_whole_passes_and_stops(model):
+    given = prompts(3, 6)
+    rows = mlra_jax.generate(model, given, max_new_tokens=6)
+    assert rows == list(argmax_of_whole_passes(model, given, rows))
+    stop = rows[0][2]
+    stopped = mlra_jax.generate(model, given, max_new_tokens=6, stop_token=stop)
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def test_a_row_that_has_stopped_stays_stopped(model, monkeypatch):
+    class Scripted:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            for tokens in ([1, 9], [7, 9], [2, 7], [3, 3]):
+                self.given = tokens
+                yield tokens
+            raise AssertionError("went on after every row had stopped")
+
+    monkeypatch.setattr(loop, "Stream", Scripted)
+    rows = mlra_jax.generate(model, [[1], [1]], max_new_tokens=9, stop_token=7)
+    assert rows == [[1], [9, 9]]
+
+
+@pytest.mark.parametrize("lengths", [(3,), (4, 1), (5, 4), (8, 8), (1, 9)])
+def test_prompts_at_the_edges_of_their_padding(model, lengths):
+    given = prompts(*lengths)
+    rows = mlra_jax.generate(model, given, max_new_tokens=2)
+    assert rows == list(argmax_of_whole_passes(model, given, rows))
+
+
+@pytest.mark.parametrize("length, new, slots", [(9, 8, 16), (16, 1, 16), (1, 24, 24), (24, 1, 24)])
+def test_a_cache_that_fits_exactly_is_enough(model, length, new, slots):
+    given = prompts(length, 1)
+    settings = dict(max_new_tokens=new)
+    rows = mlra_jax.generate(model, given, cache_length=slots, **settings)
+    assert rows == mlra_jax.generate(model, given, cache_length=2 * slots, **settings)
+    assert rows == list(argmax_of_whole_passes(model, given, rows))
+    words = f"a prompt of {length} tokens and {new} new ones need {slots} cache slots and cache_l"
+    with pytest.raises(ValueError, match=words):
+        mlra_jax.generate(model, given, cache_length=slots - 1, **settings)
+
+
+@pytest.mark.parametrize(
+    "sizes, length, new, given, capacity",
+    [
+        # By default as many as are needed, rounded up to the bucket of 16.
+        ({}, 9, 8, None, 16),
+        ({}, 9, 9, None, 32),
+        # Padding of the prompts may need more than that; what is given need not hold it.
+        ({}, 5, 1, 5, 8),
+        # 8 slots for each context share.
+        (dict(context=2), 9, 8, None, 16),
+        (dict(context=4), 9, 8, None, 32),
+        (dict(context=2), 9, 9, 17, 32),
+    ],
+)
+def test_slots_of_a_cache(sizes, length, new, given, capacity):
+    model = decodable(make_mesh(**sizes))
+    stream = Stream(model, prompts(length), max_new_tokens=new, cache_length=given)
+    assert stream.capacity == capacity
+    assert stream.tokens_BT.shape[1] <= capacity
+    assert stream.tokens_BT[0, :length].tolist() == prompts(length)[0]
+
+
+def test_a_batch_split_over_devices_gives_the_same(model):
+    given = prompts(7, 2, 5, 3)
+    rows = mlra_jax.generate(model, given, max_new_tokens=5)
+    drawn = mlra_jax.generate(model, given, max_new_tokens=5, temperature=1.0, seed=4)
+    for sizes in (dict(data=2, context=2), dict(data=2, fsdp=2, tensor=2)):
+        split = decodable(make_mesh(**sizes))
+        assert mlra_jax.generate(split, given, max_new_tokens=5) == rows
+        settings = dict(max_new_tokens=5, temperature=1.0, seed=4)
+        assert mlra_jax.generate(split, given, **settings) == drawn
+    with pytest.raises(ValueError, match="3 prompts do not divide over the 8 devices that split"):
+        mlra_jax.generate(decodable(make_mesh(data=2, fsdp=4)), given[:3], max_new_tokens=1)
+
+
+def test_the_stream_gives_each_step_as_it_comes(model):
+    given = prompts(7, 2)
+    stream = Stream(model, given, max_new_tokens=5)
+    steps = list(stream)
+    assert len(steps) == 5
+    rows = mlra_jax.generate(model, given, max_new_tokens=5)
+    assert [list(row) for row in zip(*steps, strict=True)] == rows
+    assert list(stream) == steps, "a stream can be read again"
+
+
+def test_a_filled_context_is_zeros_beyond_the_prompt(model):
+    given = prompts(6)
+    stream = Stream(model, given, max_new_tokens=4, cache_length=64)
+    assert list(stream.from_filled(6)) == list(stream)
+    # Fifty positions of zeros take most of the weight from the prompt.
+    assert len(list(stream.from_filled(56))) == 4
+    assert list(stream.from_filled(56))[1:] != list(stream)[1:]
+
+
+def test_every_step_draws_anew(model):
+    """So hot that each of 80 ids is as likely: rows and steps hardly ever agree."""
+    draw = lambda **settings: np.array(
+        mlra_jax.generate(model, [[1, 2]] * 6, max_new_tokens=30, temperature=1e6, **settings)
+    )
+    drawn = draw(seed=5)
+    assert (drawn[:, 1:] == drawn[:, :-1]).mean() < 0.1
+    assert (drawn[1:] == drawn[:-1]).mean() < 0.1
+    assert (draw(seed=6) == drawn).mean() < 0.1
+    assert drawn.max() < 80 and len(np.unique(drawn)) > 60
+
+
+def test_the_settings_reach_the_sampler(model):
+    given = prompts(5)
+    greedy = mlra_jax.generate(model, given, max_new_tokens=8)
+    settings = dict(max_new_tokens=8, temperature=5.0, seed=1)
+    assert mlra_jax.generate(model, given, top_k=1, **settings) == greedy
+    assert mlra_jax.generate(model, given, top_p=1e-6, **settings) == greedy
+    assert mlra_jax.generate(model, given, **settings) != greedy
+
+
+def test_sampling_depends_on_the_seed_only(model):
+    draw = lambda seed: mlra_jax.generate(
+        model, [[1, 2], [3, 4, 5]], max_new_tokens=12, temperature=1.0, seed=seed
+    )
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_prompts_are_filled_up_on_the_right():
+    tokens, lengths = pad([[1, 2, 3], [4], [5, 6, 7, 8, 9]], 80)
+    assert lengths.tolist() == [3, 1, 5] and tokens.shape == (3, 8)
+    assert tokens[0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0] and tokens[2, :5].tolist() == [
+        5,
+        6,
+        7,
+        8,
+        9,
+    ]
+    assert tokens.dtype == lengths.dtype == np.int32
+    assert pad([[79] * 8], 80)[0].tolist() == [[79] * 8]
+
+
+def test_a_stacked_model_says_what_to_do():
+    model = random_model(CONFIG, make_mesh())
+    with pytest.raises(ValueError, match=r"model\.unstack\(\)"):
+        mlra_jax.generate(model, [[1]], max_new_tokens=1)

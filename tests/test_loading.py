@@ -1,0 +1,104 @@
+"""A checkpoint as a model: dtype, step, places; ids that mean something; its tokenizer."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from tiny import relative_error
+
+from mlra_jax import checkpoints, loading
+from mlra_jax.data import tokenizers
+from mlra_jax.sharding import make_mesh
+
+CONFIG = tiny.config("mlra_2", num_layers=3, vocab_size=264)
+TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with two steps, and the models that were saved."""
+    folder, made = tmp_path_factory.mktemp("run"), {}
+    manager = checkpoints.make_manager(folder)
+    for step in (2, 5):
+        made[step] = tiny.random_model(CONFIG, make_mesh(), seed=step)
+        params = nnx.to_pure_dict(nnx.state(made[step]))
+        described = checkpoints.describe(CONFIG, "bytes")
+        checkpoints.save(manager, step, params=params, model=described)
+    manager.close()
+    return folder, made
+
+
+@pytest.mark.parametrize("step, loaded", [(None, 5), (2, 2), (5, 5)])
+def test_the_latest_step_or_the_one_asked_for(saved, step, loaded):
+    folder, made = saved
+    model = loading.load_model(folder, step=step)
+    assert relative_error(model(TOKENS), made[loaded](TOKENS)) < 1e-6
+    assert (model.tokenizer, model.num_tokens, model.config) == ("bytes", 257, CONFIG)
+    assert model.mesh.size == 1
+
+
+def test_a_model_is_loaded_in_its_places_and_dtype(saved):
+    folder, made = saved
+    mesh = make_mesh(fsdp=2, tensor=2)
+    model = loading.load_model(folder, mesh=mesh, dtype="bfloat16")
+    leaves = jax.tree.leaves(nnx.state(model))
+    assert all(x.dtype == jnp.bfloat16 for x in leaves)
+    held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+    total = sum(x.nbytes for x in leaves)
+    # A quarter of each, but for norms (whole) and the rotary key (a half).
+    D, layers = CONFIG.embed_dim, CONFIG.num_layers
+    whole = D + layers * (2 * D + 24 + 48)
+    rope = layers * D * 6
+    assert held == (total - 2 * whole - 2 * rope) // 4 + 2 * whole + rope
+    assert 1e-4 < relative_error(model(TOKENS), made[5](TOKENS)) < 5e-2
+    assert model.config.dtype == model.config.param_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "tokenizer, vocab_size, meant",
+    [
+        ("gpt2", 50304, 50257),
+        ("gpt2", 50257, 50257),
+        ("gpt2", 40000, 40000),
+        # Converted checkpoints do not name theirs: the published size says it.
+        (None, 50304, 50257),
+        (None, 50303, 50303),
+        (None, 88, 88),
+        ("bytes", 264, 257),
+        ("bytes", 100, 100),
+        ("of another machine", 300, 300),
+    ],
+)
+def test_ids_that_mean_something(tokenizer, vocab_size, meant):
+    assert loading._num_tokens(tokenizer, vocab_size) == meant
+
+
+def named(tokenizer, vocab_size=264):
+    return types.SimpleNamespace(
+        tokenizer=tokenizer, config=tiny.config("mla", vocab_size=vocab_size)
+    )
+
+
+def test_the_tokenizer_is_the_checkpoints():
+    assert loading.tokenizer_of(named("bytes")).name == "bytes"
+    assert loading.tokenizer_of(named("bytes"), "bytes").name == "bytes"
+    assert loading.tokenizer_of(named(None), "bytes").name == "bytes"
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="tokenizer bytes is bytes, and the checkpoint's is gpt2"):
+        loading.tokenizer_of(named("gpt2"), "bytes")
+    words = "tokenizer bytes has 257 ids, and the model knows 256: give the model's with --tok"
+    with pytest.raises(ValueError, match=words):
+        loading.tokenizer_of(named("bytes", 256))
+    assert loading.tokenizer_of(named("bytes", 257)).vocab_size == 257
+    # A checkpoint that names none was trained on GPT-2's byte pairs.
+    asked = []
+    monkeypatch.setattr(tokenizers, "get_tokenizer", lambda name: asked.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loading.tokenizer_of(named(None))
+    assert asked == ["gpt2"]

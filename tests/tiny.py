@@ -1,0 +1,76 @@
+"""The smallest models that have everything: one for every attention, for all tests to import."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlra_jax import model as models
+from mlra_jax.config import (
+    AttentionConfig,
+    GroupedConfig,
+    LatentConfig,
+    ModelConfig,
+    MultiMatrixConfig,
+    TensorProductConfig,
+    TiedConfig,
+)
+
+VOCAB = 88
+SIZES = dict(num_heads=8, latent_dim=48, q_latent_dim=24, nope_dim=10, rope_dim=6)
+LATENT = {
+    "mla": LatentConfig(groups=1, branches=1, **SIZES),
+    "gla_2": LatentConfig(groups=2, branches=1, **SIZES),
+    "gla_4": LatentConfig(groups=4, branches=1, **SIZES),
+    "mlra_2": LatentConfig(groups=2, branches=2, **SIZES),
+    "mlra_4": LatentConfig(groups=1, branches=4, **SIZES),
+}
+LATENT |= {
+    "mlra_2_gated": dataclasses.replace(LATENT["mlra_2"], gated=True),
+    "mlra_4_no_scale": dataclasses.replace(LATENT["mlra_4"], scaled=False),
+}
+K = 12
+OTHERS = {
+    "mha": GroupedConfig(8, 8, K),
+    "gqa": GroupedConfig(8, 4, K),
+    "gqa_gated": GroupedConfig(8, 2, K, gated=True),
+    "mqa": GroupedConfig(8, 1, 10),
+    "gta": TiedConfig(8, 4, K),
+    "mfa": MultiMatrixConfig(8, K, 24),
+    "tpa": TensorProductConfig(8, K, 3, 5),
+}
+ATTENTIONS: dict[str, AttentionConfig] = LATENT | OTHERS
+
+
+def config(attention: AttentionConfig | str, num_layers: int = 1, **changes) -> ModelConfig:
+    """A model of this attention, or of the one that has this name in `ATTENTIONS`."""
+    sizes = dict(
+        attention=ATTENTIONS[attention] if isinstance(attention, str) else attention,
+        vocab_size=VOCAB,
+        num_layers=num_layers,
+        embed_dim=40,
+        mlp_dim=56,
+        dtype="float32",
+        zero_init=False,
+    )
+    return ModelConfig(**sizes | changes)
+
+
+def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> models.Model:
+    """The same numbers on every mesh, wide enough that softmaxes are far from uniform."""
+    graphdef, shapes = models.abstract_state(config, mesh)
+    # Drawn by NumPy: compiling JAX's generator would take longer than everything else here.
+    rng = np.random.default_rng(seed)
+    placed = []
+    for path, x in nnx.to_flat_state(shapes):
+        values = rng.normal(1.0 if path[-1] == "scale" else 0.0, 0.2, x.shape)
+        values = jax.device_put(values.astype(np.float32), x.get_value().sharding)
+        placed.append((path, x.replace(values)))
+    return nnx.merge(graphdef, nnx.from_flat_state(placed))
+
+
+def relative_error(got, want) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)

@@ -1,0 +1,458 @@
+"""The loop in this process: every line and number of a run, how it stops and how it goes on.
+
+A clock that the test moves: 1 s a step, 2 s a batch, 50 s a validation, 7 s a save.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlra_jax import checkpoints, sharding
+from mlra_jax.config import ConfigError
+from mlra_jax.data import token_file
+from mlra_jax.data.pipeline import make_train_iterator
+from mlra_jax.data.sources import load_source
+from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.training import loop, metrics
+from mlra_jax.training.metrics import flops_per_token, read_metrics
+from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
+from mlra_jax.training.state import create_state, model_parts
+from mlra_jax.training.step import make_train_step, make_validation_step
+from tests.training import tiny
+from tests.training.test_optimizer import rate
+
+LENGTH, WINDOWS, PEAK = 12, 10, 1e9
+TOKENS = 8 * LENGTH
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(f"{i} bottles of beer on the wall\n" for i in range(800)))
+    return dataclasses.replace(
+        tiny.experiment(),
+        # Validation: 10 windows in batches of 4, the last half empty.
+        data=DataSettings(
+            source=str(text),
+            tokenizer="bytes",
+            global_batch=8,
+            accumulate=2,
+            validation_tokens=WINDOWS * LENGTH + 5,
+        ),
+        mesh=MeshSettings(data=2),
+        optimizer=OptimizerSettings(peak_learning_rate=1e-2, warmup_steps=3),
+        steps=10,
+        log_every=3,
+        validate_every=4,
+        save_every=5,
+    )
+
+
+class Steps:
+    """The two compiled steps, made once for all runs of this file."""
+
+    def __init__(self):
+        self.made = {}
+
+    def _once(self, make, experiment, mesh):
+        key = (make, experiment.model, experiment.data, experiment.optimizer, experiment.steps)
+        if key not in self.made:
+            self.made[key] = make(experiment, mesh)
+        return self.made[key]
+
+    def train(self, experiment, mesh):
+        step = self._once(make_train_step, experiment, mesh)
+
+        def lower(*arguments):
+            key = ("compiled", experiment.steps, experiment.data)
+            if key not in self.made:
+                self.made[key] = step.lower(*arguments).compile()
+            return SimpleNamespace(compile=lambda: self.made[key])
+
+        return SimpleNamespace(lower=lower)
+
+    def validation(self, experiment, mesh):
+        return self._once(make_validation_step, experiment, mesh)
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return Steps()
+
+
+class Lab:
+    """Runs `train` under the clock; `spoil(step, metrics)` may change what a step reports."""
+
+    def __init__(self, monkeypatch, steps):
+        self.now, self.lines, self.spoil, self.seen = 0.0, [], lambda step, values: values, []
+        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", PEAK)
+        batches, validation = loop.make_train_iterator, loop.make_validation_batches
+        save = checkpoints.save
+
+        def timed_step(experiment, mesh):
+            made = steps.train(experiment, mesh)
+
+            def lower(*arguments):
+                compiled = made.lower(*arguments).compile()
+
+                def compute(state, batch):
+                    self.now += 1
+                    state, values = compiled(state, batch)
+                    return state, self.spoil(int(state.step), values)
+
+                return SimpleNamespace(compile=lambda: compute)
+
+            return SimpleNamespace(lower=lower)
+
+        class Batches:
+            def __init__(inner, *arguments, **options):
+                inner.iterator = batches(*arguments, **options)
+                inner.get_state, inner.set_state = (
+                    inner.iterator.get_state,
+                    inner.iterator.set_state,
+                )
+
+            def __next__(inner):
+                self.now += 2
+                return next(inner.iterator)
+
+        class Validation:
+            def __init__(inner, *arguments, **options):
+                inner.batches = validation(*arguments, **options)
+
+            def __iter__(inner):
+                self.now += 50
+                return iter(inner.batches)
+
+        def timed_save(*arguments, **options):
+            save(*arguments, **options)
+            self.now += 7
+
+        monkeypatch.setattr(loop, "make_train_step", timed_step)
+        monkeypatch.setattr(loop, "make_validation_step", steps.validation)
+        monkeypatch.setattr(loop, "make_train_iterator", Batches)
+        monkeypatch.setattr(loop, "make_validation_batches", Validation)
+        monkeypatch.setattr(checkpoints, "save", timed_save)
+
+    def train(self, experiment, workdir, when=None, act=None):
+        """The lines said; `act` is called when a line begins with `when`."""
+        self.lines, self.now = [], 0.0
+
+        def say(line):
+            self.lines.append(line)
+            if when and line.startswith(when):
+                act()
+
+        loop.train(experiment, workdir, say)
+        return self.lines
+
+
+@pytest.fixture
+def lab(monkeypatch, steps):
+    return Lab(monkeypatch, steps)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(experiment, steps, tmp_path_factory):
+    """(workdir, lines) of a run from the first to the last step."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return workdir, Lab(monkeypatch, steps).train(experiment, workdir)
+
+
+@pytest.fixture(scope="module")
+def by_hand(experiment, steps, undisturbed):
+    """Each step's metrics and weights from a plain loop over the same batches."""
+    mesh = sharding.make_mesh(data=2)
+    source = load_source(experiment.data.source, tokenizer=get_tokenizer("bytes"), vocab_size=260)
+    batches = make_train_iterator(
+        source, tokenizer=None, vocab_size=260, context_length=LENGTH, global_batch=8, seed=0
+    )
+    where = sharding.named(mesh, "batch", "length")
+    state, history = create_state(experiment, mesh), {}
+    for step in range(1, experiment.steps + 1):
+        batch = jax.device_put(next(batches), where)
+        state, values = steps.train(experiment, mesh).lower(state, batch).compile()(state, batch)
+        history[step] = jax.device_get((values, state.params))
+    return history
+
+
+def lines_of(workdir, name):
+    return {line["step"]: line for line in read_metrics(workdir) if name in line}
+
+
+def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
+    workdir, _ = undisturbed
+    logged = lines_of(workdir, "loss")
+    assert list(logged) == [3, 6, 9, 10]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(by_hand[1][1]))
+    flops = flops_per_token(experiment.model, parameters)
+    # Steps since the last pause, over their seconds: neither validation nor saving is counted.
+    rates = {3: 3 * TOKENS / 7, 6: TOKENS / 1, 9: TOKENS / 1, 10: TOKENS / 1}
+    seconds = {3: 7, 6: 73, 9: 132, 10: 135}
+    for step, line in logged.items():
+        expected = {name: float(value) for name, value in by_hand[step][0].items()}
+        assert {name: line[name] for name in expected} == expected
+        want = rate(experiment.optimizer, experiment.steps, step - 1)
+        np.testing.assert_allclose(line["learning_rate"], want, rtol=1e-6)
+        assert line["tokens"] == step * TOKENS
+        assert line["tokens_per_second"] == pytest.approx(rates[step])
+        assert line["model_flops_utilization"] == pytest.approx(rates[step] * flops / PEAK / 2)
+        assert line["seconds"] == seconds[step]
+    assert set(line) == expected.keys() | {
+        "step",
+        "tokens",
+        "tokens_per_second",
+        "model_flops_utilization",
+        "seconds",
+    }
+
+
+def test_validation_is_a_mean_over_tokens_of_the_held_out_windows(experiment, undisturbed, by_hand):
+    workdir, _ = undisturbed
+    validated = lines_of(workdir, "validation_loss")
+    assert list(validated) == [4, 8, 10]
+    tokens = [256, *Path(experiment.data.source).read_bytes()]
+    tail = np.array(tokens[-(len(tokens) // 20) :])
+    windows = np.stack([tail[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(WINDOWS)])
+    definition, _, _ = model_parts(experiment.model, sharding.make_mesh())
+    for step, line in validated.items():
+        logits = nnx.merge(definition, by_hand[step][1])(windows[:, :-1])
+        chances = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        losses = -np.take_along_axis(chances, windows[:, 1:, None], -1)
+        assert line["validation_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+        assert line["validation_tokens"] == WINDOWS * LENGTH
+
+
+def test_the_lines_on_the_terminal(experiment, undisturbed, by_hand):
+    workdir, lines = undisturbed
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(by_hand[1][1]))
+    logged, validated = lines_of(workdir, "loss"), lines_of(workdir, "validation_loss")
+
+    def log(step, speed, left):
+        line = logged[step]
+        share = f"{line['model_flops_utilization']:.1%}"
+        return (
+            f"step {step}/10  loss {line['loss']:.4f}  {speed} tokens/s  MFU {share}  {left} left"
+        )
+
+    def check(step):
+        return f"step {step}/10  validation loss {validated[step]['validation_loss']:.4f}"
+
+    assert lines == [
+        f"{parameters:,} parameters on data 2 (cpu), 96 tokens a step, compiled in 0 s",
+        log(3, 41, "0:16"),
+        check(4),
+        log(6, 96, "0:49"),
+        check(8),
+        log(9, 96, "0:15"),
+        log(10, 96, "0:00"),
+        check(10),
+        f"loss curve: {workdir}/loss_curve.png",
+    ]
+
+
+def test_what_is_saved(experiment, undisturbed, by_hand):
+    workdir, _ = undisturbed
+    assert checkpoints.finished_steps(workdir) == [5, 10]
+    stored = json.loads((workdir / "experiment.json").read_text())
+    assert Experiment.from_dict(stored) == experiment
+    mesh = sharding.make_mesh()
+    _, shapes, _ = model_parts(experiment.model, mesh)
+    everywhere = sharding.named(mesh)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+    )
+    for step, seconds in ((5, 63), (10, 185)):
+        found = checkpoints.open_checkpoint(workdir, step)
+        assert (found.model, found.tokenizer) == (experiment.model, "bytes")
+        assert found.read_json("progress") == {"step": step, "seconds": seconds}
+        # The batches that were used, not those that were read ahead.
+        assert found.read_json("iterator")["next_batch"] == step
+        got = found.restore("params", shapes)
+        jax.tree.map(np.testing.assert_array_equal, got, by_hand[step][1])
+
+
+def without_times(workdir):
+    times = ("seconds", "tokens_per_second", "model_flops_utilization")
+    return [{k: v for k, v in line.items() if k not in times} for line in read_metrics(workdir)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
+    experiment, lab, undisturbed, tmp_path, number
+):
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    stop = lambda: os.kill(os.getpid(), number)
+    lines = lab.train(experiment, tmp_path, when="step 3/", act=stop)
+    assert "stopped and saved at step 4; the same command resumes" in lines
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert checkpoints.finished_steps(tmp_path) == [4]
+    assert checkpoints.open_checkpoint(tmp_path).read_json("progress")["seconds"] == 60
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4]
+    lines = lab.train(experiment, tmp_path)
+    assert lines[0] == f"resuming {tmp_path} from step 4"
+    # The time left is judged by the steps of this start: two in 11 s, four to go.
+    assert next(line for line in lines if line.startswith("step 6/")).endswith("  0:22 left")
+    assert without_times(tmp_path) == without_times(undisturbed[0])
+    assert lines_of(tmp_path, "loss")[6]["seconds"] == 60 + 11
+    assert checkpoints.finished_steps(tmp_path) == [5, 10]
+    assert checkpoints.open_checkpoint(tmp_path).read_json("progress")["seconds"] > 60 + 70
+
+
+def test_a_signal_at_the_last_step_is_no_stop(experiment, lab, tmp_path):
+    short = dataclasses.replace(experiment, steps=4, log_every=1)
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    lines = lab.train(short, tmp_path, when="step 3/", act=stop)
+    assert not any("stopped" in line for line in lines)
+    assert checkpoints.finished_steps(tmp_path) == [4]
+
+
+def test_a_second_signal_ends_the_run_at_once(experiment, lab, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        lab.train(experiment, tmp_path, when="step 3/", act=twice)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints.finished_steps(tmp_path) == []
+
+
+def test_a_finished_run_says_so_and_goes_on_when_it_is_given_more_steps(experiment, lab, tmp_path):
+    short = dataclasses.replace(experiment, steps=4, keep=1)
+    lab.train(short, tmp_path)
+    before = read_metrics(tmp_path)
+    lines = lab.train(short, tmp_path)
+    assert lines == [
+        f"resuming {tmp_path} from step 4",
+        f"{tmp_path} is already at step 4 of 4",
+        f"loss curve: {tmp_path}/loss_curve.png",
+    ]
+    assert read_metrics(tmp_path) == before
+    lab.train(dataclasses.replace(short, steps=10), tmp_path)
+    assert checkpoints.finished_steps(tmp_path) == [10]
+    assert read_metrics(tmp_path)[: len(before)] == before
+    assert json.loads((tmp_path / "experiment.json").read_text())["steps"] == 10
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm", "learning_rate"])
+def test_what_is_not_finite_ends_the_run_before_it_is_written(experiment, lab, tmp_path, name):
+    lab.spoil = lambda step, values: values | ({name: math.inf} if step == 3 else {})
+    words = name.replace("_", " ")
+    with pytest.raises(loop.TrainingError) as error:
+        lab.train(experiment, tmp_path)
+    assert str(error.value) == (
+        f"{words} is inf at step 3; last good checkpoint: none was saved before"
+    )
+    assert read_metrics(tmp_path) == [] and checkpoints.finished_steps(tmp_path) == []
+
+
+def test_the_last_good_checkpoint_is_named_also_after_resuming(experiment, lab, tmp_path):
+    lab.spoil = lambda step, values: values | ({"loss": math.nan} if step == 8 else {})
+    for _ in range(2):
+        with pytest.raises(loop.TrainingError) as error:
+            lab.train(experiment, tmp_path)
+        # Step 8 is not logged, but validated.
+        assert str(error.value) == (
+            f"loss is nan at step 8; last good checkpoint: {tmp_path}/checkpoints/5"
+        )
+        assert checkpoints.finished_steps(tmp_path) == [5]
+        assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 6]
+
+
+def test_nothing_is_written_before_the_settings_are_found_good(experiment, tmp_path, monkeypatch):
+    def refused(match, error=ConfigError, workdir=tmp_path / "run", **changes):
+        with pytest.raises(error, match=match):
+            loop.train(dataclasses.replace(experiment, **changes), workdir)
+        assert not (tmp_path / "run").exists()
+
+    (tmp_path / "file").write_text("")
+    refused("gs://bucket/run is an address; mount the bucket", workdir="gs://bucket/run")
+    refused("file is a file; name a folder", workdir=tmp_path / "file")
+    refused("needs 9 devices and there are 8", mesh=MeshSettings(tensor=9))
+    source = dataclasses.replace(experiment.data, source="/no/such")
+    refused("/no/such is neither a file", FileNotFoundError, data=source)
+    source = dataclasses.replace(experiment.data, validation="/no/such")
+    refused("/no/such is neither a file", FileNotFoundError, data=source)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    refused("the mesh has 2 devices and the 2 processes have 8; .* must use all")
+
+
+def test_token_files_need_no_tokenizer_and_text_does(experiment, tmp_path, monkeypatch):
+    def fail(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", fail)
+    gpt2 = dataclasses.replace(experiment.data, tokenizer="gpt2")
+    with pytest.raises(ConnectionError, match="tokenizer gpt2 is not on this host"):
+        loop._load_data(dataclasses.replace(experiment, data=gpt2))
+    token_file.write(tmp_path / "a.bin", np.arange(200))
+    shard = dataclasses.replace(
+        gpt2, source=str(tmp_path / "a.bin"), validation_fraction=0.25, validation=""
+    )
+    name, source = loop._load_data(dataclasses.replace(experiment, data=shard))
+    assert name == "gpt2"
+    assert source.train[0].tokens.tolist() == list(range(150))
+    assert source.validation[0].tokens.tolist() == list(range(150, 200))
+    # Another fault of the file is told as itself.
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="a.bin is no token file"):
+        loop._load_data(dataclasses.replace(experiment, data=shard))
+    named = dataclasses.replace(experiment.data, validation=experiment.data.source)
+    name, source = loop._load_data(dataclasses.replace(experiment, data=named))
+    assert name == "bytes" and len(source.train[0].tokens) == len(source.validation[0].tokens)
+
+
+def share(parts, rows, process):
+    """`batch_share` where `parts` has for each device its process and the rows it holds."""
+    named = SimpleNamespace(
+        devices_indices_map=lambda shape: {
+            _Device(i, owner): (slice(start, stop),) for i, (owner, start, stop) in enumerate(parts)
+        }
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sharding, "named", lambda mesh, *axes: named)
+        return loop.batch_share(None, rows, process)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    id: int
+    process_index: int
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_processes_together_feed_each_row_once(groups, twins, devices, size, random):
+    """`groups` of processes hold different rows, the `twins` of a group the same."""
+    owners = list(range(groups * twins))
+    random.shuffle(owners)
+    rows, parts = groups * devices * size, []
+    for place, owner in enumerate(owners):
+        for device in range(devices):
+            start = ((place % groups) * devices + device) * size
+            parts.append((owner, start, start + size))
+    random.shuffle(parts)
+    for place, owner in enumerate(owners):
+        assert share(parts, rows, owner) == (place % groups, groups)
+
+
+def test_processes_whose_rows_overlap_in_part_feed_everything():
+    parts = [(0, 0, 2), (0, 2, 4), (1, 2, 4), (1, 4, 6)]
+    assert share(parts, 6, 0) == share(parts, 6, 1) == (0, 1)
+    uneven = [(0, 0, 4), (1, 4, 6)]
+    assert share(uneven, 6, 1) == (0, 1)

@@ -1,0 +1,197 @@
+"""What a run leaves to read: each line, the picture, durations, FLOPs counted by hand."""
+
+import json
+import math
+import os
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import tensorboardX
+
+from mlra_jax.config import GroupedConfig, LatentConfig, ModelConfig, preset
+from mlra_jax.training.metrics import (
+    METRICS_FILE,
+    PEAK_FLOPS,
+    MetricsWriter,
+    flops_per_token,
+    format_duration,
+    peak_flops,
+    plot_losses,
+    read_metrics,
+)
+
+
+class Board:
+    """Stands for TensorBoard's writer and remembers what it was told."""
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
+
+    def add_scalar(self, *arguments):
+        self.scalars.append(arguments)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def boards(monkeypatch):
+    made = []
+    make = lambda folder, purge_step: made.append(Board(folder, purge_step)) or made[-1]
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", make)
+    return made
+
+
+def test_a_line_is_in_the_file_when_write_ends(tmp_path, boards):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 0.1 + 0.2, "tokens": 96})
+    assert (tmp_path / METRICS_FILE).read_text() == (
+        '{"step": 1, "loss": 0.30000000000000004, "tokens": 96}\n'
+    )
+    writer.write(2, {"validation_loss": 2.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 0.1 + 0.2, "tokens": 96},
+        {"step": 2, "validation_loss": 2.0},
+    ]
+    (board,) = boards
+    assert board.scalars == [
+        ("loss", 0.1 + 0.2, 1),
+        ("tokens", 96, 1),
+        ("validation_loss", 2.0, 2),
+    ]
+    assert (board.folder, board.purge_step) == (str(tmp_path / "tensorboard"), None)
+    writer.close()
+    assert board.closed
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_resumed_file_keeps_the_lines_up_to_its_step(tmp_path, boards, step):
+    lines = [{"step": s, "loss": float(s)} for s in range(1, 5)]
+    lines.insert(2, {"step": 2, "validation_loss": 0.5})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    # The last line was cut off by a kill, in the middle or just before its end.
+    for tail in ('{"step": 5, "lo', '{"step": 5, "loss": 1.0}'):
+        (tmp_path / METRICS_FILE).write_text(text + tail)
+        assert read_metrics(tmp_path) == lines
+        writer = MetricsWriter(tmp_path, step)
+        kept = [line for line in lines if line["step"] <= step]
+        assert read_metrics(tmp_path) == kept
+        writer.write(step + 1, {"loss": 9.0})
+        writer.close()
+        assert read_metrics(tmp_path) == [*kept, {"step": step + 1, "loss": 9.0}]
+        assert boards[-1].purge_step == (step + 1 if step else None)
+
+
+def test_a_written_line_is_on_the_disk_not_only_in_memory(tmp_path, boards, monkeypatch):
+    writer, synced = MetricsWriter(tmp_path, 0), []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    for step in (1, 2):
+        writer.write(step, {"loss": 1.0})
+        assert synced[-1] == (tmp_path / METRICS_FILE).stat().st_size
+    assert len(synced) == 2
+    writer.close()
+
+
+def test_tensorboard_files_are_written(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in file.read_bytes()
+
+
+def test_no_metrics_yet(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_the_curve_shows_both_losses_and_a_uniform_guess(tmp_path, monkeypatch):
+    drawn = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda s, *a, **k: drawn.append(s) or save(s, *a, **k)
+    )
+    lines = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.5, "tokens": 3}]
+    lines += [{"step": 2, "validation_loss": 4.75}, {"step": 3, "loss": 4.0}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = plot_losses(tmp_path, 260)
+    assert path == tmp_path / "loss_curve.png" and path.read_bytes().startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    curves = {line.get_label(): np.transpose(line.get_data()).tolist() for line in axes.lines}
+    assert curves.pop("training (last 4.000)") == [[1, 5], [2, 4.5], [3, 4]]
+    assert curves.pop("validation (last 4.750)") == [[2, 4.75]]
+    ((label, points),) = curves.items()
+    assert label == "uniform guess, ln 260 = 5.56"
+    assert {y for _, y in points} == {math.log(260)}
+    assert axes.get_ylim()[0] == 0
+    # A run that was stopped before its first line still gets a picture.
+    (tmp_path / METRICS_FILE).unlink()
+    plot_losses(tmp_path, 260)
+    assert len(drawn[1].axes[0].lines) == 1
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0:00"),
+        (9.4, "0:09"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (123, "2:03"),
+        (3599.4, "59:59"),
+        (3599.6, "1:00:00"),
+        (3723, "1:02:03"),
+        (90061, "25:01:01"),
+    ],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_flops_of_a_token_by_hand():
+    sizes = dict(vocab_size=10, num_layers=3, embed_dim=4, mlp_dim=4, context_length=100)
+    grouped = ModelConfig(GroupedConfig(num_heads=5, num_kv_heads=1, head_dim=6), **sizes)
+    # A token sees 50 positions on average. For each head one of them costs 6 products for its
+    # score and 6 for its value, a product and a sum each; backward is twice that.
+    assert flops_per_token(grouped, 1000) == 6 * 1000 + 3 * (3 * 2 * 50 * 5 * (6 + 6))
+    assert flops_per_token(grouped, 2000) - flops_per_token(grouped, 1000) == 6000
+    for groups, branches in ((1, 1), (4, 1), (2, 2), (1, 4)):
+        attention = LatentConfig(
+            num_heads=4,
+            groups=groups,
+            branches=branches,
+            latent_dim=16,
+            q_latent_dim=8,
+            nope_dim=6,
+            rope_dim=2,
+        )
+        # Each branch has scores (6 + 2 wide) and values (6 wide) of its own for every head.
+        want = 6 * 7 + 3 * (3 * 2 * 50 * branches * 4 * (8 + 6))
+        assert flops_per_token(ModelConfig(attention, **sizes), 7) == want
+    # The paper's own: 24 layers, 24 heads, 4 branches, 2048 tokens.
+    large = flops_per_token(preset("mlra_4"), 0)
+    assert large == 24 * 3 * 2 * 1024 * 4 * 24 * (192 + 128)
+
+
+def test_peaks_of_the_data_sheets():
+    tera = {name: peak / 1e12 for name, peak in PEAK_FLOPS.items()}
+    assert tera == {
+        "TPU v4": 275,
+        "TPU v5 lite": 197,
+        "TPU v5": 459,
+        "TPU v6 lite": 918,
+        "NVIDIA A100": 312,
+        "NVIDIA H100": 989,
+        "NVIDIA H200": 989,
+        "NVIDIA B200": 2250,
+    }
+    for kind, peak in (
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("cpu", None),
+        ("Some NVIDIA H100", None),
+    ):
+        assert peak_flops(kind) == peak
