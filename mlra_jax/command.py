@@ -1,12 +1,15 @@
 """What the command lines share: errors in one line, a clean end when interrupted."""
 
 import argparse
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
+from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,3 +40,50 @@ def run(program: str, work: Callable[[], object], done: str) -> int:
 
 def _interrupt(*_):
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def progress_bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr; gives the function to tell it how many more are done.
+
+    While it is there, Ctrl-C (and SIGTERM, where a handler is set) takes effect when that function
+    is called: not in the middle of the array libraries, which would go on writing in the
+    background. A second Ctrl-C takes effect at once.
+    """
+    asked: list[int] = []
+    handlers = {}
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, handlers[number])
+
+    def update(done: int) -> None:
+        bar.update(done)
+        if asked:
+            raise RuntimeError("interrupted")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, ask)
+    # Cleared at its end, so that an error is the only line left.
+    bar = tqdm(
+        desc=text,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=quiet,
+        mininterval=0.5,
+        leave=False,
+    )
+    try:
+        with bar:
+            yield update
+    except Exception:
+        if not asked:
+            raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt

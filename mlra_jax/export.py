@@ -15,11 +15,10 @@ import ml_dtypes
 import numpy as np
 
 from mlra_jax import checkpoints
-from mlra_jax.command import Parser, run
+from mlra_jax.command import Parser, progress_bar, run
 from mlra_jax.config import DTYPES, LatentConfig, ModelConfig
 from mlra_jax.convert import lazy
-from mlra_jax.convert.errors import CheckpointFileError
-from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
+from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.released import (
     BLOCK,
     EMBEDDING,
@@ -32,6 +31,7 @@ from mlra_jax.convert.released import (
     released_values,
 )
 from mlra_jax.convert.weights import SAFETENSORS_DTYPES
+from mlra_jax.files import check_absent, whole_folder
 
 SHARD_BYTES = 5_000_000_000
 
@@ -63,7 +63,8 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     destination = Path(destination)
-    check_absent(destination)
+    with in_one_line(destination):
+        check_absent(destination)
     opened = checkpoints.open_checkpoint(checkpoint, step)
     base = base_name(opened.model)
     arrays = lazy.open_arrays(opened.folder / "params")
@@ -78,6 +79,7 @@ def export(
     total = sum(sum(sizes.values()) for sizes in shards)
     sources = _sources(opened.model, released)
     with (
+        in_one_line(destination),
         whole_folder(destination, total + (1 << 20)) as partial,
         progress_bar("writing", total, quiet) as progress,
     ):

@@ -10,10 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints
+from mlra_jax.command import progress_bar
 from mlra_jax.config import DTYPES, ConfigError, ModelConfig
 from mlra_jax.convert import blocks, lazy
-from mlra_jax.convert.errors import CheckpointFileError
-from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
+from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.lazy import cast
 from mlra_jax.convert.released import (
@@ -26,6 +26,7 @@ from mlra_jax.convert.released import (
     recognise,
 )
 from mlra_jax.convert.weights import Weights
+from mlra_jax.files import check_absent, whole_folder
 
 GPT2_VOCABULARY = 50304
 _ROWS_AT_ONCE = 4 << 20
@@ -65,7 +66,8 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     destination = Path(destination)
-    check_absent(destination)
+    with in_one_line(destination):
+        check_absent(destination)
     folder = find_source(source)
     with Weights(folder) as weights:
         shapes = {name: spec.shape for name, spec in weights.specs.items()}
@@ -82,7 +84,10 @@ def convert(
             weights.verify(progress)
         _check_tied(weights)
         total = sum(array.nbytes for array in arrays.values())
-        with whole_folder(destination, total + (64 << 20)) as partial:
+        with (
+            in_one_line(destination),
+            whole_folder(destination, total + (64 << 20)) as partial,
+        ):
             tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
             described = checkpoints.describe(config, tokenizer)
             with progress_bar("writing", total, quiet) as progress:

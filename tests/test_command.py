@@ -6,8 +6,9 @@ import signal
 
 import pytest
 
-from mlra_jax.convert.errors import reason
-from mlra_jax.convert.folder import progress_bar
+from mlra_jax.command import progress_bar
+from mlra_jax.convert.errors import CheckpointFileError, in_one_line, reason
+from mlra_jax.files import DestinationError
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +101,20 @@ def test_a_bar_shows_its_name_and_leaves_nothing(capsys):
 )
 def test_reasons_are_one_short_line(error, line):
     assert reason(error) == line
+
+
+def test_errors_while_writing_are_one_line(tmp_path):
+    out = tmp_path / "out"
+    for error, line in (
+        (ValueError("two\nlines"), f"{out}: not done (two lines)"),
+        (OSError(errno.ENOSPC, "No space left on device"), f"{out}: the disk is full"),
+        (DestinationError("as it is"), "as it is"),
+        (CheckpointFileError("as it is"), "as it is"),
+    ):
+        with pytest.raises(CheckpointFileError) as caught, in_one_line(out):
+            raise error
+        assert str(caught.value) == line
+    with pytest.raises(KeyboardInterrupt), in_one_line(out):
+        raise KeyboardInterrupt
+    with in_one_line(out):
+        pass
