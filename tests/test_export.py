@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mlra_jax import checkpoints
-from mlra_jax import export as exporting
 from mlra_jax.config import LatentConfig
-from mlra_jax.convert import CheckpointFileError, convert
+from mlra_jax.convert import CheckpointFileError, convert, exporting
+from mlra_jax.convert.exporting import export
 from mlra_jax.convert.lazy import LazyArray
 from mlra_jax.convert.weights import Weights
-from mlra_jax.export import export, main
+from mlra_jax.export import main
 
 RELEASED = Path(__file__).parent / "data" / "released"
 FOLDERS = sorted(path.name for path in RELEASED.iterdir() if path.is_dir())

@@ -3,8 +3,8 @@
 import sys
 
 from mlra_jax.command import Parser, run
-from mlra_jax.convert.blocks import parse_mesh
 from mlra_jax.convert.conversion import convert
+from mlra_jax.sharding import mesh_sizes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
             flags.destination,
             variant=flags.variant,
             dtype=flags.dtype,
-            mesh=None if flags.mesh is None else parse_mesh(flags.mesh),
+            mesh=None if flags.mesh is None else mesh_sizes(flags.mesh),
         )
 
     return run(parser.prog, work, f"{flags.destination}: written and read back")

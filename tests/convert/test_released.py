@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from mlra_jax.config import PRESETS, ConfigError, preset
-from mlra_jax.convert import blocks
-from mlra_jax.convert.blocks import block_shapes
+from mlra_jax.convert import chunks
+from mlra_jax.convert.chunks import chunk_shapes
 from mlra_jax.convert.errors import CheckpointFileError
-from mlra_jax.convert.released import HEAD, layout, recognise, released_values
+from mlra_jax.convert.recognise import recognise
+from mlra_jax.convert.released import HEAD, layout, released_values
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -27,7 +28,7 @@ def test_published_sizes_are_recognised(name):
 def test_layout_is_the_models_tree_and_uses_every_number_once(name):
     config = preset(name, num_layers=2, vocab_size=50304, embed_dim=3072)
     described = layout(config)
-    cut = block_shapes(config)
+    cut = chunk_shapes(config)
     assert cut.keys() == described.leaves.keys()
     for path, leaf in described.leaves.items():
         assert len(cut[path]) == len(leaf.shape)
@@ -52,7 +53,7 @@ def test_layout_is_the_models_tree_and_uses_every_number_once(name):
 
 
 def test_large_layers_are_cut_for_eight_devices():
-    cut = block_shapes(preset("mlra_4"))
+    cut = chunk_shapes(preset("mlra_4"))
     assert cut["layers.mlp.gate.kernel"] == (1, 3072, 9880 // 8)
     assert cut["layers.attention.k_up.kernel"] == (1, 12, 128, 128)
     assert cut["embed.embedding"] == (50304 // 8, 3072)
@@ -62,12 +63,12 @@ def test_large_layers_are_cut_for_eight_devices():
 def test_layers_are_cut_from_a_size_on(monkeypatch):
     config = preset("mlra_4", num_layers=2, embed_dim=48, mlp_dim=64)
     for smallest, block in ((48 * 64, (1, 48, 8)), (48 * 64 + 1, (1, 48, 64))):
-        monkeypatch.setattr(blocks, "MIN_CHUNK", smallest)
-        assert block_shapes(config)["layers.mlp.gate.kernel"] == block
+        monkeypatch.setattr(chunks, "MIN_CHUNK", smallest)
+        assert chunk_shapes(config)["layers.mlp.gate.kernel"] == block
     # As many parts as divide it, eight at most.
-    monkeypatch.setattr(blocks, "MIN_CHUNK", 1)
+    monkeypatch.setattr(chunks, "MIN_CHUNK", 1)
     for width, ways in ((60, 4), (62, 2), (63, 1), (48, 8)):
-        shapes = block_shapes(preset("mlra_4", num_layers=2, embed_dim=48, mlp_dim=width))
+        shapes = chunk_shapes(preset("mlra_4", num_layers=2, embed_dim=48, mlp_dim=width))
         assert shapes["layers.mlp.gate.kernel"] == (1, 48, width // ways)
 
 
