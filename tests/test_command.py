@@ -1,14 +1,28 @@
-"""Interruptions take effect where nothing goes on behind one's back; errors are one line."""
+"""Command lines end alike: exit codes, one line, interruptions where nothing is left behind."""
 
+import contextlib
+import dataclasses
 import errno
+import importlib
+import io
 import os
+import re
 import signal
+import sys
+import tomllib
+from pathlib import Path
 
+import jax
 import pytest
 
-from mlra_jax.command import progress_bar
+from mlra_jax.__main__ import COMMANDS
+from mlra_jax.__main__ import main as list_commands
+from mlra_jax.command import Parser, Switch, progress_bar, run
+from mlra_jax.config import preset
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line, reason
 from mlra_jax.files import DestinationError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +132,239 @@ def test_errors_while_writing_are_one_line(tmp_path):
         raise KeyboardInterrupt
     with in_one_line(out):
         pass
+
+
+def module(name):
+    """The module that `python -m NAME` runs."""
+    found = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(found, "__path__") else found
+
+
+def ended(main, *arguments):
+    """(exit code, standard output, standard error) of a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(list(arguments))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_the_list_of_commands_is_that_of_the_console_scripts():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    scripts = pyproject["project"]["scripts"]
+    assert scripts.keys() == COMMANDS.keys()
+    for script, place in scripts.items():
+        name, function = place.split(":")
+        assert name.removesuffix(".__main__") == COMMANDS[script][0]
+        assert getattr(importlib.import_module(name), function)
+    code, out, err = ended(list_commands)
+    assert code == 0 and err == "" and len(out.splitlines()) == len(COMMANDS)
+    for line, (script, (name, does)) in zip(out.splitlines(), COMMANDS.items(), strict=True):
+        assert line.split()[:4] == [script, "python", "-m", name] and line.endswith(does)
+    code, out, err = ended(list_commands, "--tokens=8")
+    assert code == 2 and "unknown flag --tokens" in err
+
+
+# Flags with which a command fails when it begins to work.
+FAILING = {
+    "mlra-train": [
+        f"--config={ROOT}/configs/quickstart.py",
+        f"--workdir={ROOT}/train.py",
+        "--config.virtual_cpu_devices=0",
+    ],
+    "mlra-decode": ["--checkpoint=/nowhere", "--prompt=x"],
+    "mlra-convert": ["--source=/nowhere", "--destination=/nowhere/out"],
+    "mlra-export": ["--checkpoint=/nowhere", "--destination=/nowhere/out"],
+    "mlra-evaluate": ["--checkpoint=/nowhere", "--tokens=/nowhere.bin"],
+    "mlra-tasks": ["--checkpoint=/nowhere"],
+    "mlra-prepare": ["--source=/nowhere", "--destination=/nowhere/out", "--tokenizer=bytes"],
+    "mlra-costs": [],
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_command_ends_alike(script, monkeypatch):
+    """Help with 0, wrong flags with 2, failures with 1, interruptions with 130; in one line."""
+    command = module(COMMANDS[script][0])
+    prog = f"python -m {COMMANDS[script][0]}: "
+    code, out, err = ended(command.main, "--help")
+    assert code == 0 and err == ""
+    flags = sorted(set(re.findall(r"^  (--\w+)", out, re.M)))
+    assert flags, "the flags are listed"
+    wrong = [["--nonsense=1"], ["stray"]]
+    if script not in ("mlra-costs", "mlra-train"):
+        wrong += [[], [*FAILING[script], f"{flags[0]}x=1"]]
+    for arguments in wrong:
+        if arguments in (["--nonsense=1"], ["stray"]):
+            arguments = [*FAILING[script], *arguments]
+        code, out, err = ended(command.main, *arguments)
+        assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith(prog), arguments
+        assert "--help lists the flags" in err
+    if script != "mlra-costs":
+        code, out, err = ended(command.main, *FAILING[script])
+        said = [line for line in err.splitlines() if not line.startswith("loading")]
+        assert code == 1 and out == "" and len(said) == 1 and said[0].startswith(prog)
+
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal comes first")
+
+    work = {
+        "mlra-train": "train",
+        "mlra-decode": "decode",
+        "mlra-convert": "convert",
+        "mlra-export": "export",
+        "mlra-evaluate": "evaluate",
+        "mlra-tasks": "_work",
+        "mlra-prepare": "prepare",
+        "mlra-costs": "table",
+    }[script]
+    monkeypatch.setattr(command, work, interrupted)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    before = lambda *_: None
+    signal.signal(signal.SIGTERM, before)
+    arguments = FAILING[script]
+    if script == "mlra-prepare":
+        monkeypatch.setattr(command, "open_input", lambda *_, **__: None)
+    code, out, err = ended(command.main, *arguments)
+    assert code == 130 and err.count("\n") == 1 and err.startswith(f"{prog}interrupted; ")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_programs_are_called_as_they_were_started(monkeypatch):
+    for started, prog in (
+        ("/usr/bin/mlra-train", "mlra-train"),
+        ("train.py", "train.py"),
+        ("./decode.py", "decode.py"),
+        ("/x/mlra_jax/training/__main__.py", "python -m mlra_jax.training"),
+        ("/usr/bin/pytest", "python -m mlra_jax.training"),
+        ("", "python -m mlra_jax.training"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert Parser("mlra_jax.training", "").prog == prog
+
+
+def test_wrong_flags_name_the_nearest():
+    parser = Parser("x", "")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--stop", action=Switch, default=True)
+    for argument, line in (
+        ("--chekpoint=a", "unknown flag --chekpoint; did you mean --checkpoint?"),
+        ("--check=a", "unknown flag --check"),
+        ("--zzz", "unknown flag --zzz ("),
+        ("zzz", "unexpected argument 'zzz' ("),
+        ("--stop=maybe", "--stop=maybe: give true or false, or only the name"),
+        ("--nostop=true", "--nostop=true: give true or false, or only the name"),
+    ):
+        code, out, err = ended(parser.parse_args, argument)
+        assert code == 2 and out == "" and line in err and err.count("\n") == 1
+    for arguments, on in (
+        ([], True),
+        (["--stop"], True),
+        (["--nostop"], False),
+        (["--stop=true"], True),
+        (["--stop=false"], False),
+        (["--nostop", "--stop"], True),
+    ):
+        assert parser.parse_args(arguments).stop is on
+
+
+def test_only_errors_of_one_line_are_the_users(capsys):
+    parser = Parser("x", "")
+
+    def raising(error):
+        def work():
+            raise error
+
+        return work
+
+    for error, line in (
+        (ValueError(" what and why\n"), "what and why"),
+        (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
+        (OSError(), "OSError"),
+    ):
+        assert run(parser, raising(error)) == 1
+        assert capsys.readouterr().err == f"python -m x: {line}\n"
+    for error in (ValueError("of\nothers"), RuntimeError("of others"), AssertionError()):
+        with pytest.raises(type(error)):
+            run(parser, raising(error))
+    assert run(parser, raising(KeyboardInterrupt()), "so far") == 130
+    assert capsys.readouterr().err == "python -m x: interrupted; so far\n"
+    assert run(parser, lambda: 7) == 0
+
+
+def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_path):
+    training = module("mlra_jax.training")
+    seen = []
+    monkeypatch.setattr(training, "train", lambda experiment, workdir, say: seen.append(experiment))
+    file = f"{ROOT}/configs/paper.py"
+
+    def experiment(*arguments):
+        code, _, err = ended(training.main, *arguments, f"--workdir={tmp_path}")
+        assert code == 0, err
+        return seen[-1]
+
+    plain = experiment(f"--config={file}")
+    assert plain.model == preset("mlra_4") and plain.data.accumulate == 30
+    assert experiment(f"--config={file}:gqa").model == preset("gqa")
+    changed = experiment(
+        "--config",
+        f"{file}:mla",
+        "--config.model.remat=false",
+        "--config.steps=7700",
+        "--config.optimizer.peak_learning_rate=1",
+        "--config.data.source=a,b",
+        "--config.mesh.fsdp",
+        "8",
+        "--config.steps=7800",
+    )
+    assert changed == dataclasses.replace(
+        plain,
+        model=preset("mla", remat=False),
+        steps=7800,
+        optimizer=dataclasses.replace(plain.optimizer, peak_learning_rate=1.0),
+        data=dataclasses.replace(plain.data, source="a,b"),
+        mesh=dataclasses.replace(plain.mesh, fsdp=8),
+    )
+    # Where they stand does not matter, and a switch may be named alone.
+    assert experiment("--noconfig.model.remat", f"--config={file}:mla").model.remat is False
+    (tmp_path / "none.py").write_text("def get_config():\n    return 3\n")
+    (tmp_path / "broken.py").write_text("def get_config():\n    raise ValueError('for a reason')\n")
+    for arguments, line in (
+        ([f"--config={file}", "--config.model.rmat=1"], "did you mean --config.model.remat?"),
+        ([f"--config={file}", "--config.model.attention.x=1"], "unknown setting --config.model.at"),
+        ([f"--config={file}", "--config.steps=x"], "invalid literal for int() with base 10: 'x'"),
+        ([f"--config={file}:mlra_5"], "unknown preset 'mlra_5'; did you mean"),
+        ([f"--config={tmp_path}/absent.py"], "absent.py"),
+        ([f"--config={tmp_path}/none.py"], "get_config() must return a ConfigDict"),
+        ([f"--config={tmp_path}/broken.py"], "for a reason"),
+        ([f"--config={file}", "stray"], "unexpected argument 'stray'; settings are given as"),
+        ([f"--config={file}", "--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
+    ):
+        code, out, err = ended(training.main, *arguments, f"--workdir={tmp_path}")
+        assert code == 2 and line in err and err.count("\n") == 1 and out == "", err
+    assert ended(training.main, f"--config={file}", "--workdir=")[0] == 2
+
+
+def test_processes_join_where_the_flags_or_the_host_say_so(monkeypatch, tmp_path):
+    training = module("mlra_jax.training")
+    joined = []
+    monkeypatch.setattr(training, "train", lambda *_, **__: joined.append("train"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: joined.append(arguments))
+    flags = [f"--config={ROOT}/configs/paper.py", f"--workdir={tmp_path}"]
+    for hosts, arguments, wanted in (
+        (None, [], []),
+        ("one", [], []),
+        ("one,two", [], [()]),
+        ("one,two", ["--nodistributed"], []),
+        (None, ["--distributed"], [()]),
+        (None, ["--coordinator=h:1", "--num_processes=2", "--process_id=1"], [("h:1", 2, 1)]),
+    ):
+        joined.clear()
+        monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+        if hosts:
+            monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
+        assert ended(training.main, *flags, *arguments)[0] == 0
+        assert joined == [*wanted, "train"]

@@ -389,10 +389,10 @@ def test_command_line(tmp_path, capsys):
     source = f"--source={RELEASED / 'mlra_4'}"
     assert command.main([source, f"--destination={tmp_path / 'm'}", "--mesh=tensor=2"]) == 0
     assert "mlra_4_no_scale" in capsys.readouterr().out
-    assert command.main([source, f"--destination={tmp_path / 'm'}"]) == 2
+    assert command.main([source, f"--destination={tmp_path / 'm'}"]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "exists already" in captured.err
-    assert command.main(["--source=/absent", f"--destination={tmp_path / 'n'}"]) == 2
+    assert command.main(["--source=/absent", f"--destination={tmp_path / 'n'}"]) == 1
     assert capsys.readouterr().err.endswith("--source=/absent: no such folder\n")
     with pytest.raises(SystemExit) as caught:
         command.main([source])

@@ -8,10 +8,7 @@ import os
 import sys
 import tempfile
 
-from absl import app
-
-import mlra_jax.training.loop  # noqa: F401
-import train
+from mlra_jax.training.__main__ import main
 
 
 def run(arguments):
@@ -21,7 +18,7 @@ def run(arguments):
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.argv = ["train.py", *arguments]
-            app.run(train.main, flags_parser=train.parse_flags)
+            sys.exit(main(arguments))
         _, status = os.waitpid(child, 0)
         out.seek(0)
         err.seek(0)
