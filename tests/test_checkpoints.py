@@ -139,7 +139,7 @@ def test_weights_alone_are_a_checkpoint_and_only_the_last_two_stay(written, tmp_
     restored = opened.restore("params", abstract_params(sharding.make_mesh()))
     jax.tree.map(np.testing.assert_array_equal, restored, params)
     assert not opened.has("optimizer")
-    assert checkpoints.read_model_config(tmp_path) == CONFIG
+    assert checkpoints.open_checkpoint(tmp_path).model == CONFIG
 
 
 def test_a_save_that_was_killed_is_never_restored(tmp_path):

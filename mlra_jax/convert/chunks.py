@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 
-import jax
 from flax import nnx
 
 from mlra_jax import sharding
@@ -65,9 +64,3 @@ def nested(flat: Mapping[str, object]) -> dict:
             node = node.setdefault(key, {})
         node[last] = value
     return tree
-
-
-def flat(tree) -> dict[str, object]:
-    """Dotted paths from a tree of dicts."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
-from mlra_jax.config import DTYPES, ConfigError, ModelConfig
+from mlra_jax.config import DTYPES, GPT2_VOCABULARY, ConfigError, ModelConfig
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.hub import find_source
@@ -21,7 +21,6 @@ from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, Leaf, layout
 from mlra_jax.convert.weights import Weights
 from mlra_jax.files import check_absent, whole_folder
 
-GPT2_VOCABULARY = 50304
 _ROWS_AT_ONCE = 4 << 20
 
 

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from mlra_jax.convert.errors import CheckpointFileError, reason
+from mlra_jax.settings_tree import flatten
 
 Slices = tuple[slice, ...]
 
@@ -145,8 +146,7 @@ def open_arrays(folder: Path) -> dict[str, LazyArray]:
     # Missing and damaged files end in many kinds of exceptions there.
     except Exception as error:
         raise CheckpointFileError(f"{folder}: damaged, copy it again ({reason(error)})") from error
-    leaves, _ = jax.tree.flatten_with_path(restored)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return flatten(restored)
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

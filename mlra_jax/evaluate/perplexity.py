@@ -151,11 +151,9 @@ def evaluate(
         for file, (_, windows) in sets.items():
             total = min(len(windows), max_tokens // window)
             done = store.tally(file, window)
-            with _progress(Path(file).name, done, total, quiet) as bar:
-                for tally in tallies(model, windows, total, batch, done):
-                    store.note(file, tally)
-                    bar.set_postfix_str(f"perplexity {tally.perplexity:.4f}", refresh=False)
-                    bar.update(tally.tokens - bar.n)
+            sums = tallies(model, windows, total, batch, done)
+            for tally in _shown(sums, Path(file).name, done, total, quiet):
+                store.note(file, tally)
     results = {file: store.tally(file, window).result() for file in files}
     mean = sum(result["perplexity"] for result in results.values()) / len(results)
     result = {
@@ -253,8 +251,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         json.dump(values, file, indent=1)
 
 
-def _progress(name: str, done: Tally, total: int, quiet: bool) -> tqdm:
-    return tqdm(
+def _shown(
+    sums: Iterator[Tally], name: str, done: Tally, total: int, quiet: bool
+) -> Iterator[Tally]:
+    """The same tallies under a bar of `total` windows."""
+    with tqdm(
         desc=name,
         initial=done.tokens,
         total=total * done.window,
@@ -262,7 +263,11 @@ def _progress(name: str, done: Tally, total: int, quiet: bool) -> tqdm:
         unit_scale=True,
         mininterval=0.5,
         disable=quiet,
-    )
+    ) as bar:
+        for tally in sums:
+            yield tally
+            bar.set_postfix_str(f"perplexity {tally.perplexity:.4f}", refresh=False)
+            bar.update(tally.tokens - bar.n)
 
 
 def _check(files: Sequence[str], window: int, max_tokens: int) -> None:

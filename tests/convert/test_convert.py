@@ -181,7 +181,7 @@ def test_variant_says_what_weights_cannot(tmp_path):
     assert [config.attention.scaled for config in made] == [True, True, False, True]
     assert [config.zero_init for config in made] == [True, True, True, False]
     assert len(notes) == 1 and "--variant=mlra_2_no_scale" in notes[0]
-    stored = [checkpoints.read_model_config(tmp_path / str(i)) for i in range(4)]
+    stored = [checkpoints.open_checkpoint(tmp_path / str(i)).model for i in range(4)]
     assert stored == made
 
 
@@ -304,7 +304,7 @@ def test_any_orbax_manager_restores_it(converted):
 
 def test_tree_is_the_models(converted):
     """Not only the leaves that loading needs: the checkpoint's description and names are whole."""
-    config = checkpoints.read_model_config(converted)
+    config = checkpoints.open_checkpoint(converted).model
     assert config == dataclasses.replace(
         mlra_jax.preset("mlra_4"),
         attention=dataclasses.replace(
@@ -318,7 +318,7 @@ def test_tree_is_the_models(converted):
 def test_dtypes(mha, tmp_path):
     arrays, config = mha
     convert(RELEASED / "mha", tmp_path / "b", dtype="bfloat16", quiet=True)
-    assert checkpoints.read_model_config(tmp_path / "b").param_dtype == "bfloat16"
+    assert checkpoints.open_checkpoint(tmp_path / "b").model.param_dtype == "bfloat16"
     embedding = params_of(tmp_path / "b")["embed.embedding"]
     np.testing.assert_array_equal(embedding, arrays[EMBEDDING].astype(ml_dtypes.bfloat16))
     for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):

@@ -16,6 +16,7 @@ from mlra_jax.config import preset
 from mlra_jax.convert import CheckpointFileError, chunks, conversion, convert, lazy
 from mlra_jax.convert.exporting import export
 from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, layout
+from mlra_jax.settings_tree import flatten
 
 from .files import FOLDERS, RELEASED, read_folder, write_folder
 
@@ -25,7 +26,7 @@ TYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16
 def leaves_of(folder):
     """All leaves by dotted path, read by Orbax alone."""
     tree = ocp.StandardCheckpointer().restore(checkpoints.open_checkpoint(folder).folder / "params")
-    return {path: np.asarray(leaf) for path, leaf in chunks.flat(tree).items()}
+    return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
 
 
 def by_hand(released, config):
@@ -132,13 +133,13 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_leaf_is_exact(released, name):
     folder = released(name)
-    config = checkpoints.read_model_config(folder)
+    config = checkpoints.open_checkpoint(folder).model
     assert_same(leaves_of(folder), by_hand(read_folder(RELEASED / name), config))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_names_and_shapes_are_the_released_ones(released, name):
-    described = layout(checkpoints.read_model_config(released(name))).tensors
+    described = layout(checkpoints.open_checkpoint(released(name)).model).tensors
     arrays = read_folder(RELEASED / name)
     assert described == {tensor: array.shape for tensor, array in arrays.items()}
 
