@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,8 +20,7 @@ from mlra_jax.convert.lazy import LazyArray
 from mlra_jax.convert.weights import Weights
 from mlra_jax.export import main
 
-RELEASED = Path(__file__).parent / "data" / "released"
-FOLDERS = sorted(path.name for path in RELEASED.iterdir() if path.is_dir())
+from .files import FOLDERS, RELEASED
 
 
 def round_trip(name, folder, **flags):
