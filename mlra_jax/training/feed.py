@@ -1,7 +1,7 @@
 """The batches of a run on its mesh: each process reads its own rows of them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.data.pipeline import make_train_iterator, make_validation_batches
+from mlra_jax.data.pipeline import TrainIterator, make_train_iterator, make_validation_batches
 from mlra_jax.data.sources import Source, load_source
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.training.settings import DataSettings
@@ -102,18 +102,29 @@ class Feed:
 class TrainBatches(Iterator[Batch]):
     """`inputs` and `targets`, int32 [rows, T], without end; the place can be saved and set."""
 
-    def __init__(self, feed: Feed, batches: Any):
+    def __init__(self, feed: Feed, batches: TrainIterator):
         self._feed, self._batches = feed, batches
-        self.get_state, self.set_state = batches.get_state, batches.set_state
 
     def __next__(self) -> Batch:
         return self._feed.put(next(self._batches))
+
+    def get_state(self) -> dict[str, Any]:
+        """The place behind the batches that were given out, as JSON."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a place in other data."""
+        self._batches.set_state(state)
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._batches.close()
 
 
 class ValidationBatches:
     """`inputs`, `targets` and `weights` (float32), [rows, T], anew at each iteration."""
 
-    def __init__(self, feed: Feed, batches: Any):
+    def __init__(self, feed: Feed, batches: Iterable[dict[str, np.ndarray]]):
         self._feed, self._batches = feed, batches
 
     def __iter__(self) -> Iterator[Batch]:

@@ -63,13 +63,10 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
 
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
+        enter(contextlib.closing(batches))
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, step or None))
-        writer = None
-        if first:
-            settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
-            (workdir / "experiment.json").write_text(settings + "\n")
-            writer = enter(contextlib.closing(MetricsWriter(workdir, step)))
+        writer = enter(contextlib.closing(_begin(workdir, experiment, step))) if first else None
         stop = enter(StopSignals())
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
@@ -249,6 +246,13 @@ def _restore(
         optimizer=found.restore("optimizer", abstract.optimizer),
     )
     return state, progress["seconds"]
+
+
+def _begin(workdir: Path, experiment: Experiment, step: int) -> MetricsWriter:
+    """Writes down the settings; the metrics file goes on behind `step`."""
+    settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
+    (workdir / "experiment.json").write_text(settings + "\n")
+    return MetricsWriter(workdir, step)
 
 
 def _compile(

@@ -121,9 +121,10 @@ class Lab:
         class Batches:
             def __init__(inner, *arguments, **options):
                 inner.iterator = batches(*arguments, **options)
-                inner.get_state, inner.set_state = (
+                inner.get_state, inner.set_state, inner.close = (
                     inner.iterator.get_state,
                     inner.iterator.set_state,
+                    inner.iterator.close,
                 )
 
             def __next__(inner):
