@@ -4,18 +4,13 @@ import importlib.util
 import math
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
+from decoding import lower_step
 
-from mlra_jax import cache as kv
-from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
 from mlra_jax.config import preset
 from mlra_jax.costs import cache_bytes_per_device
-from mlra_jax.generation.loop import compiled
-from mlra_jax.generation.sampling import Sampling
+from mlra_jax.decoder import Vocabulary
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.step import abstract_batch, abstract_state, make_train_step
 
@@ -24,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="libtpu, the TPU compiler, is not installed (pip install libtpu)",
 )
 V5E_MEMORY = 16 * 2**30
-ROUNDING = 2**20
+ROUNDING = 2**14
 """Small arrays take whole tiles of memory."""
 
 
@@ -35,9 +30,9 @@ def v5e_16():
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 
 
-def parameters_per_device(fsdp: int, split: int) -> int:
+def parameters_per_device(fsdp: int, split: int, F: int = 9880) -> int:
     """Of the published MLRA-4, by hand: `split` devices share what `tensor` and `context` split."""
-    D, H, C, Q, F, V = 3072, 24, 128, 1024, 9880, 50304
+    D, H, C, Q, V = 3072, 24, 128, 1024, 50304
     query = D * Q + Q * H * (128 + 64)
     latent = D * 4 * C + 2 * (4 * H * C * 128)
     layer = (query + latent + H * 128 * D + 3 * D * F) // (fsdp * split)
@@ -84,27 +79,15 @@ def test_decoding_step(v5e_16, capsys):
     config = preset("mlra_4", param_dtype="bfloat16")
     batch, slots = 4, 131072
     mesh = sharding.make_mesh(data=4, tensor=4, devices=v5e_16)
-    module = MODULES[type(config.attention)]
-    layer = {
-        name: jax.ShapeDtypeStruct(
-            shape, jnp.bfloat16, sharding=sharding.named(mesh, *module.cache_axes[name])
-        )
-        for name, shape in module.cache_shapes(config.attention, batch, slots, 4).items()
-    }
-    everywhere = sharding.named(mesh)
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32, sharding=everywhere)
-    cache = kv.Cache((layer,) * config.num_layers, shape(), shape(batch))
-    _, parameters = models.abstract_state(config, mesh, unstacked=True)
-    _, step = compiled(config, mesh, Sampling(), 50257)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    program = step.lower(parameters, cache, shape(batch), key, shape()).compile()
+    program = lower_step(config, mesh, batch, slots, vocabulary=Vocabulary(50257)).compile()
     name = "2.9B MLRA-4 decoding step, v5e 4x4, data=4 x tensor=4, 4 x 131072 positions"
     assert report(name, program, capsys) < V5E_MEMORY
 
     held = cache_bytes_per_device(config, batch=1, capacity=slots, tensor=4)
     assert held == config.num_layers * slots * (128 + 64) * 2
     memory = program.memory_analysis()
-    given = held + 2 * parameters_per_device(fsdp=1, split=4)
+    # A device's 2470 columns of the MLP take whole tiles.
+    given = held + 2 * parameters_per_device(fsdp=1, split=4, F=4 * 2560)
     assert 0 <= memory.argument_size_in_bytes - given < ROUNDING
     assert memory.alias_size_in_bytes >= held, "the cache is not changed in place"
     assert memory.temp_size_in_bytes < held / config.num_layers, "a layer's cache is copied"

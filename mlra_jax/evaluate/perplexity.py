@@ -17,10 +17,10 @@ from tqdm import tqdm
 from mlra_jax import checkpoints, sharding
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows, fingerprint
+from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
 from mlra_jax.files import whole_file
 from mlra_jax.loading import load_model
-from mlra_jax.model import Model
 
 WINDOW, MAX_TOKENS = 2048, 100_000_000
 _ROWS_PER_DEVICE = 4
@@ -52,7 +52,9 @@ class Tally:
         return {"perplexity": self.perplexity, "loss": self.loss, "tokens": self.tokens}
 
 
-def tallies(model: Model, windows: Windows, total: int, batch: int, done: Tally) -> Iterator[Tally]:
+def tallies(
+    model: Decoder, windows: Windows, total: int, batch: int, done: Tally
+) -> Iterator[Tally]:
     """Reads windows on from `done` and yields the tally after each batch, up to `total` windows.
 
     A window of T + 1 tokens gives T predictions, the first after one token, as in training; the

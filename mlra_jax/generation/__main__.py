@@ -17,7 +17,7 @@ from mlra_jax.command import Parser, Switch, run, use_cpu
 from mlra_jax.costs import describe_cache
 from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
 from mlra_jax.generation import Sampling, Stream
-from mlra_jax.loading import load_model, tokenizer_of
+from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def decode(flags: argparse.Namespace) -> None:
     # From here on warnings are about kernels.
     logging.set_verbosity(logging.WARNING)
     tokenizer = tokenizer_of(model, flags.tokenizer)
-    model.num_tokens = tokenizer.vocab_size
+    model = with_tokenizer(model, tokenizer)
     steps = Stream(
         model,
         [tokenizer.encode(prompt) for prompt in prompts],
