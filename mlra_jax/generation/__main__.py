@@ -110,7 +110,8 @@ def print_text(
     Returns the number of steps and the seconds of all but the first two, which wait for the
     compiler.
     """
-    going, printer = [True] * len(prompts), None
+    going = [True] * len(prompts)
+    printer: Printer | None = None
     produced, second, last = 0, 0.0, 0.0
     for tokens in steps:
         last = time.perf_counter()
@@ -124,7 +125,8 @@ def print_text(
             second = last
         if not any(going):
             break
-    printer.close()
+    if printer is not None:
+        printer.close()
     return produced, last - second
 
 
