@@ -188,6 +188,21 @@ def test_finished_steps_are_numbers_in_order(tmp_path):
     assert checkpoints.open_checkpoint(tmp_path, 2).step == 2
 
 
+def test_the_remedy_is_the_latest_step_that_is_whole(tmp_path):
+    """And what an interrupted save left, of whatever step, is removed by the next one."""
+    write(tmp_path / "run", (1, 2), {"a": np.zeros(1, np.float32)})
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "2", folder / "3")
+    (folder / "3" / "model" / "metadata").unlink()
+    one_line(tmp_path / "run", "/3 to go on from step 2", restore=False)
+    left = folder / "7.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "1", left)
+    with checkpoints.make_manager(tmp_path / "run") as manager:
+        described = checkpoints.describe(CONFIG, None)
+        checkpoints.save(manager, 4, params={"a": np.zeros(1, np.float32)}, model=described)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3", "4"]
+
+
 def test_all_steps_stay_where_no_number_is_given(tmp_path):
     params = {"a": np.zeros(1, np.float32)}
     for keep, stay in ((None, [0, 1, 2, 3]), (3, [1, 2, 3]), (1, [3])):
@@ -258,6 +273,8 @@ def test_damaged_descriptions_are_named(copy):
     one_line(copy, "model is damaged", "delete", "step 2", restore=False)
     model.write_text(json.dumps(described | {"format_version": 2}))
     one_line(copy, "format version 2", restore=False)
+    model.write_text(json.dumps(described | {"format_version": 0}))
+    one_line(copy, "format version 0; this program reads 1", restore=False)
     for name in described:
         rest = {n: value for n, value in described.items() if n != name}
         model.write_text(json.dumps(rest))

@@ -21,6 +21,7 @@ from mlra_jax.command import Parser, Switch, progress_bar, run
 from mlra_jax.config import preset
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line, reason
 from mlra_jax.files import DestinationError
+from mlra_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -368,3 +369,82 @@ def test_processes_join_where_the_flags_or_the_host_say_so(monkeypatch, tmp_path
             monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
         assert ended(training.main, *flags, *arguments)[0] == 0
         assert joined == [*wanted, "train"]
+
+
+def handed(monkeypatch, script, work, *flags):
+    """What a command's work is called with: (positional arguments, the others)."""
+    command, seen = module(COMMANDS[script][0]), []
+    monkeypatch.setattr(command, work, lambda *some, **named: seen.append((some, named)))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    # The table of what came back is another matter.
+    monkeypatch.setattr(command, "table", lambda result: "", raising=False)
+    code, _, err = ended(command.main, *flags)
+    assert code == 0, err
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "work", "flags", "positional", "named"),
+    [
+        (
+            "mlra-convert", "convert", "--source=a --destination=b", ("a", "b"),
+            dict(variant=None, dtype=None, mesh=None),
+        ),
+        (
+            "mlra-convert", "convert",
+            "--source=a --destination=b --variant=mla --dtype=float16 --mesh=tensor=4,fsdp=2",
+            ("a", "b"),
+            dict(variant="mla", dtype="float16", mesh=dict(data=1, fsdp=2, tensor=4, context=1)),
+        ),
+        (
+            "mlra-export", "export", "--checkpoint=a --destination=b", ("a", "b"),
+            dict(step=None, dtype=None),
+        ),
+        (
+            "mlra-export", "export", "--checkpoint=a --destination=b --step=7 --dtype=bfloat16",
+            ("a", "b"), dict(step=7, dtype="bfloat16"),
+        ),
+        (
+            "mlra-evaluate", "evaluate", "--checkpoint=a --tokens=x,,y", ("a", ["x", "y"]),
+            dict(
+                window=2048, max_tokens=100_000_000, output=None, mesh=make_mesh(), batch=None,
+                dtype=None, step=None,
+            ),
+        ),
+        (
+            "mlra-evaluate", "evaluate",
+            "--checkpoint=a --tokens=x --window=3 --max_tokens=9 --output=o --mesh=data=2 "
+            "--batch=4 --dtype=float32 --step=5",
+            ("a", ["x"]),
+            dict(
+                window=3, max_tokens=9, output="o", mesh=make_mesh(data=2), batch=4,
+                dtype="float32", step=5,
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_flags_are_handed_on(monkeypatch, script, work, flags, positional, named):
+    assert handed(monkeypatch, script, work, *flags.split()) == (positional, named)
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "dtype"),
+    [
+        ("cpu", [], None),
+        ("gpu", [], "bfloat16"),
+        ("tpu", [], "bfloat16"),
+        ("gpu", ["--dtype=float32"], "float32"),
+        ("cpu", ["--dtype=float16"], "float16"),
+    ],
+)
+def test_accelerators_decode_in_bfloat16(monkeypatch, platform, flags, dtype):
+    decoding, seen = module("mlra_jax.generation"), []
+
+    def load_model(checkpoint, mesh, dtype):
+        seen.append((checkpoint, dtype))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(decoding, "load_model", load_model)
+    monkeypatch.setattr(decoding.sharding, "platform", lambda mesh: platform)
+    assert ended(decoding.main, "--checkpoint=a", "--prompt=x", *flags)[0] == 1
+    assert seen == [("a", dtype)]

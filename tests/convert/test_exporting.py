@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -152,7 +153,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_bytes_of_the_files_are_exact(tmp_path):
     """Each shard: a header of sorted offsets, padded to 8 bytes, then the numbers and no more."""
-    for limit, count in ((exporting.SHARD_BYTES, 1), (60_000, 4)):
+    for limit, count in ((exporting.SHARD_BYTES, 1), (130_000, 2), (60_000, 4)):
         out = tmp_path / f"{count}"
         convert(RELEASED / "mqa", tmp_path / f"m{count}", quiet=True)
         export(tmp_path / f"m{count}", out, shard_bytes=limit, quiet=True)
@@ -187,6 +188,20 @@ def test_bytes_of_the_files_are_exact(tmp_path):
                 "metadata": {"total_size": total},
                 "weight_map": where,
             }
+
+
+def test_the_disk_must_have_room_for_all_and_a_megabyte(tmp_path, monkeypatch):
+    convert(RELEASED / "mqa", tmp_path / "m", quiet=True)
+    model = checkpoints.open_checkpoint(tmp_path / "m").model
+    total = sum(4 * int(np.prod(shape)) for shape in exporting.layout(model).tensors.values())
+    usage = shutil.disk_usage(tmp_path)
+    for free, ok in ((total + (1 << 20) - 1, False), (total + (1 << 20), True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, f=free: usage._replace(free=f))
+        if ok:
+            export(tmp_path / "m", tmp_path / "out", shard_bytes=60_000, quiet=True)
+        else:
+            with pytest.raises(CheckpointFileError, match="GB free"):
+                export(tmp_path / "m", tmp_path / "out", shard_bytes=60_000, quiet=True)
 
 
 def test_tensors_fill_a_file_up_to_its_limit():
