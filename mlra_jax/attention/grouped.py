@@ -45,7 +45,7 @@ class GroupedAttention(Attention):
 
     def _whole(self, q_BTHK, kept):
         k_BTJK, v_BTJK = (heads.repeat_for_mesh(x, self.mesh) for x in kept)
-        return sharded.causal(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
+        return sharded.whole_sequence(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
 
     def _entries(self, kept):
         k_BTJK, v_BTJK = kept

@@ -54,7 +54,7 @@ def gathered(x_BTQ: jax.Array, axis: str, mesh: Mesh) -> jax.Array:
 
 
 def repeat_for_mesh(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
-    """Key/value heads repeated until they divide over the mesh, as `sharded.causal` wants them.
+    """Key/value heads repeated until they divide over the mesh, for `sharded.whole_sequence`.
 
     Query heads that divide over the mesh and among the J heads divide among the repeated ones too.
     """

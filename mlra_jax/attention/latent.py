@@ -87,7 +87,7 @@ class LatentAttention(Attention):
             jnp.concatenate([self._up(c_BTLC, self.k_up), rope_BTPR], axis=-1)
         )
         v_BTPK = self._by_branch_head(self._up(c_BTLC, self.v_up))
-        o_BTPK = sharded.causal(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
+        o_BTPK = sharded.whole_sequence(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
         return self._sum(o_BTPK)
 
     def _entries(self, kept):

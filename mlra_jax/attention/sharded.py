@@ -15,12 +15,12 @@ from mlra_jax.kernels.softmax import merge
 Attend = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def causal(
+def whole_sequence(
     q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array, *, scale: float, mesh: Mesh
 ) -> jax.Array:
-    """`causal_attention` of arrays split over `mesh`; returns `[B, T, H, V]`, split alike.
+    """Causal attention of a sequence to itself, `[B, T, H, V]`.
 
-    The batch and the heads are split as the table in `sharding` says; H and J must divide.
+    Batch and heads are split over `mesh` as the table in `sharding` says; H and J must divide.
     """
     name = implementation_for(mesh.devices.flat[0], q_BTHK.dtype)
     local = functools.partial(causal_attention, scale=scale, implementation=name)

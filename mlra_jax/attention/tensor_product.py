@@ -78,7 +78,7 @@ class TensorProductAttention(Attention):
     def _whole(self, q_BTHK, kept):
         k_BTHK = self._product(kept["k_a"], kept["k_b"])
         v_BTHK = self._product(kept["v_a"], kept["v_b"])
-        return sharded.causal(q_BTHK, k_BTHK, v_BTHK, scale=self.scale, mesh=self.mesh)
+        return sharded.whole_sequence(q_BTHK, k_BTHK, v_BTHK, scale=self.scale, mesh=self.mesh)
 
     def _entries(self, kept):
         return kept

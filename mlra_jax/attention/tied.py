@@ -54,7 +54,7 @@ class TiedAttention(Attention):
         v_BTJK = heads.repeat_for_mesh(tied_BTJK, self.mesh)
         rope_BTJR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*v_BTJK.shape[:3], R))
         k_BTJK = jnp.concatenate([v_BTJK[..., :-R], rope_BTJR], axis=-1)
-        return sharded.causal(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
+        return sharded.whole_sequence(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
 
     def _entries(self, kept):
         tied_BTJK, k_rope_BTR = kept
