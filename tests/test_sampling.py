@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.generation import Sampling
-from mlra_jax.generation.sampling import draws, sample
+from mlra_jax.generation.sampling import _likeliest, draws, sample
 
 compiled = jax.jit(sample, static_argnums=3)
 
@@ -119,6 +119,15 @@ def test_rows_draw_independently():
     assert draw(other, temperature=1.0)[5] == drawn[5]
     assert draw(same[:8], temperature=1.0).tolist() == drawn[:8].tolist()
     assert (draw(same, key=1, temperature=1.0) != drawn).sum() > 60
+
+
+def test_a_row_that_asks_for_nothing_keeps_everything():
+    """Also tokens so unlikely that they vanish in a sum, beside rows that have top_k and top_p."""
+    logits = np.array([[0.0, -40.0, -41.0, -90.0]] * 3, np.float32)
+    rows = draws([Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5)], 0, 3)
+    kept = np.asarray(_likeliest(logits, rows, 4))
+    np.testing.assert_array_equal(kept[0], logits[0])
+    np.testing.assert_array_equal(np.isfinite(kept), [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]])
 
 
 def test_correlation_between_neighbouring_rows():
