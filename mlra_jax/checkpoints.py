@@ -45,14 +45,14 @@ class Checkpoint:
         """Reads the arrays of `item` straight to where `abstract` says they go.
 
         Args:
-            item: `params` or `optimizer`.
-            abstract: a tree of `jax.ShapeDtypeStruct` with shardings. Each process reads the
-                parts that its own devices hold. Another dtype than the stored one is cast to
-                while reading; beside the result, about the largest array is in memory.
+          item: `params` or `optimizer`.
+          abstract: a tree of `jax.ShapeDtypeStruct` with shardings. Each process reads the
+            parts that its own devices hold. Another dtype than the stored one is cast to
+            while reading; beside the result, about the largest array is in memory.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the stored arrays have other names or
-                shapes than `abstract`.
+          CheckpointError: a file is missing or damaged, or the stored arrays have other names or
+            shapes than `abstract`.
         """
         with _one_line(self.folder, item):
             stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / item).tree
@@ -102,12 +102,12 @@ def save(
     """Begins to write a checkpoint; `manager.wait_until_finished()` waits for it.
 
     Args:
-        manager: from `make_manager`.
-        step: the step's number.
-        params: nested dict of arrays. They may be donated as soon as this returns.
-        model: from `describe`.
-        optimizer: tree of arrays, in a training run.
-        **json_items: anything JSON can say, `iterator` and `progress` in a training run.
+      manager: from `make_manager`.
+      step: the step's number.
+      params: nested dict of arrays. They may be donated as soon as this returns.
+      model: from `describe`.
+      optimizer: tree of arrays, in a training run.
+      **json_items: anything JSON can say, `iterator` and `progress` in a training run.
     """
     items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(dict(model))}
     if optimizer is not None:
@@ -126,8 +126,8 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     """Opens the latest finished step of `folder`, or `step`.
 
     Raises:
-        CheckpointError: nothing there, no finished step, a damaged description, or a format of a
-            newer version.
+      CheckpointError: nothing there, no finished step, a damaged description, or a format of a
+        newer version.
     """
     if not Path(folder).exists():
         raise CheckpointError(f"no checkpoint: {folder} does not exist")
@@ -151,11 +151,6 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     except (ConfigError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path}/model describes no model of this program: {e}") from e
     return Checkpoint(folder=path, step=step, model=model, tokenizer=tokenizer)
-
-
-def read_model_config(folder: str | Path) -> ModelConfig:
-    """The model of the latest finished step of `folder`; raises as `open_checkpoint`."""
-    return open_checkpoint(folder).model
 
 
 def check_same_model(

@@ -1,38 +1,170 @@
-"""What the command lines share: errors in one line, a clean end when interrupted."""
+"""One way for all command lines.
+
+Wrong flags end with exit code 2, a failure of the work with 1, an interruption (Ctrl-C, SIGTERM)
+with 130, each in one line on stderr. `--help` lists the flags and ends with 0.
+"""
 
 import argparse
+import contextlib
+import difflib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 from absl import logging
+from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line, exit code 2."""
+    """Flags as `--name=value`; what is wrong with them is one line and exit code 2.
+
+    Args:
+      module: the command's module, as in `python -m mlra_jax.convert`.
+      description: one line for `--help`.
+    """
+
+    def __init__(self, module: str, description: str, **settings):
+        # As it was started: a console script, a script of the repository, or a module.
+        started = Path(sys.argv[0]).name
+        script = started.startswith("mlra-") or started in ("train.py", "decode.py")
+        prog = started if script else f"python -m {module}"
+        super().__init__(prog, description=description, allow_abbrev=False, **settings)
+
+    def parse_args(self, args=None, namespace=None):
+        flags, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self.unknown(rest[0]))
+        return flags
+
+    def unknown(self, argument: str) -> str:
+        """What is wrong with an argument that is no flag of this command."""
+        name = argument.partition("=")[0]
+        if not name.startswith("-"):
+            return f"unexpected argument {argument!r}"
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        near = difflib.get_close_matches(name, known, 1)
+        return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def run(program: str, work: Callable[[], object], done: str) -> int:
-    """Runs `work` on the host's CPU and returns the exit code; prints `done` at the end."""
-    # Accelerators stay free for others.
-    jax.config.update("jax_platforms", "cpu")
+class Switch(argparse.Action):
+    """`--stop`, `--nostop`, `--stop=false`."""
+
+    def __init__(self, option_strings, dest, default=None, help=None):
+        names = [*option_strings, *(f"--no{name[2:]}" for name in option_strings)]
+        super().__init__(names, dest, nargs="?", default=default, metavar="true|false", help=help)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        on = option_string == self.option_strings[0]
+        if value is not None and (value not in ("true", "false") or not on):
+            parser.error(f"{option_string}={value}: give true or false, or only the name")
+        setattr(namespace, self.dest, on and value != "false")
+
+
+def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing written") -> int:
+    """Runs `work` and returns the exit code of the command.
+
+    ValueError and OSError are what the package raises with one line for the user; one of several
+    lines comes from elsewhere, and passes with its traceback.
+
+    Args:
+      parser: of the command, for its name.
+      work: without arguments; prints what there is to say.
+      interrupted: what an interruption leaves.
+    """
+    # The checkpoint library says much.
     logging.set_verbosity(logging.ERROR)
-    # Ends like Ctrl-C does: what was written so far is removed.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        work()
-    except (ValueError, OSError) as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        with _sigterm_is_ctrl_c():
+            work()
     except KeyboardInterrupt:
-        print(f"{program}: interrupted, nothing written", file=sys.stderr)
-        return 130
-    print(done)
+        return _fail(parser, f"interrupted; {interrupted}", 130)
+    except (ValueError, OSError) as error:
+        message = str(error).strip() or type(error).__name__
+        if "\n" in message:
+            raise
+        return _fail(parser, message, 1)
     return 0
+
+
+def use_cpu(devices: int | None = None) -> None:
+    """Before anything touches a device: the host's CPU, as so many devices if that is said.
+
+    Accelerators stay free for others.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    if devices:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+@contextlib.contextmanager
+def progress_bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr; gives the function to tell it how many more are done.
+
+    While it is there, Ctrl-C (and SIGTERM, where a handler is set) takes effect when that function
+    is called: not in the middle of the array libraries, which would go on writing in the
+    background. A second Ctrl-C takes effect at once.
+    """
+    asked: list[int] = []
+    handlers = {}
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, handlers[number])
+
+    def update(done: int) -> None:
+        bar.update(done)
+        if asked:
+            raise RuntimeError("interrupted")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, ask)
+    # Cleared at its end, so that an error is the only line left.
+    bar = tqdm(
+        desc=text,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=quiet,
+        mininterval=0.5,
+        leave=False,
+    )
+    try:
+        with bar:
+            yield update
+    except Exception:
+        if not asked:
+            raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
+
+
+def _fail(parser: Parser, message: str, code: int) -> int:
+    print(f"{parser.prog}: {message}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """Being told to end (by a cluster, by `kill`) cleans up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_):

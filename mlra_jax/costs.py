@@ -1,17 +1,19 @@
 """How much of the cache each device holds, for every variant and every way to split it.
 
-`python -m mlra_jax` prints the table.
+`python -m mlra_jax.costs` prints the table.
 """
 
-import argparse
 import math
+import sys
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mlra_jax.attention import MODULES
+from mlra_jax.command import Parser, run
 from mlra_jax.config import VARIANTS, ConfigError, LatentConfig, ModelConfig, preset
-from mlra_jax.sharding import mesh_axes
+from mlra_jax.sharding import BATCH, mesh_axes, size
 
 SPLITS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2))
 
@@ -67,16 +69,6 @@ def table(names: Sequence[str], tokens: int, batch: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlra_jax", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=131072, help="context length")
-    parser.add_argument("--batch", type=int, default=1)
-    arguments = parser.parse_args()
-    if arguments.tokens < 8 or arguments.batch < 1:
-        parser.error("--tokens must be at least 8 and --batch at least 1")
-    print(table(VARIANTS, arguments.tokens, arguments.batch))
-
-
 # Dense bfloat16 products per second of one device, by the vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -107,3 +99,39 @@ def peak_flops(device_kind: str) -> float | None:
     """Of one device in bfloat16, None if this table does not know it."""
     known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def describe_cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int) -> str:
+    """Bytes per device of a decoding cache, beside what MLA of the same widths would hold.
+
+    Args:
+      config: of the model that decodes.
+      mesh: on which it does.
+      batch: rows over all devices.
+      capacity: positions of a row over all devices.
+    """
+    ways = {axis: mesh.shape[axis] for axis in ("tensor", "context")}
+    rows = batch // size(mesh, BATCH)
+    held = cache_bytes_per_device(config, batch=rows, capacity=capacity, **ways)
+    line = f"cache: {held:,} bytes per device ({batch} x {capacity} positions)"
+    a = config.attention
+    if isinstance(a, LatentConfig) and a.num_latents > 1:
+        width = (a.latent_dim + a.rope_dim) * jnp.dtype(config.dtype).itemsize
+        mla = rows * capacity // ways["context"] * width * config.num_layers
+        line += f"; MLA would hold {mla:,}, {mla / held:.2f} times as much"
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; see `command.run` for the exit codes."""
+    parser = Parser("mlra_jax.costs", "What each device caches, for every variant and split.")
+    parser.add_argument("--tokens", type=int, default=131072, help="context length")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    flags = parser.parse_args(argv)
+    if flags.tokens < 8 or flags.batch < 1:
+        parser.error("--tokens must be at least 8 and --batch at least 1")
+    return run(parser, lambda: print(table(VARIANTS, flags.tokens, flags.batch)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

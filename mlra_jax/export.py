@@ -1,226 +1,29 @@
-"""Writes a checkpoint as the released ones are named: `.safetensors` and `config.json`.
+"""Write a checkpoint as the released ones are named.
 
-`python -m mlra_jax.export --checkpoint=DIR --destination=DIR [--step=N] [--dtype=DTYPE]`
+`mlra-export --checkpoint=DIR --destination=DIR [--step=N] [--dtype=DTYPE]`
 """
 
-import json
-import math
-import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import BinaryIO
 
-import ml_dtypes
-import numpy as np
-
-from mlra_jax import checkpoints
-from mlra_jax.command import Parser, run
-from mlra_jax.config import DTYPES, LatentConfig, ModelConfig
-from mlra_jax.convert import lazy
-from mlra_jax.convert.errors import CheckpointFileError
-from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
-from mlra_jax.convert.released import (
-    BLOCK,
-    EMBEDDING,
-    HEAD,
-    Layout,
-    Part,
-    Shape,
-    base_name,
-    layout,
-    released_values,
-)
-from mlra_jax.convert.weights import SAFETENSORS_DTYPES
-
-SHARD_BYTES = 5_000_000_000
-
-
-def export(
-    checkpoint: str | Path,
-    destination: str | Path,
-    *,
-    step: int | None = None,
-    dtype: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    note: Callable[[str], object] = print,
-    quiet: bool = False,
-) -> None:
-    """Writes the parameters of a checkpoint with the released names, one tensor at a time.
-
-    Args:
-      checkpoint: folder of a training run or a conversion.
-      destination: must not exist; appears whole or not at all.
-      step: of the checkpoint, by default the latest.
-      dtype: of the written tensors, float32, bfloat16 or float16; by default as stored.
-      shard_bytes: more than this is written as several files and an index.
-      note: told what the user should know, a line each.
-      quiet: no progress bar.
-
-    Raises:
-      CheckpointError, CheckpointFileError, ConfigError: one line naming the fault and the file.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
-    destination = Path(destination)
-    check_absent(destination)
-    opened = checkpoints.open_checkpoint(checkpoint, step)
-    base = base_name(opened.model)
-    arrays = lazy.open_arrays(opened.folder / "params")
-    released = layout(opened.model)
-    _check_arrays(opened.folder, arrays, released)
-    dtype = dtype or arrays["embed.embedding"].dtype.name
-    for line in _notes(opened.model, base):
-        note(line)
-
-    width = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
-    shards = _shards({n: math.prod(s) * width for n, s in released.tensors.items()}, shard_bytes)
-    total = sum(sum(sizes.values()) for sizes in shards)
-    sources = _sources(opened.model, released)
-    with (
-        whole_folder(destination, total + (1 << 20)) as partial,
-        progress_bar("writing", total, quiet) as progress,
-    ):
-        weight_map = {}
-        for number, sizes in enumerate(shards, 1):
-            name = "model.safetensors"
-            if len(shards) > 1:
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            weight_map |= dict.fromkeys(sizes, name)
-            shapes = {tensor: released.tensors[tensor] for tensor in sizes}
-            with open(partial / name, "wb") as file:
-                _write_header(file, shapes, sizes, dtype)
-                for tensor, shape in shapes.items():
-                    values = _gather(arrays, tensor, sources[tensor], shape, dtype)
-                    file.write(memoryview(values.reshape(-1).view(np.uint8)))
-                    progress(values.nbytes)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(partial / "model.safetensors.index.json", index)
-        _write_json(partial / "config.json", released_values(opened.model, dtype))
-
-
-Source = tuple[str, lazy.Block, Part]
-"""A leaf's path, where in the leaf, and how that lies in the released tensor."""
-
-
-def _sources(config: ModelConfig, released: Layout) -> dict[str, list[Source]]:
-    """For every released tensor, the parts of our leaves that fill it."""
-    sources: dict[str, list[Source]] = {name: [] for name in released.tensors}
-    for path, leaf in released.leaves.items():
-        for layer in range(config.num_layers) if leaf.stacked else (None,):
-            start = 0
-            for part in leaf.parts:
-                where = (slice(start, start + part.shape[0]),)
-                start += part.shape[0]
-                prefix = ""
-                if layer is not None:
-                    where, prefix = (slice(layer, layer + 1), *where), BLOCK.format(layer)
-                sources[prefix + part.name].append((path, where, part))
-    sources[HEAD] = sources[EMBEDDING]
-    return sources
-
-
-def _gather(
-    arrays: Mapping[str, lazy.LazyArray], name: str, sources: list[Source], shape: Shape, dtype: str
-) -> np.ndarray:
-    """The released tensor `name`; our leaves are read a chunk at a time."""
-    values = np.empty(shape, getattr(ml_dtypes, dtype, dtype))
-    for path, where, part in sources:
-        array, view = arrays[path], part.view(values)
-        for block, inside in _chunks(array, where):
-            stacked = len(block) - view.ndim
-            chunk = array.read(block)[(0,) * stacked]
-            view[inside[stacked:]] = lazy.cast(chunk, values.dtype, name)
-    return values
-
-
-def _chunks(array: lazy.LazyArray, where: lazy.Block) -> Iterator[tuple[lazy.Block, lazy.Block]]:
-    """Cuts a part of an array at its chunks: (slices of the array, slices of the part)."""
-    where = where + tuple(slice(0, n) for n in array.shape[len(where) :])
-    axes = []
-    for wanted, chunk in zip(where, array.block, strict=True):
-        first = wanted.start - wanted.start % chunk
-        starts = range(first, wanted.stop, chunk)
-        axes.append([slice(max(s, wanted.start), min(s + chunk, wanted.stop)) for s in starts])
-    for block in np.ndindex(*map(len, axes)):
-        slices = tuple(axis[i] for axis, i in zip(axes, block, strict=True))
-        inside = tuple(
-            slice(s.start - w.start, s.stop - w.start) for s, w in zip(slices, where, strict=True)
-        )
-        yield slices, inside
-
-
-def _check_arrays(folder: Path, arrays: Mapping[str, lazy.LazyArray], released: Layout) -> None:
-    for path, leaf in released.leaves.items():
-        shape = arrays[path].shape if path in arrays else None
-        if shape != leaf.shape:
-            found = "missing" if shape is None else f"of shape {list(shape)}"
-            raise CheckpointFileError(f"{folder}: {path} is {found}, not of {list(leaf.shape)}")
-    for path in arrays:
-        if path not in released.leaves:
-            raise CheckpointFileError(f"{folder}: {path} has no place in a released checkpoint")
-
-
-def _notes(config: ModelConfig, base: str) -> list[str]:
-    notes = []
-    if isinstance(config.attention, LatentConfig) and not config.attention.scaled:
-        notes.append(
-            f"written as {base}; nothing in the files says that it has no calibration factors, "
-            "its name should end in _no_scale"
-        )
-    for name, value in (("norm_eps", 1e-6), ("rope_base", 10000.0)):
-        if getattr(config, name) != value:
-            notes.append(f"{name}={getattr(config, name)}, and the released code has {value}")
-    return notes
-
-
-def _shards(sizes: Mapping[str, int], limit: int) -> list[dict[str, int]]:
-    """Cuts the tensors, in their order, into files of at most `limit` bytes or one tensor."""
-    shards: list[dict[str, int]] = [{}]
-    for name, size in sizes.items():
-        if shards[-1] and sum(shards[-1].values()) + size > limit:
-            shards.append({})
-        shards[-1][name] = size
-    return shards
-
-
-def _write_header(
-    file: BinaryIO, shapes: Mapping[str, Shape], sizes: Mapping[str, int], dtype: str
-) -> None:
-    """The head of a .safetensors file whose tensors follow in this order.
-
-    The library's own writer wants all tensors of a file in memory; this one streams.
-    """
-    codes = {str(value): code for code, value in SAFETENSORS_DTYPES.items()}
-    header: dict = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, shape in shapes.items():
-        stop = start + sizes[name]
-        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+from mlra_jax.command import Parser, run, use_cpu
+from mlra_jax.convert.exporting import export
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exports as the flags say; errors are one line on stderr and exit code 2."""
-    parser = Parser("python -m mlra_jax.export", description="Write .safetensors as released.")
+    """Exports as the flags say; see `command.run` for the exit codes."""
+    parser = Parser("mlra_jax.export", "Write .safetensors and config.json as released.")
     parser.add_argument("--checkpoint", required=True, help="folder of a run or a conversion")
     parser.add_argument("--destination", required=True, help="folder to make; must not exist")
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the latest")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
     flags = parser.parse_args(argv)
-    return run(
-        parser.prog,
-        lambda: export(flags.checkpoint, flags.destination, step=flags.step, dtype=flags.dtype),
-        f"{flags.destination}: written",
-    )
+
+    def work():
+        use_cpu()
+        export(flags.checkpoint, flags.destination, step=flags.step, dtype=flags.dtype)
+        print(f"{flags.destination}: written")
+
+    return run(parser, work)
 
 
 if __name__ == "__main__":

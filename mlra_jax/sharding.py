@@ -76,21 +76,27 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh from a command line's `tensor=4,context=2`; axes not named are 1.
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The size of each axis from a command line's `tensor=4,context=2`; axes not named are 1.
 
-    Raises ConfigError for an unknown axis, a size that is no number, or too few devices.
+    Raises ConfigError for an unknown axis and a size that is no positive number.
     """
-    sizes = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    text = text.replace(" ", "")
+    for part in text.split(",") if text else ():
         name, _, value = part.partition("=")
-        if name not in MESH_AXES or not value.isdecimal():
+        if name not in MESH_AXES or not (value.isdecimal() and int(value)):
             raise ConfigError(
-                f"mesh {text!r}: {part!r} is not one of {', '.join(MESH_AXES)} with a size, "
+                f"--mesh={text}: {part!r} is not one of {', '.join(MESH_AXES)} with a size, "
                 "as in tensor=4,context=2"
             )
         sizes[name] = int(value)
-    return make_mesh(**sizes, devices=devices)
+    return sizes
+
+
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `mesh_sizes(text)`; raises ConfigError also where there are too few devices."""
+    return make_mesh(**mesh_sizes(text), devices=devices)
 
 
 def platform(mesh: Mesh) -> str:

@@ -138,7 +138,7 @@ def test_weights_alone_are_a_checkpoint_and_only_the_last_two_stay(written, tmp_
     restored = opened.restore("params", abstract_params(sharding.make_mesh()))
     jax.tree.map(np.testing.assert_array_equal, restored, params)
     assert not opened.has("optimizer")
-    assert checkpoints.read_model_config(tmp_path) == CONFIG
+    assert checkpoints.open_checkpoint(tmp_path).model == CONFIG
 
 
 def test_a_save_that_was_killed_is_never_restored(tmp_path):
@@ -185,6 +185,21 @@ def test_finished_steps_are_numbers_in_order(tmp_path):
     assert (opened.step, opened.tokenizer, opened.model) == (11, None, CONFIG)
     assert opened.folder == tmp_path / "checkpoints" / "11"
     assert checkpoints.open_checkpoint(tmp_path, 2).step == 2
+
+
+def test_the_remedy_is_the_latest_step_that_is_whole(tmp_path):
+    """And what an interrupted save left, of whatever step, is removed by the next one."""
+    write(tmp_path / "run", (1, 2), {"a": np.zeros(1, np.float32)})
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "2", folder / "3")
+    (folder / "3" / "model" / "metadata").unlink()
+    one_line(tmp_path / "run", "/3 to go on from step 2", restore=False)
+    left = folder / "7.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "1", left)
+    with checkpoints.make_manager(tmp_path / "run") as manager:
+        described = checkpoints.describe(CONFIG, None)
+        checkpoints.save(manager, 4, params={"a": np.zeros(1, np.float32)}, model=described)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3", "4"]
 
 
 def test_all_steps_stay_where_no_number_is_given(tmp_path):
@@ -257,6 +272,8 @@ def test_damaged_descriptions_are_named(copy):
     one_line(copy, "model is damaged", "delete", "step 2", restore=False)
     model.write_text(json.dumps(described | {"format_version": 2}))
     one_line(copy, "format version 2", restore=False)
+    model.write_text(json.dumps(described | {"format_version": 0}))
+    one_line(copy, "format version 0; this program reads 1", restore=False)
     for name in described:
         rest = {n: value for n, value in described.items() if n != name}
         model.write_text(json.dumps(rest))

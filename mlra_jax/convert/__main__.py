@@ -1,15 +1,18 @@
-"""`python -m mlra_jax.convert --source=DIR --destination=DIR [--variant=NAME] [--dtype=DTYPE]`."""
+"""Convert released weights to a checkpoint.
+
+`mlra-convert --source=DIR --destination=DIR [--variant=NAME] [--dtype=DTYPE] [--mesh=tensor=4]`
+"""
 
 import sys
 
-from mlra_jax.command import Parser, run
-from mlra_jax.convert.blocks import parse_mesh
+from mlra_jax.command import Parser, run, use_cpu
 from mlra_jax.convert.conversion import convert
+from mlra_jax.sharding import mesh_sizes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Converts as the flags say; errors are one line on stderr and exit code 2."""
-    parser = Parser("python -m mlra_jax.convert", description="Convert released weights.")
+    """Converts as the flags say; see `command.run` for the exit codes."""
+    parser = Parser("mlra_jax.convert", "Convert released weights to a checkpoint.")
     parser.add_argument("--source", required=True, help="folder, or owner/name/folder on the hub")
     parser.add_argument("--destination", required=True, help="folder to make; must not exist")
     parser.add_argument("--variant", help="released name where weights cannot tell: *_no_scale")
@@ -18,15 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
 
     def work():
+        use_cpu()
         convert(
             flags.source,
             flags.destination,
             variant=flags.variant,
             dtype=flags.dtype,
-            mesh=None if flags.mesh is None else parse_mesh(flags.mesh),
+            mesh=None if flags.mesh is None else mesh_sizes(flags.mesh),
         )
+        print(f"{flags.destination}: written and read back")
 
-    return run(parser.prog, work, f"{flags.destination}: written and read back")
+    return run(parser, work)
 
 
 if __name__ == "__main__":

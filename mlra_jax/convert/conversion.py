@@ -1,4 +1,4 @@
-"""From a released folder to an Orbax checkpoint, a block at a time."""
+"""From a released folder to an Orbax checkpoint, a chunk at a time."""
 
 import dataclasses
 import zlib
@@ -10,24 +10,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints
-from mlra_jax.config import DTYPES, ConfigError, ModelConfig
-from mlra_jax.convert import blocks, lazy
-from mlra_jax.convert.errors import CheckpointFileError
-from mlra_jax.convert.folder import check_absent, progress_bar, whole_folder
+from mlra_jax.command import progress_bar
+from mlra_jax.config import DTYPES, GPT2_VOCABULARY, ConfigError, ModelConfig
+from mlra_jax.convert import chunks, lazy
+from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.lazy import cast
-from mlra_jax.convert.released import (
-    BLOCK,
-    EMBEDDING,
-    HEAD,
-    Leaf,
-    check_tensors,
-    layout,
-    recognise,
-)
+from mlra_jax.convert.recognise import check_tensors, recognise
+from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, Leaf, layout
 from mlra_jax.convert.weights import Weights
+from mlra_jax.files import check_absent, whole_folder
 
-GPT2_VOCABULARY = 50304
 _ROWS_AT_ONCE = 4 << 20
 
 
@@ -65,7 +58,8 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
     destination = Path(destination)
-    check_absent(destination)
+    with in_one_line(destination):
+        check_absent(destination)
     folder = find_source(source)
     with Weights(folder) as weights:
         shapes = {name: spec.shape for name, spec in weights.specs.items()}
@@ -75,14 +69,17 @@ def convert(
         except (CheckpointFileError, ConfigError) as error:
             raise CheckpointFileError(f"{folder}: {error}") from None
         config = dataclasses.replace(config, param_dtype=dtype or stored.name)
-        arrays = _arrays(weights, config, blocks.block_shapes(config, mesh))
+        arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
         for line in notes:
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
             weights.verify(progress)
         _check_tied(weights)
         total = sum(array.nbytes for array in arrays.values())
-        with whole_folder(destination, total + (64 << 20)) as partial:
+        with (
+            in_one_line(destination),
+            whole_folder(destination, total + (64 << 20)) as partial,
+        ):
             tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
             described = checkpoints.describe(config, tokenizer)
             with progress_bar("writing", total, quiet) as progress:
@@ -102,12 +99,12 @@ def _arrays(
     }
 
 
-def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Block], np.ndarray]:
+def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Slices], np.ndarray]:
     """A function from slices of a leaf to its values, which reads no more than they need."""
 
-    def read(block: lazy.Block) -> np.ndarray:
-        prefix = BLOCK.format(block[0].start) if leaf.stacked else ""
-        first, *rest = block[1:] if leaf.stacked else block
+    def read(slices: lazy.Slices) -> np.ndarray:
+        prefix = LAYER.format(slices[0].start) if leaf.stacked else ""
+        first, *rest = slices[1:] if leaf.stacked else slices
         pieces, start = [], 0
         for part in leaf.parts:
             stop = start + part.shape[0]
@@ -141,7 +138,7 @@ def _check_tied(weights: Weights) -> None:
         weights.release()
 
 
-def _manager(folder: Path, handler: lazy.BlockHandler) -> ocp.CheckpointManager:
+def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
     registry = ocp.type_handlers.create_type_handler_registry((lazy.LazyArray, handler))
     return ocp.CheckpointManager(
         folder / checkpoints.SUBFOLDER,
@@ -159,10 +156,10 @@ def _write(
     described: Mapping,
     progress: Callable[[int], object],
 ) -> dict[str, list[int]]:
-    """Writes step 0 and returns the CRC-32 of each block by leaf."""
-    handler = lazy.BlockHandler(progress)
+    """Writes step 0 and returns the CRC-32 of each chunk by leaf."""
+    handler = lazy.ChunkHandler(progress)
     with _manager(folder, handler) as manager:
-        params = ocp.args.PyTreeSave(blocks.nested(arrays))
+        params = ocp.args.PyTreeSave(chunks.nested(arrays))
         model = ocp.args.JsonSave(dict(described))
         manager.save(0, args=ocp.args.Composite(params=params, model=model))
     return handler.checksums
@@ -173,8 +170,8 @@ def _verify(folder: Path, sums: Mapping[str, list[int]], progress: Callable[[int
     arrays = lazy.open_arrays(checkpoints.open_checkpoint(folder).folder / "params")
     for path, expected in sums.items():
         array = arrays[path]
-        for block, crc in zip(array.blocks(), expected, strict=True):
-            values = array.read(block)
+        for chunk, crc in zip(array.chunks(), expected, strict=True):
+            values = array.read(chunk)
             if zlib.crc32(values.reshape(-1).view(np.uint8)) != crc:
                 raise CheckpointFileError(f"{path} reads back differently; is the disk sound?")
             progress(values.nbytes)

@@ -1,8 +1,13 @@
 """What a conversion refuses, and how a failure of the system is told in one line."""
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlra_jax.files import DestinationError
 
 
 class CheckpointFileError(ValueError):
@@ -17,3 +22,16 @@ def reason(error: Exception) -> str:
     if system := re.search(r"os_error_code='(\d+)'", text):
         return f"not done ({os.strerror(int(system[1]))})"
     return f"not done ({text.split(' [')[0][:300] or type(error).__name__})"
+
+
+@contextlib.contextmanager
+def in_one_line(destination: Path) -> Iterator[None]:
+    """Whatever goes wrong inside, the array libraries' errors too, is a CheckpointFileError."""
+    try:
+        yield
+    except CheckpointFileError:
+        raise
+    except DestinationError as error:
+        raise CheckpointFileError(str(error)) from None
+    except Exception as error:
+        raise CheckpointFileError(f"{destination}: {reason(error)}") from error

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from mlra_jax.convert.errors import CheckpointFileError
-from mlra_jax.convert.weights import LAYOUTS
+from mlra_jax.convert.weights import WEIGHT_FILES
 
 _REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<sub>(/[\w-][\w.-]*)*)/?")
-_FILES = ("config.json", *LAYOUTS, "pytorch_model-*.bin", "model-*.safetensors")
+_FILES = ("config.json", *WEIGHT_FILES, "pytorch_model-*.bin", "model-*.safetensors")
 
 
 def find_source(source: str | Path) -> Path:

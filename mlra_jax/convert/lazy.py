@@ -1,9 +1,9 @@
 """Arrays that are never whole in memory, and how Orbax writes and reads them.
 
 A converted model's largest leaf is gigabytes (24 layers stacked), its largest released tensor a
-few hundred megabytes. `LazyArray` is a shape, a dtype and a way to get any block; `BlockHandler`
-is the Orbax type handler that writes one block at a time, each its own chunk on disk, in the
-ordinary Orbax layout: whoever restores the checkpoint needs nothing of this file.
+few hundred megabytes. `LazyArray` is a shape, a dtype and a way to get any part; `ChunkHandler` is
+the Orbax type handler that writes it one chunk at a time, in the ordinary Orbax layout: whoever
+restores the checkpoint needs nothing of this file.
 """
 
 import dataclasses
@@ -18,47 +18,48 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from mlra_jax.convert.errors import CheckpointFileError, reason
+from mlra_jax.settings_tree import flatten
 
-Block = tuple[slice, ...]
+Slices = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-    """An array by blocks.
+    """An array by chunks.
 
     Attributes:
       shape, dtype: of the whole array.
-      block: shape of the blocks it is written in; each entry divides that of `shape`.
+      chunk: shape of the chunks it is written in; each entry divides that of `shape`.
       read: from a tuple of slices to that part of the array.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    block: tuple[int, ...]
-    read: Callable[[Block], np.ndarray]
+    chunk: tuple[int, ...]
+    read: Callable[[Slices], np.ndarray]
 
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
-    def blocks(self) -> list[Block]:
-        """The slices of every block, in row-major order."""
-        starts = [range(0, n, b) for n, b in zip(self.shape, self.block, strict=True)]
+    def chunks(self) -> list[Slices]:
+        """The slices of every chunk, in row-major order."""
+        starts = [range(0, n, b) for n, b in zip(self.shape, self.chunk, strict=True)]
         return [
-            tuple(slice(s, s + b) for s, b in zip(start, self.block, strict=True))
+            tuple(slice(s, s + b) for s, b in zip(start, self.chunk, strict=True))
             for start in itertools.product(*starts)
         ]
 
 
-class BlockHandler(ocp.type_handlers.TypeHandler):
-    """Writes `LazyArray` leaves block by block and restores them as `LazyArray` again.
+class ChunkHandler(ocp.type_handlers.TypeHandler):
+    """Writes `LazyArray` leaves chunk by chunk and restores them as `LazyArray` again.
 
     Args:
-      progress: told the bytes written after each block.
+      progress: told the bytes written after each chunk.
 
     Attributes:
-      checksums: leaf name to the CRC-32 of each block in the order of `LazyArray.blocks`, filled
-        by writing, for `verify_blocks`.
+      checksums: leaf name to the CRC-32 of each chunk in the order of `LazyArray.chunks`, filled
+        by writing, for `_verify`.
     """
 
     def __init__(self, progress: Callable[[int], object] = lambda n: None):
@@ -81,26 +82,26 @@ class BlockHandler(ocp.type_handlers.TypeHandler):
                 info,
                 use_ocdbt=info.is_ocdbt_checkpoint,
                 global_shape=value.shape,
-                local_shape=value.block,
+                local_shape=value.chunk,
                 dtype=value.dtype,
                 process_index=0,
                 arg=arg,
             )
-            spec["metadata"]["chunks"] = list(value.block)
+            spec["metadata"]["chunks"] = list(value.chunk)
             # Trained weights hardly compress; without it writing and loading run at disk speed.
             spec["metadata"]["compressor"] = None
             spec["dtype"] = np.dtype(value.dtype).name
             array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
             self.checksums[info.name] = sums = []
-            # The next block is read while the last one is on its way to the disk.
+            # The next chunk is read while the last one is on its way to the disk.
             pending: ts.WriteFutures | None = None
             try:
-                for block in value.blocks():
-                    part = np.ascontiguousarray(value.read(block), value.dtype)
+                for chunk in value.chunks():
+                    part = np.ascontiguousarray(value.read(chunk), value.dtype)
                     sums.append(zlib.crc32(part.reshape(-1).view(np.uint8)))
                     if pending is not None:
                         await pending
-                    pending = array[block].write(part, can_reference_source_data_indefinitely=True)
+                    pending = array[chunk].write(part, can_reference_source_data_indefinitely=True)
                     self.progress(part.nbytes)
             finally:
                 # Also after an error: nothing may be written any more when the caller cleans up.
@@ -120,7 +121,7 @@ class BlockHandler(ocp.type_handlers.TypeHandler):
                     tuple(array.shape),
                     array.dtype.numpy_dtype,
                     tuple(array.chunk_layout.read_chunk.shape),
-                    lambda block, array=array: array[block].read().result(),
+                    lambda slices, array=array: array[slices].read().result(),
                 )
             )
         return arrays
@@ -135,7 +136,7 @@ def open_arrays(folder: Path) -> dict[str, LazyArray]:
     lazily = lambda _: ocp.RestoreArgs(restore_type=LazyArray)
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (LazyArray, BlockHandler())
+            (LazyArray, ChunkHandler())
         )
     )
     try:
@@ -145,8 +146,7 @@ def open_arrays(folder: Path) -> dict[str, LazyArray]:
     # Missing and damaged files end in many kinds of exceptions there.
     except Exception as error:
         raise CheckpointFileError(f"{folder}: damaged, copy it again ({reason(error)})") from error
-    leaves, _ = jax.tree.flatten_with_path(restored)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return flatten(restored)
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from mlra_jax.convert.torch_format.archive import map_file
 from mlra_jax.convert.torch_format.reader import TensorSpec, TorchFile
 
 # The first that is there is read.
-LAYOUTS = (
+WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "model.safetensors.index.json",
@@ -59,7 +59,7 @@ class SafetensorsFile:
             }
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, copied; the last one is kept, since it is asked for block by block."""
+        """The tensor, copied; the last one is kept, since it is asked for chunk by chunk."""
         if self._last is None or self._last[0] != name:
             self._last = None
             # Opened anew, because the pages of the library's own map would add up in memory.
@@ -109,14 +109,14 @@ class Weights:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config: dict[str, Any] = read_json(self.folder / "config.json")
-        layout = next((n for n in LAYOUTS if (self.folder / n).exists()), None)
-        if layout is None:
+        first = next((n for n in WEIGHT_FILES if (self.folder / n).exists()), None)
+        if first is None:
             raise CheckpointFileError(
-                f"{self.folder}: no weights there (none of {', '.join(LAYOUTS)})"
+                f"{self.folder}: no weights there (none of {', '.join(WEIGHT_FILES)})"
             )
-        self.complete = layout.startswith("pytorch")
-        index = _read_index(self.folder / layout) if layout.endswith(".json") else None
-        names = [layout] if index is None else dict.fromkeys(index.values())
+        self.complete = first.startswith("pytorch")
+        index = _read_index(self.folder / first) if first.endswith(".json") else None
+        names = [first] if index is None else dict.fromkeys(index.values())
         self._files: dict[str, TorchFile | SafetensorsFile] = {}
         self._where: dict[str, TorchFile | SafetensorsFile] = {}
         try:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlra_jax.command import Parser
+from mlra_jax.command import Parser, run
 from mlra_jax.data import token_file
 from mlra_jax.data.inputs import HUB_PREFIX, Input, Piece, open_input
 from mlra_jax.data.journal import Journal
@@ -209,12 +209,9 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = Parser(
-        prog="python -m mlra_jax.data.prepare",
-        description="Tokenise text into .bin shards; run again to go on after an interruption.",
-    )
+def main(argv: list[str] | None = None) -> int:
+    """Prepares as the flags say; see `command.run` for the exit codes."""
+    parser = Parser("mlra_jax.data.prepare", "Tokenise text into .bin shards; run again to go on.")
     parser.add_argument(
         "--source",
         required=True,
@@ -230,9 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--validation_first_shard", action="store_true", help="call the first shard NAME_val_…"
     )
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_args(argv)
     name = flags.name or Path(flags.source.removeprefix(HUB_PREFIX).partition(":")[0]).stem
-    try:
+
+    def work():
         shards = prepare(
             open_input(flags.source, text_key=flags.text_key, split=flags.split),
             flags.destination,
@@ -242,15 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             validation_first_shard=flags.validation_first_shard,
             workers=flags.workers,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last shard", file=sys.stderr)
-        return 130
-    tokens = sum(len(token_file.read(path)) for path in shards)
-    print(f"{tokens:,} tokens in {len(shards)} shards of {flags.destination}")
-    return 0
+        tokens = sum(len(token_file.read(path)) for path in shards)
+        print(f"{tokens:,} tokens in {len(shards)} shards of {flags.destination}")
+
+    return run(parser, work, "the same command goes on after the last shard")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from mlra_jax import checkpoints, sharding
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows, fingerprint
+from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
 from mlra_jax.files import whole_file
 from mlra_jax.loading import load_model
-from mlra_jax.model import Model
 
 WINDOW, MAX_TOKENS = 2048, 100_000_000
 _ROWS_PER_DEVICE = 4
@@ -52,7 +52,9 @@ class Tally:
         return {"perplexity": self.perplexity, "loss": self.loss, "tokens": self.tokens}
 
 
-def tallies(model: Model, windows: Windows, total: int, batch: int, done: Tally) -> Iterator[Tally]:
+def tallies(
+    model: Decoder, windows: Windows, total: int, batch: int, done: Tally
+) -> Iterator[Tally]:
     """Reads windows on from `done` and yields the tally after each batch, up to `total` windows.
 
     A window of T + 1 tokens gives T predictions, the first after one token, as in training; the
@@ -151,11 +153,9 @@ def evaluate(
         for file, (_, windows) in sets.items():
             total = min(len(windows), max_tokens // window)
             done = store.tally(file, window)
-            with _progress(Path(file).name, done, total, quiet) as bar:
-                for tally in tallies(model, windows, total, batch, done):
-                    store.note(file, tally)
-                    bar.set_postfix_str(f"perplexity {tally.perplexity:.4f}", refresh=False)
-                    bar.update(tally.tokens - bar.n)
+            sums = tallies(model, windows, total, batch, done)
+            for tally in _shown(sums, Path(file).name, done, total, quiet):
+                store.note(file, tally)
     results = {file: store.tally(file, window).result() for file in files}
     mean = sum(result["perplexity"] for result in results.values()) / len(results)
     result = {
@@ -253,8 +253,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         json.dump(values, file, indent=1)
 
 
-def _progress(name: str, done: Tally, total: int, quiet: bool) -> tqdm:
-    return tqdm(
+def _shown(
+    sums: Iterator[Tally], name: str, done: Tally, total: int, quiet: bool
+) -> Iterator[Tally]:
+    """The same tallies under a bar of `total` windows."""
+    with tqdm(
         desc=name,
         initial=done.tokens,
         total=total * done.window,
@@ -262,7 +265,11 @@ def _progress(name: str, done: Tally, total: int, quiet: bool) -> tqdm:
         unit_scale=True,
         mininterval=0.5,
         disable=quiet,
-    )
+    ) as bar:
+        for tally in sums:
+            yield tally
+            bar.set_postfix_str(f"perplexity {tally.perplexity:.4f}", refresh=False)
+            bar.update(tally.tokens - bar.n)
 
 
 def _check(files: Sequence[str], window: int, max_tokens: int) -> None:

@@ -1,15 +1,15 @@
 """Zero-shot accuracy on the paper's seven tasks, through the lm-evaluation-harness.
 
-python -m mlra_jax.evaluate.tasks --checkpoint=DIR [--tasks=arc_easy,piqa] [--output=FILE.json]
+`mlra-tasks --checkpoint=DIR [--tasks=arc_easy,piqa] [--output=FILE.json]`
 """
 
 import difflib
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlra_jax import command
 from mlra_jax.command import Parser
 from mlra_jax.evaluate.perplexity import check_output, write_json
 
@@ -110,9 +110,9 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the tasks that the flags name; errors are one line on stderr and exit code 2."""
-    parser = Parser("python -m mlra_jax.evaluate.tasks", description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    """Runs the tasks that the flags name; see `command.run` for the exit codes."""
+    parser = Parser("mlra_jax.evaluate.tasks", __doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="training run or converted checkpoint")
     parser.add_argument("--tasks", default=",".join(PAPER_TASKS), help="joined by commas")
     parser.add_argument("--output", help="JSON file for the result")
@@ -124,41 +124,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only so many examples of each task")
     parser.add_argument("--include_path", help="folder with task files of your own")
     parser.add_argument("--cache", help="database of answers, to go on after an interruption")
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_args(argv)
+    kept = "--cache keeps the answers" if flags.cache is None else "the same command goes on"
+    return command.run(parser, lambda: _work(flags), kept)
+
+
+def _work(flags) -> None:
     try:
         from mlra_jax.evaluate.harness import HarnessModel
     except ImportError as error:
-        print(
-            f"{parser.prog}: needs the lm-evaluation-harness ({error}); "
-            "pip install 'mlra-jax[lm_eval]'",
-            file=sys.stderr,
-        )
-        return 2
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        check_output(flags.output)
-        model = HarnessModel(
-            flags.checkpoint,
-            tokenizer=flags.tokenizer,
-            mesh=flags.mesh,
-            batch_size=flags.batch,
-            dtype=flags.dtype,
-        )
-        result = run(
-            model,
-            tuple(name for name in flags.tasks.split(",") if name),
-            num_fewshot=flags.num_fewshot,
-            limit=flags.limit,
-            include_path=flags.include_path,
-            cache=flags.cache,
-        )
-        if flags.output:
-            write_json(Path(flags.output), result)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        raise ValueError(
+            f"needs the lm-evaluation-harness ({error}); pip install 'mlra-jax[lm_eval]'"
+        ) from None
+    check_output(flags.output)
+    model = HarnessModel(
+        flags.checkpoint,
+        tokenizer=flags.tokenizer,
+        mesh=flags.mesh,
+        batch_size=flags.batch,
+        dtype=flags.dtype,
+    )
+    result = run(
+        model,
+        tuple(name for name in flags.tasks.split(",") if name),
+        num_fewshot=flags.num_fewshot,
+        limit=flags.limit,
+        include_path=flags.include_path,
+        cache=flags.cache,
+    )
+    if flags.output:
+        write_json(Path(flags.output), result)
     print(table(result))
-    return 0
 
 
 if __name__ == "__main__":

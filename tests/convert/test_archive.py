@@ -120,7 +120,7 @@ def test_headers_of_any_length_are_stepped_over(opened):
 @pytest.mark.parametrize("size", [15, 16, 17, 31, 32, 33, 48])
 def test_checksums_are_carried_from_block_to_block(opened, monkeypatch, size):
     """Entries of one to several blocks, the last one full or not; a change anywhere is found."""
-    monkeypatch.setattr(archive, "_BLOCK", 16)
+    monkeypatch.setattr(archive, "_BYTES_AT_ONCE", 16)
     data = bytes(range(100, 100 + size))
     good = build(Record("m/data/0", data), Record("m/after", b"abc"))
     seen = []

@@ -21,10 +21,10 @@ from mlra_jax import checkpoints
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import CheckpointFileError, convert
 from mlra_jax.convert import __main__ as command
-from mlra_jax.convert.blocks import parse_mesh
 from mlra_jax.convert.lazy import open_arrays
 from mlra_jax.convert.released import EMBEDDING, HEAD
 from mlra_jax.convert.weights import read_json
+from mlra_jax.sharding import mesh_sizes
 
 from .files import RELEASED, read_folder, write_folder
 
@@ -181,7 +181,7 @@ def test_variant_says_what_weights_cannot(tmp_path):
     assert [config.attention.scaled for config in made] == [True, True, False, True]
     assert [config.zero_init for config in made] == [True, True, True, False]
     assert len(notes) == 1 and "--variant=mlra_2_no_scale" in notes[0]
-    stored = [checkpoints.read_model_config(tmp_path / str(i)) for i in range(4)]
+    stored = [checkpoints.open_checkpoint(tmp_path / str(i)).model for i in range(4)]
     assert stored == made
 
 
@@ -304,7 +304,7 @@ def test_any_orbax_manager_restores_it(converted):
 
 def test_tree_is_the_models(converted):
     """Not only the leaves that loading needs: the checkpoint's description and names are whole."""
-    config = checkpoints.read_model_config(converted)
+    config = checkpoints.open_checkpoint(converted).model
     assert config == dataclasses.replace(
         mlra_jax.preset("mlra_4"),
         attention=dataclasses.replace(
@@ -318,7 +318,7 @@ def test_tree_is_the_models(converted):
 def test_dtypes(mha, tmp_path):
     arrays, config = mha
     convert(RELEASED / "mha", tmp_path / "b", dtype="bfloat16", quiet=True)
-    assert checkpoints.read_model_config(tmp_path / "b").param_dtype == "bfloat16"
+    assert checkpoints.open_checkpoint(tmp_path / "b").model.param_dtype == "bfloat16"
     embedding = params_of(tmp_path / "b")["embed.embedding"]
     np.testing.assert_array_equal(embedding, arrays[EMBEDDING].astype(ml_dtypes.bfloat16))
     for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
@@ -335,22 +335,22 @@ def test_dtypes(mha, tmp_path):
 
 
 def test_mesh_layout(tmp_path):
-    mesh = parse_mesh("tensor=4,fsdp=2")
+    mesh = mesh_sizes("tensor=4,fsdp=2")
     convert(RELEASED / "mlra_4", tmp_path / "m", mesh=mesh, quiet=True, note=lambda line: None)
     arrays = open_arrays(checkpoints.open_checkpoint(tmp_path / "m").folder / "params")
     assert arrays["layers.attention.k_up.kernel"].shape == (2, 16, 16, 16)
-    assert arrays["layers.attention.k_up.kernel"].block == (1, 4, 8, 16)
-    assert arrays["layers.mlp.down.kernel"].block == (1, 16, 24)
-    assert arrays["embed.embedding"].block == (24, 24)
+    assert arrays["layers.attention.k_up.kernel"].chunk == (1, 4, 8, 16)
+    assert arrays["layers.mlp.down.kernel"].chunk == (1, 16, 24)
+    assert arrays["embed.embedding"].chunk == (24, 24)
     plain = tmp_path / "plain"
     convert(RELEASED / "mlra_4", plain, quiet=True, note=lambda line: None)
     laid_out = params_of(tmp_path / "m")
     for path, array in params_of(plain).items():
         np.testing.assert_array_equal(array, laid_out[path])
-    refuse("does not divide", RELEASED / "mlra_4", tmp_path, mesh=parse_mesh("tensor=3"))
-    for text in ("tensor", "tensor=0", "tensor=x", "tensors=4", "tensor=4,,", ""):
+    refuse("does not divide", RELEASED / "mlra_4", tmp_path, mesh=mesh_sizes("tensor=3"))
+    for text in ("tensor", "tensor=0", "tensor=x", "tensors=4", "tensor=4,,", ","):
         with pytest.raises(ConfigError, match="--mesh="):
-            parse_mesh(text)
+            mesh_sizes(text)
 
 
 def test_a_mesh_reads_each_byte_once(mha, converted, tmp_path):
@@ -370,7 +370,7 @@ def test_a_mesh_reads_each_byte_once(mha, converted, tmp_path):
             arrays[f"transformer.h.{i}.{name}.weight"] = rng.standard_normal(shape, np.float32)
     arrays[EMBEDDING] = arrays[HEAD] = rng.standard_normal((8192, 256), np.float32)
     source = write_folder(tmp_path / "source", arrays, mha[1] | sizes)
-    convert(source, tmp_path / "out", mesh=parse_mesh("tensor=4"), quiet=True)
+    convert(source, tmp_path / "out", mesh=mesh_sizes("tensor=4"), quiet=True)
 
     def read_so_far():
         with open("/proc/self/io") as file:
@@ -389,10 +389,10 @@ def test_command_line(tmp_path, capsys):
     source = f"--source={RELEASED / 'mlra_4'}"
     assert command.main([source, f"--destination={tmp_path / 'm'}", "--mesh=tensor=2"]) == 0
     assert "mlra_4_no_scale" in capsys.readouterr().out
-    assert command.main([source, f"--destination={tmp_path / 'm'}"]) == 2
+    assert command.main([source, f"--destination={tmp_path / 'm'}"]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "exists already" in captured.err
-    assert command.main(["--source=/absent", f"--destination={tmp_path / 'n'}"]) == 2
+    assert command.main(["--source=/absent", f"--destination={tmp_path / 'n'}"]) == 1
     assert capsys.readouterr().err.endswith("--source=/absent: no such folder\n")
     with pytest.raises(SystemExit) as caught:
         command.main([source])

@@ -13,9 +13,10 @@ import pytest
 
 from mlra_jax import checkpoints
 from mlra_jax.config import preset
-from mlra_jax.convert import CheckpointFileError, blocks, conversion, convert, lazy
-from mlra_jax.convert.released import BLOCK, EMBEDDING, HEAD, layout
-from mlra_jax.export import export
+from mlra_jax.convert import CheckpointFileError, chunks, conversion, convert, lazy
+from mlra_jax.convert.exporting import export
+from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, layout
+from mlra_jax.settings_tree import flatten
 
 from .files import FOLDERS, RELEASED, read_folder, write_folder
 
@@ -25,16 +26,16 @@ TYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16
 def leaves_of(folder):
     """All leaves by dotted path, read by Orbax alone."""
     tree = ocp.StandardCheckpointer().restore(checkpoints.open_checkpoint(folder).folder / "params")
-    return {path: np.asarray(leaf) for path, leaf in blocks.flat(tree).items()}
+    return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
 
 
 def by_hand(released, config):
     """The same leaves from the released tensors, index by index."""
     a, leaves = config.attention, {}
     layer = lambda i: {
-        name.removeprefix(BLOCK.format(i)): array
+        name.removeprefix(LAYER.format(i)): array
         for name, array in released.items()
-        if name.startswith(BLOCK.format(i))
+        if name.startswith(LAYER.format(i))
     }
     layers = [layer(i) for i in range(config.num_layers)]
     linear = {"mlp.gate": "mlp.c_fc1", "mlp.up": "mlp.c_fc2", "mlp.down": "mlp.c_proj"}
@@ -132,13 +133,13 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_leaf_is_exact(released, name):
     folder = released(name)
-    config = checkpoints.read_model_config(folder)
+    config = checkpoints.open_checkpoint(folder).model
     assert_same(leaves_of(folder), by_hand(read_folder(RELEASED / name), config))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_names_and_shapes_are_the_released_ones(released, name):
-    described = layout(checkpoints.read_model_config(released(name))).tensors
+    described = layout(checkpoints.open_checkpoint(released(name)).model).tensors
     arrays = read_folder(RELEASED / name)
     assert described == {tensor: array.shape for tensor, array in arrays.items()}
 
@@ -156,11 +157,11 @@ def test_names_and_shapes_are_the_released_ones(released, name):
 )
 def test_many_chunks_hold_the_same_and_go_back(released, name, mesh, tmp_path, monkeypatch):
     """Leaves are cut as those of a large model are, and come back from there bit for bit."""
-    monkeypatch.setattr(blocks, "MIN_CHUNK", 1)
+    monkeypatch.setattr(chunks, "MIN_CHUNK", 1)
     out = tmp_path / "cut"
     convert(RELEASED / name, out, mesh=mesh, variant=name, quiet=True)
     arrays = lazy.open_arrays(checkpoints.open_checkpoint(out).folder / "params")
-    assert max(len(array.blocks()) for array in arrays.values()) >= 4
+    assert max(len(array.chunks()) for array in arrays.values()) >= 4
     assert_same(leaves_of(out), leaves_of(released(name)))
     export(out, tmp_path / "back", shard_bytes=40_000, quiet=True, note=lambda line: None)
     assert_same(read_folder(tmp_path / "back"), read_folder(RELEASED / name))
@@ -180,6 +181,10 @@ def test_every_type_to_every_other(released, old, new, tmp_path):
     back = {n: x.astype(new).astype(old) for n, x in arrays.items()}
     assert_same(read_folder(tmp_path / "out"), back)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == old.name
+    # As stored, where no type is given.
+    if old != new:
+        export(tmp_path / "m", tmp_path / "same", quiet=True)
+        assert_same(read_folder(tmp_path / "same"), {n: x.astype(new) for n, x in arrays.items()})
 
 
 def test_casts_keep_what_was_infinite_and_nothing_else_becomes_so():
@@ -251,6 +256,15 @@ def test_bars_count_every_byte(tmp_path, monkeypatch):
         assert sum(done) == whole, text
 
 
+def test_pages_are_given_back_after_every_chunk(tmp_path, monkeypatch):
+    """Or a conversion would hold all of the file that it has read."""
+    released, real = [], conversion.Weights.release
+    monkeypatch.setattr(conversion.Weights, "release", lambda w: (released.append(1), real(w)))
+    convert(RELEASED / "mha", tmp_path / "m", quiet=True)
+    arrays = lazy.open_arrays(checkpoints.open_checkpoint(tmp_path / "m").folder / "params")
+    assert len(released) >= sum(len(array.chunks()) for array in arrays.values()) > 10
+
+
 def test_a_vocabulary_of_gpt2s_size_is_gpt2s(tmp_path, monkeypatch):
     """Nothing in the released files names the tokenizer."""
     assert conversion.GPT2_VOCABULARY == preset("mha").vocab_size == 50304
@@ -260,16 +274,16 @@ def test_a_vocabulary_of_gpt2s_size_is_gpt2s(tmp_path, monkeypatch):
         assert checkpoints.open_checkpoint(tmp_path / f"{size}").tokenizer == name
 
 
-def test_blocks_follow_one_another_row_by_row():
+def test_chunks_follow_one_another_row_by_row():
     values = np.arange(4 * 6 * 2, dtype=np.int16).reshape(4, 6, 2)
     array = lazy.LazyArray(values.shape, values.dtype, (2, 3, 2), values.__getitem__)
     assert array.nbytes == values.nbytes
-    firsts = [array.read(block).reshape(-1)[0] for block in array.blocks()]
+    firsts = [array.read(chunk).reshape(-1)[0] for chunk in array.chunks()]
     assert firsts == [values[0, 0, 0], values[0, 3, 0], values[2, 0, 0], values[2, 3, 0]]
-    assert sum(array.read(block).sum() for block in array.blocks()) == values.sum()
+    assert sum(array.read(chunk).sum() for chunk in array.chunks()) == values.sum()
 
 
-def test_checksums_are_those_of_each_block(tmp_path):
+def test_checksums_are_those_of_each_chunk(tmp_path):
     values = np.random.default_rng(0).standard_normal((4, 6), np.float32)
     array = lazy.LazyArray(values.shape, values.dtype, (2, 3), values.__getitem__)
     one = np.arange(3, dtype=np.float32)
@@ -286,7 +300,7 @@ def test_checksums_are_those_of_each_block(tmp_path):
     conversion._verify(tmp_path, sums, seen.append)
     assert sum(seen) == 2 * (values.nbytes + one.nbytes)
     read = lazy.open_arrays(tmp_path / "checkpoints" / "0" / "params")
-    assert read["a.b"].block == (2, 3) and read["a.b"].dtype == np.float32
+    assert read["a.b"].chunk == (2, 3) and read["a.b"].dtype == np.float32
     np.testing.assert_array_equal(read["a.b"].read((slice(1, 3), slice(2, 6))), values[1:3, 2:6])
     # Each sum is compared, of each leaf.
     for path, index in (("a.b", 0), ("a.b", 3), ("c", 0)):

@@ -157,7 +157,7 @@ def test_without_the_harness_the_command_says_how_to_get_it(checkpoint, monkeypa
     for name in ("lm_eval", "lm_eval.api.model"):
         monkeypatch.setitem(tasks.sys.modules, name, None)
     monkeypatch.delitem(tasks.sys.modules, "mlra_jax.evaluate.harness", raising=False)
-    assert tasks.main([f"--checkpoint={checkpoint}"]) == 2
+    assert tasks.main([f"--checkpoint={checkpoint}"]) == 1
     error = capsys.readouterr().err
     assert "pip install 'mlra-jax[lm_eval]'" in error and error.count("\n") == 1
 

@@ -13,6 +13,7 @@ from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.evaluate import perplexity
 from mlra_jax.evaluate.perplexity import Tally, evaluate, table
+from mlra_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(GroupedConfig(2, 2, 4), 50, 1, 8, 8)
 WINDOW = 4
@@ -25,6 +26,10 @@ class Model:
     mesh = None
 
 
+loaded: list[tuple] = []
+"""The arguments of each `load_model`."""
+
+
 def scores(model, inputs_BT, targets_BT):
     return -(inputs_BT * 0.01 + targets_BT * 0.5).astype(np.float32), None
 
@@ -33,13 +38,14 @@ def scores(model, inputs_BT, targets_BT):
 def calls(monkeypatch):
     """Batches that were scored; no model is loaded or run."""
     seen = []
+    loaded.clear()
 
     def noted(model, inputs_BT, targets_BT):
         seen.append((inputs_BT, targets_BT))
         return scores(model, inputs_BT, targets_BT)
 
     monkeypatch.setattr(perplexity, "token_scores", noted)
-    monkeypatch.setattr(perplexity, "load_model", lambda *arguments: Model())
+    monkeypatch.setattr(perplexity, "load_model", lambda *asked: loaded.append(asked) or Model())
     monkeypatch.setattr(perplexity, "check_batch", lambda model, batch: None)
     return seen
 
@@ -108,6 +114,17 @@ def test_the_mean_is_over_sets_not_tokens(place, calls):
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8])
 def test_a_batch_changes_no_bit(place, calls, batch):
     assert run(place, batch=batch, output=None)["sets"] == run(place, output=None)["sets"]
+
+
+def test_the_model_is_the_one_that_was_asked_for(place, calls):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    run(place, step=1, dtype="float16", mesh=mesh, batch=None)
+    assert loaded == [(place / "run", mesh, "float16", 1)]
+    # Four windows for each device that splits the batch.
+    assert [len(inputs) for inputs, _ in calls] == [16, 16]
+    run(place, output=None, batch=None)
+    assert loaded[1][2:] == (None, 2) and loaded[1][1].size == 1
+    assert len(calls[2][0]) == 4
 
 
 def windows_of(count):

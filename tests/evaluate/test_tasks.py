@@ -240,6 +240,6 @@ def test_the_commands_mistakes_are_one_line(asked, model, tmp_path, capsys):
         ([f"--output={tmp_path / 'absent' / 'r.json'}"], "its folder does not exist"),
         ([f"--output={tmp_path}"], "is a folder"),
     ):
-        assert tasks.main(["--checkpoint=DIR", *flags]) != 0
+        assert tasks.main(["--checkpoint=DIR", *flags]) == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

@@ -1,11 +1,14 @@
 """Texts up to stop strings, windows and batches, without a model."""
 
+import types
+
 import numpy as np
 import pytest
 
 from mlra_jax.data.tokenizers import ByteTokenizer
 from mlra_jax.evaluate import scoring
 from mlra_jax.evaluate.scoring import generate_until, loglikelihood, rolling_windows
+from mlra_jax.sharding import make_mesh
 
 END = ByteTokenizer.end_of_text
 
@@ -195,6 +198,44 @@ def test_contexts_lose_their_beginning_at_the_limit(scored, monkeypatch, context
     ((inputs, targets),) = seen
     kept = tokens[-21:]
     assert inputs[: len(kept) - 1] == kept[:-1] and targets[: len(kept) - 1] == kept[1:]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "length", "chunks"),
+    [
+        # Logits of one device: rows x length x its part of the vocabulary, a thousand at a time.
+        (dict(), 2, 10, 6),
+        (dict(data=2), 2, 10, 3),
+        (dict(fsdp=2), 2, 10, 3),
+        (dict(data=2, fsdp=2), 4, 10, 3),
+        (dict(tensor=2), 2, 10, 3),
+        (dict(tensor=2, context=2), 2, 10, 2),
+        (dict(tensor=4), 1, 13, 1),
+        (dict(tensor=4), 1, 14, 2),
+    ],
+)
+def test_logits_are_held_in_parts(monkeypatch, sizes, batch, length, chunks):
+    asked = []
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 1000)
+    monkeypatch.setattr(scoring, "_token_scores", lambda *_, chunks: asked.append(chunks))
+    model = types.SimpleNamespace(config=Model.config, mesh=make_mesh(**sizes))
+    tokens = np.zeros((batch, length), np.int32)
+    scoring.token_scores(model, tokens, tokens)
+    assert asked == [chunks]
+
+
+def test_batches_divide_over_the_devices():
+    for sizes, good, bad in (
+        (dict(), (1, 2, 3), (0, -1)),
+        (dict(data=2, tensor=2), (2, 4), (0, 1, 3, -2)),
+        (dict(data=2, fsdp=2), (4, 8), (2, 6)),
+    ):
+        model = types.SimpleNamespace(mesh=make_mesh(**sizes))
+        for batch in good:
+            scoring.check_batch(model, batch)
+        for batch in bad:
+            with pytest.raises(ValueError, match=f"a batch of {batch} does not divide over the"):
+                scoring.check_batch(model, batch)
 
 
 def test_batches_begin_with_the_longest():

@@ -11,10 +11,7 @@ import select
 import signal
 import sys
 
-from absl import app
-
-import mlra_jax.training.loop  # noqa: F401
-import train
+from mlra_jax.training.__main__ import main as train
 
 
 def tell(**message):
@@ -28,7 +25,7 @@ def start(arguments, out, err):
         for descriptor, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["train.py", *arguments]
-        app.run(train.main, flags_parser=train.parse_flags)
+        sys.exit(train(arguments))
     return child
 
 

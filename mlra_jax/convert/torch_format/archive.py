@@ -25,7 +25,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY_BYTES = 32 << 20
-_BLOCK = 8 << 20
+_BYTES_AT_ONCE = 8 << 20
 
 
 class Entry(NamedTuple):
@@ -66,10 +66,10 @@ class StoredArchive:
         """Compares every entry with its CRC-32; ``progress`` is told the bytes read."""
         for name, entry in self.entries.items():
             crc = 0
-            for start in range(entry.start, entry.start + entry.size, _BLOCK):
-                size = min(_BLOCK, entry.start + entry.size - start)
-                with memoryview(self.map) as view, view[start : start + size] as block:
-                    crc = zlib.crc32(block, crc)
+            for start in range(entry.start, entry.start + entry.size, _BYTES_AT_ONCE):
+                size = min(_BYTES_AT_ONCE, entry.start + entry.size - start)
+                with memoryview(self.map) as view, view[start : start + size] as piece:
+                    crc = zlib.crc32(piece, crc)
                 self.release(start, size)
                 progress(size)
             if crc != entry.crc:

@@ -15,8 +15,6 @@ from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.torch_format.archive import StoredArchive
 from mlra_jax.convert.torch_format.unpickle import MAX_BYTES, Tensor, read_tensors
 
-__all__ = ["CheckpointFileError", "TensorSpec", "TorchFile"]
-
 
 class TensorSpec(NamedTuple):
     """Shape and dtype of a tensor in a file."""

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Mapping
 
-import jax
 from flax import nnx
 
 from mlra_jax import sharding
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ModelConfig
 from mlra_jax.model import Model
 
 DEFAULT_WAYS = 8
@@ -15,24 +14,7 @@ DEFAULT_WAYS = 8
 MIN_CHUNK = 1 << 18
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes by axis from `tensor=4,fsdp=2`; axes left out have size 1.
-
-    Raises:
-      ConfigError: an unknown axis or a size that is no positive number.
-    """
-    sizes = dict.fromkeys(sharding.MESH_AXES, 1)
-    for item in text.split(","):
-        axis, _, size = item.partition("=")
-        if axis.strip() not in sizes or not (size.strip().isdigit() and int(size) > 0):
-            raise ConfigError(
-                f"--mesh={text}: {item!r} is not AXIS=SIZE with one of {', '.join(sizes)}"
-            )
-        sizes[axis.strip()] = int(size)
-    return sizes
-
-
-def block_shapes(
+def chunk_shapes(
     config: ModelConfig, mesh: Mapping[str, int] | None = None
 ) -> dict[str, tuple[int, ...]]:
     """The chunk shape of every leaf, by its dotted path: one layer, and one device's part of it.
@@ -55,20 +37,20 @@ def block_shapes(
         axes = variable.get_metadata().get("out_sharding") or (None,) * len(variable.shape)
         if mesh is not None:
             sharding.check_divides(name, variable.shape, axes, mesh)
-        block = []
+        chunk = []
         dimensions = list(zip(variable.shape, axes, sharding.mesh_axes(*axes), strict=True))
         small = math.prod(n for n, logical, _ in dimensions if logical != "layer") < MIN_CHUNK
         for length, logical, split in dimensions:
             if logical == "layer":
-                block.append(1)
+                chunk.append(1)
             elif mesh is None and small:
-                block.append(length)
+                chunk.append(length)
             elif mesh is None:
                 ways = math.gcd(length, DEFAULT_WAYS) if split == sharding.MODEL else 1
-                block.append(length // ways)
+                chunk.append(length // ways)
             else:
-                block.append(length // math.prod(mesh[axis] for axis in split))
-        shapes[name] = tuple(block)
+                chunk.append(length // math.prod(mesh[axis] for axis in split))
+        shapes[name] = tuple(chunk)
     return shapes
 
 
@@ -82,9 +64,3 @@ def nested(flat: Mapping[str, object]) -> dict:
             node = node.setdefault(key, {})
         node[last] = value
     return tree
-
-
-def flat(tree) -> dict[str, object]:
-    """Dotted paths from a tree of dicts."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,7 +1,6 @@
 """Greedy decoding of every released variant, and the ids that are never drawn."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ from flax import nnx
 import mlra_jax
 from mlra_jax.decoder import Vocabulary
 
-RELEASED = Path(__file__).parents[1] / "data" / "released"
-VARIANTS = sorted(path.name for path in RELEASED.iterdir() if path.is_dir())
+from .files import FOLDERS
+
 NEW = 9
 
 forward = nnx.jit(lambda model, tokens_BT: model(tokens_BT))
@@ -36,7 +35,7 @@ def argmax_of_whole_passes(model, rows):
     return [row[length:] for row, length in zip(rows, begun, strict=True)]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_greedy_is_the_argmax_of_whole_passes_alone_and_in_a_ragged_batch(released, name):
     model = mlra_jax.load_model(released(name), dtype="float32")
     batch = prompts((13, 3, 22), model.config.vocab_size)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from pathlib import Path
+import shutil
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mlra_jax import checkpoints
-from mlra_jax import export as exporting
 from mlra_jax.config import LatentConfig
-from mlra_jax.convert import CheckpointFileError, convert
+from mlra_jax.convert import CheckpointFileError, convert, exporting
+from mlra_jax.convert.exporting import export
 from mlra_jax.convert.lazy import LazyArray
 from mlra_jax.convert.weights import Weights
-from mlra_jax.export import export, main
+from mlra_jax.export import main
 
-RELEASED = Path(__file__).parent / "data" / "released"
-FOLDERS = sorted(path.name for path in RELEASED.iterdir() if path.is_dir())
+from .files import FOLDERS, RELEASED
 
 
 def round_trip(name, folder, **flags):
@@ -137,24 +136,24 @@ def test_command_line(tmp_path, capsys):
         "model.safetensors",
     ]
     capsys.readouterr()
-    assert main(flags) == 2
+    assert main(flags) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "exists already" in captured.err
     other = f"--destination={tmp_path / 'other'}"
-    assert main([f"--checkpoint={tmp_path / 'absent'}", other]) == 2
+    assert main([f"--checkpoint={tmp_path / 'absent'}", other]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     params = tmp_path / "m" / "checkpoints" / "0" / "params"
     largest = max(params.rglob("d/*"), key=lambda path: path.stat().st_size)
     for damaged in (largest, params / "_METADATA"):
         damaged.unlink()
-        assert main([f"--checkpoint={tmp_path / 'm'}", other]) == 2
+        assert main([f"--checkpoint={tmp_path / 'm'}", other]) == 1
         assert capsys.readouterr().err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
 
 
 def test_bytes_of_the_files_are_exact(tmp_path):
     """Each shard: a header of sorted offsets, padded to 8 bytes, then the numbers and no more."""
-    for limit, count in ((exporting.SHARD_BYTES, 1), (60_000, 4)):
+    for limit, count in ((exporting.SHARD_BYTES, 1), (130_000, 2), (60_000, 4)):
         out = tmp_path / f"{count}"
         convert(RELEASED / "mqa", tmp_path / f"m{count}", quiet=True)
         export(tmp_path / f"m{count}", out, shard_bytes=limit, quiet=True)
@@ -162,7 +161,7 @@ def test_bytes_of_the_files_are_exact(tmp_path):
         of = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         assert files == (["model.safetensors"] if count == 1 else of)
         where = {}
-        shapes = exporting.layout(checkpoints.read_model_config(tmp_path / f"m{count}")).tensors
+        shapes = exporting.layout(checkpoints.open_checkpoint(tmp_path / f"m{count}").model).tensors
         with Weights(RELEASED / "mqa") as source:
             for file in files:
                 data = (out / file).read_bytes()
@@ -189,6 +188,20 @@ def test_bytes_of_the_files_are_exact(tmp_path):
                 "metadata": {"total_size": total},
                 "weight_map": where,
             }
+
+
+def test_the_disk_must_have_room_for_all_and_a_megabyte(tmp_path, monkeypatch):
+    convert(RELEASED / "mqa", tmp_path / "m", quiet=True)
+    model = checkpoints.open_checkpoint(tmp_path / "m").model
+    total = sum(4 * int(np.prod(shape)) for shape in exporting.layout(model).tensors.values())
+    usage = shutil.disk_usage(tmp_path)
+    for free, ok in ((total + (1 << 20) - 1, False), (total + (1 << 20), True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, f=free: usage._replace(free=f))
+        if ok:
+            export(tmp_path / "m", tmp_path / "out", shard_bytes=60_000, quiet=True)
+        else:
+            with pytest.raises(CheckpointFileError, match="GB free"):
+                export(tmp_path / "m", tmp_path / "out", shard_bytes=60_000, quiet=True)
 
 
 def test_tensors_fill_a_file_up_to_its_limit():

@@ -1,0 +1,164 @@
+"""Continue text from a checkpoint, sharded over a mesh.
+
+mlra-decode --checkpoint=runs/quickstart --prompt="The " --max_new_tokens=200
+mlra-decode --checkpoint=DIR --prompt_file=prompts.txt --mesh=tensor=4,context=2
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from absl import logging
+
+from mlra_jax import sharding
+from mlra_jax.command import Parser, Switch, run, use_cpu
+from mlra_jax.costs import describe_cache
+from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
+from mlra_jax.generation import Sampling, Stream
+from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Decodes as the flags say; see `command.run` for the exit codes."""
+    parser = Parser(
+        "mlra_jax.generation", __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder that training or conversion wrote")
+    add("--prompt", action="append", default=[], help="text to continue; several are a batch")
+    add("--prompt_file", help="file with one prompt a line")
+    add("--max_new_tokens", type=int, default=128, help="tokens to add to each prompt")
+    add("--temperature", type=float, default=0.0, help="0 is greedy, 1 the model's distribution")
+    add("--top_k", type=int, default=0, help="sample among the k most likely tokens; 0 for all")
+    add("--top_p", type=float, default=1.0, help="among the likeliest that reach this probability")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--mesh", default="", help="devices along each axis, as in tensor=4,context=2")
+    add("--virtual_cpu_devices", type=int, help="decode on so many devices made of the CPU")
+    add("--cache_length", type=int, help="cache slots; by default what the prompts need")
+    add("--dtype", help="bfloat16 by default on GPUs and TPUs, else the checkpoint's")
+    add("--tokenizer", help="name or tiktoken ranks file, if not the checkpoint's")
+    add("--stop", action=Switch, default=True, help="end a prompt at the end-of-text token")
+    flags = parser.parse_args(argv)
+    return run(parser, lambda: decode(flags), "the text ends here")
+
+
+def decode(flags: argparse.Namespace) -> None:
+    """Loads, continues the prompts and prints the text; timings go to stderr."""
+    if flags.virtual_cpu_devices:
+        use_cpu(flags.virtual_cpu_devices)
+    started = time.perf_counter()
+    mesh = sharding.parse_mesh(flags.mesh)
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
+    prompts = read_prompts(flags.prompt, flags.prompt_file)
+    dtype = flags.dtype
+    if dtype is None and sharding.platform(mesh) != "cpu":
+        dtype = "bfloat16"
+    _say(f"loading {flags.checkpoint} ...")
+    model = load_model(flags.checkpoint, mesh=mesh, dtype=dtype)
+    # From here on warnings are about kernels.
+    logging.set_verbosity(logging.WARNING)
+    tokenizer = tokenizer_of(model, flags.tokenizer)
+    model = with_tokenizer(model, tokenizer)
+    steps = Stream(
+        model,
+        [tokenizer.encode(prompt) for prompt in prompts],
+        max_new_tokens=flags.max_new_tokens,
+        sampling=sampling,
+        seed=flags.seed,
+        cache_length=flags.cache_length,
+    )
+    _say(
+        f"loaded in {time.perf_counter() - started:.1f} s; compiling for "
+        f"{mesh.size} {sharding.platform(mesh)} device(s) ..."
+    )
+    produced, seconds = print_text(steps, prompts, tokenizer, stop=flags.stop)
+    if produced > 2:
+        step = seconds / (produced - 2)
+        _say(
+            f"{len(prompts) / step:.1f} tokens/s ({1000 * step:.2f} ms a step, {len(prompts)} "
+            f"prompt(s), {produced} steps)"
+        )
+    _say(describe_cache(model.config, model.mesh, len(prompts), steps.capacity))
+
+
+def read_prompts(prompts: list[str], file: str | None) -> list[str]:
+    """Those of the command line, then the file's lines; raises ValueError for an empty one."""
+    prompts = list(prompts)
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise ValueError(f"--prompt_file={path} is not a file")
+        try:
+            prompts += path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt_file={path} is not UTF-8 text ({error})") from None
+    if not prompts:
+        raise ValueError("nothing to continue: give --prompt=TEXT or --prompt_file=FILE")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty: give it at least one character")
+    return prompts
+
+
+def print_text(
+    steps: Iterable[list[int]], prompts: list[str], tokenizer: Tokenizer, *, stop: bool
+) -> tuple[int, float]:
+    """Prints prompts and tokens as they come, until all have ended or `steps` does.
+
+    Returns the number of steps and the seconds of all but the first two, which wait for the
+    compiler.
+    """
+    going = [True] * len(prompts)
+    printer: Printer | None = None
+    produced, second, last = 0, 0.0, 0.0
+    for tokens in steps:
+        last = time.perf_counter()
+        printer = printer or Printer(prompts, tokenizer)
+        for row, token in enumerate(tokens):
+            going[row] = going[row] and not (stop and token == tokenizer.end_of_text)
+            if going[row]:
+                printer.push(row, token)
+        produced += 1
+        if produced == 2:
+            second = last
+        if not any(going):
+            break
+    if printer is not None:
+        printer.close()
+    return produced, last - second
+
+
+class Printer:
+    """Streams one prompt as it comes; several by whole lines, each with its prompt's number."""
+
+    def __init__(self, prompts: list[str], tokenizer: Tokenizer):
+        self.decoders = [StreamDecoder(tokenizer) for _ in prompts]
+        self.many = len(prompts) > 1
+        self.lines = [""] * len(prompts)
+        for row, prompt in enumerate(prompts):
+            self.text(row, prompt)
+
+    def push(self, row: int, token: int) -> None:
+        self.text(row, self.decoders[row].push(token))
+
+    def text(self, row: int, text: str) -> None:
+        if not self.many:
+            print(text, end="", flush=True)
+            return
+        *whole, self.lines[row] = (self.lines[row] + text).split("\n")
+        for line in whole:
+            print(f"[{row}] {line}", flush=True)
+
+    def close(self) -> None:
+        for row, decoder in enumerate(self.decoders):
+            self.text(row, decoder.flush() + ("\n" if self.lines[row] or not self.many else ""))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

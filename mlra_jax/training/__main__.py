@@ -1,0 +1,121 @@
+"""Train a model: `mlra-train --config=configs/NAME.py --workdir=DIR [--config.key=value ...]`.
+
+Without `--config.key` every setting is that of the file; `DIR/experiment.json` keeps what was used.
+The same command goes on where the last checkpoint of DIR stands.
+"""
+
+import os
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+
+import jax
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from mlra_jax.command import Parser, Switch, run, use_cpu
+from mlra_jax.settings_tree import closest
+from mlra_jax.training.loop import train
+from mlra_jax.training.settings import Experiment
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains as the flags say; see `command.run` for the exit codes."""
+    parser = Parser("mlra_jax.training", __doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:NAME]", help="experiment, a file of configs/")
+    add("--workdir", required=True, help="folder for checkpoints and metrics")
+    add(
+        "--distributed",
+        action=Switch,
+        help="join the processes of a cluster that JAX detects (TPU pods, Slurm, ...); default: "
+        "where TPU_WORKER_HOSTNAMES names several hosts",
+    )
+    add("--coordinator", help="HOST:PORT of process 0, to join processes that JAX cannot detect")
+    add("--num_processes", type=int, help="with --coordinator: how many")
+    add("--process_id", type=int, help="with --coordinator: which one this is")
+    flags, overrides = parser.parse_known_args(argv)
+    if not flags.workdir:
+        parser.error("--workdir is empty")
+    settings = read_settings(parser, flags.config, overrides)
+
+    def work():
+        experiment = Experiment.from_dict(settings.to_dict())
+        if experiment.virtual_cpu_devices:
+            use_cpu(experiment.virtual_cpu_devices)
+        _join_processes(flags)
+        train(experiment, flags.workdir, say=lambda line: print(line, flush=True))
+
+    return run(parser, work, "the same command goes on from the last checkpoint")
+
+
+def read_settings(parser: Parser, file: str, overrides: list[str]) -> ConfigDict:
+    """The settings of `get_config()` in `file` with `--config.key=value` put over them.
+
+    Every mistake is a usage error of one line that names the nearest setting.
+
+    Args:
+      parser: of the command.
+      file: `FILE` or `FILE:NAME`, which hands NAME to `get_config`.
+      overrides: what else stands on the command line.
+    """
+    argv = [parser.prog, f"--config={file}", *overrides]
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)[1:]
+    except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = str(error.args[0] if error.args else error)
+        parser.error(_misnamed(values, file, overrides) or message.splitlines()[0])
+    if rest:
+        parser.error(f"{parser.unknown(rest[0])}; settings are given as --config.key=…")
+    if not isinstance(values.config, ConfigDict):
+        parser.error(_unreadable(values.config))
+    return values.config
+
+
+def _misnamed(values: absl_flags.FlagValues, file: str, overrides: list[str]) -> str | None:
+    """Names the first `--config.a.b` that the experiment does not have, and its likely meaning."""
+    try:
+        settings = values["config"].parser.parse(file)
+    # A file of the user's may raise anything.
+    except Exception as error:
+        reason = re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])
+        return f"--config={file}: {reason}"
+    if not isinstance(settings, ConfigDict):
+        return _unreadable(settings)
+    paths = [argument.lstrip("-").partition("=")[0] for argument in overrides]
+    for path in (path for path in paths if path.startswith("config.")):
+        known = settings
+        for i, name in enumerate(path.split(".")[1:], 1):
+            parent = ".".join(path.split(".")[:i])
+            if not isinstance(known, ConfigDict):
+                return f"unknown setting --{path}: {parent} has no parts"
+            if name not in known:
+                return f"unknown setting --{path}; {closest(name, known, f'--{parent}.')}"
+            known = known[name]
+    return None
+
+
+def _unreadable(settings) -> str:
+    """Why there is no experiment: config_flags keeps the error until the value is used."""
+    try:
+        settings.to_dict()
+    except AttributeError:
+        pass
+    except Exception as error:
+        return f"--config cannot be read: {str(error).splitlines()[-1].strip()}"
+    return "--config is no experiment: get_config() must return a ConfigDict"
+
+
+def _join_processes(flags) -> None:
+    """Before anything else touches a device."""
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if flags.coordinator:
+        jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+    elif flags.distributed or (flags.distributed is None and pod):
+        jax.distributed.initialize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
