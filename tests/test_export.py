@@ -128,6 +128,18 @@ def test_no_scale_is_said(tmp_path, capsys):
     assert "_no_scale" in capsys.readouterr().out
 
 
+def test_every_flag_of_the_command_line_arrives(monkeypatch):
+    asked = []
+    monkeypatch.setattr(exporting, "export", lambda *paths, **rest: asked.append((paths, rest)))
+    flags = ["--checkpoint=C", "--destination=D"]
+    assert main(flags) == 0
+    assert main([*flags, "--step=3", "--dtype=float16"]) == 0
+    assert asked == [
+        (("C", "D"), dict(step=None, dtype=None)),
+        (("C", "D"), dict(step=3, dtype="float16")),
+    ]
+
+
 def test_command_line(tmp_path, capsys):
     convert(RELEASED / "mqa", tmp_path / "m", quiet=True)
     flags = [f"--checkpoint={tmp_path / 'm'}", f"--destination={tmp_path / 'out'}"]
