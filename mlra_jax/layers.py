@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
+from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
 
@@ -20,11 +21,6 @@ def param(
     """A parameter with its logical axis names; `sharding.state_shardings` maps them to a mesh."""
     value = init(rngs.params(), tuple(shape), jnp.dtype(dtype))
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
-
-
-def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """float32 means float32: TPUs and recent GPUs would otherwise round its operands."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 class Projection(nnx.Module):

@@ -19,7 +19,7 @@ from mlra_jax.attention import MODULES
 from mlra_jax.config import ConfigError, LatentConfig
 from mlra_jax.generation.loop import compiled
 from mlra_jax.generation.sampling import Sampling
-from mlra_jax.kernels.absorbed_decode.config import Problem
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 B, S, D_C, D_ROPE = 2, 512, 48, 6
 LATENT = dict(num_heads=8, latent_dim=D_C, q_latent_dim=24, nope_dim=10, rope_dim=D_ROPE, groups=1)

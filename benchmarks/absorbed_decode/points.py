@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mlra_jax.kernels.absorbed_decode.config import Problem
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 K = 1024
 _BEYOND_L2 = 400e6  # Bytes of cache that a loop goes through before it comes to the first again.

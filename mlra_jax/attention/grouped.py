@@ -8,9 +8,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads
+from mlra_jax.attention import heads, sharded
 from mlra_jax.config import GroupedConfig, ModelConfig
-from mlra_jax.kernels.causal_attention import causal_attention
 from mlra_jax.kernels.grouped_decode import grouped_decode
 from mlra_jax.layers import Projection, output_init, rotate
 
@@ -43,7 +42,7 @@ class GroupedAttention(nnx.Module):
         """As `__call__`, and what decoding needs to keep: `[B, T, ...]` arrays by name."""
         q_BTHK = self._queries(x_BTD, positions_BT)
         k_BTJK, v_BTJK = self._keys_values(x_BTD, positions_BT)
-        o_BTHK = causal_attention(
+        o_BTHK = sharded.causal(
             q_BTHK,
             heads.repeat_for_mesh(k_BTJK, self.mesh),
             heads.repeat_for_mesh(v_BTJK, self.mesh),

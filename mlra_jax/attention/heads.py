@@ -46,7 +46,7 @@ def whole_heads(x_BTJK: jax.Array, axes: tuple[str | None, str], mesh: Mesh) -> 
 
 
 def repeat_for_mesh(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
-    """Key/value heads repeated until they divide over the mesh, as `causal_attention` wants them.
+    """Key/value heads repeated until they divide over the mesh, as `sharded.causal` wants them.
 
     Query heads that divide over the mesh and among the J heads divide among the repeated ones too.
     """

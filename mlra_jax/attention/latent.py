@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import sharding
+from mlra_jax.attention import sharded
 from mlra_jax.config import LatentConfig, ModelConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
-from mlra_jax.kernels.causal_attention import causal_attention
 from mlra_jax.layers import Projection, RMSNorm, output_init, precision, rotate
 
 
@@ -77,7 +77,7 @@ class LatentAttention(nnx.Module):
             jnp.concatenate([self._up(c_BTLC, self.k_up), rope_BTPR], axis=-1)
         )
         v_BTPK = self._by_branch_head(self._up(c_BTLC, self.v_up))
-        o_BTPK = causal_attention(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
+        o_BTPK = sharded.causal(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
         return self._output(x_BTD, o_BTPK), self._entries(c_BTLC, k_rope_BTR)
 
     def decode(

@@ -14,10 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads
+from mlra_jax.attention import heads, sharded
 from mlra_jax.config import ConfigError, ModelConfig, TensorProductConfig
-from mlra_jax.kernels.causal_attention import causal_attention
-from mlra_jax.kernels.grouped_decode.reference import visible_softmax
+from mlra_jax.kernels.softmax import visible_softmax
 from mlra_jax.layers import Projection, output_init, precision, rotate
 
 
@@ -65,7 +64,7 @@ class TensorProductAttention(nnx.Module):
         entries = self._entries(x_BTD, positions_BT)
         k_BTHK = self._product(entries["k_a"], entries["k_b"])
         v_BTHK = self._product(entries["v_a"], entries["v_b"])
-        o_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, scale=self.scale, mesh=self.mesh)
+        o_BTHK = sharded.causal(q_BTHK, k_BTHK, v_BTHK, scale=self.scale, mesh=self.mesh)
         return self._output(o_BTHK), entries
 
     def decode(

@@ -14,10 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads
+from mlra_jax.attention import heads, sharded
 from mlra_jax.config import ModelConfig, TiedConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
-from mlra_jax.kernels.causal_attention import causal_attention
 from mlra_jax.layers import Projection, output_init, rotate
 
 
@@ -52,7 +51,7 @@ class TiedAttention(nnx.Module):
         v_BTJK = heads.repeat_for_mesh(tied_BTJK, self.mesh)
         rope_BTJR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*v_BTJK.shape[:3], a.rope_dim))
         k_BTJK = jnp.concatenate([v_BTJK[..., : -a.rope_dim], rope_BTJR], axis=-1)
-        o_BTHK = causal_attention(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
+        o_BTHK = sharded.causal(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
         return self._output(o_BTHK), self._entries(tied_BTJK, k_rope_BTR)
 
     def decode(

@@ -14,17 +14,18 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxprs import HIGHEST, products
 
+from mlra_jax.kernels import target, tuning
 from mlra_jax.kernels.absorbed_decode import (
     absorbed_decode,
     api,
     autotune,
-    config,
     has_kernel,
     load_tuned,
     merge_partials,
     mosaic_tpu,
     save_tuned,
 )
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 SCALE = 0.11
 decode = jax.jit(functools.partial(absorbed_decode, scale=SCALE))
@@ -283,7 +284,7 @@ def test_the_platform_chooses_the_kernel(monkeypatch, platform, kind, kernel):
     fake_backend(monkeypatch)
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
     assert api._choose(None, device, None) == kernel
-    monkeypatch.setattr(api, "_target_device", lambda: device)
+    monkeypatch.setattr(target, "device", lambda: device)
     assert has_kernel(*arguments()[:3]) == (kernel != "reference")
     fake_backend(monkeypatch, why_not="too wide")
     assert not has_kernel(*arguments()[:3])
@@ -297,7 +298,7 @@ def test_has_kernel_asks_the_override_first(monkeypatch):
     monkeypatch.setenv(api.OVERRIDE, "mosaic_tpu")
     assert has_kernel(*shapes)
     tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
-    monkeypatch.setattr(api, "_target_device", lambda: tpu)
+    monkeypatch.setattr(target, "device", lambda: tpu)
     monkeypatch.setenv(api.OVERRIDE, "reference")
     assert not has_kernel(*shapes)
     monkeypatch.setenv(api.OVERRIDE, "")
@@ -374,7 +375,7 @@ def test_fallback_is_logged_once_per_reason(monkeypatch):
     ]
     lines.clear()
     monkeypatch.setattr(
-        api, "_target_device", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
+        target, "device", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
     )
     plain = tile_used(implementation="reference")
     for reason in ("too wide", "too wide", "too long"):
@@ -388,42 +389,42 @@ def test_fallback_is_logged_once_per_reason(monkeypatch):
 
 def test_tuned_settings_are_measured_saved_and_used(monkeypatch, tmp_path):
     fake_backend(monkeypatch)
-    monkeypatch.setattr(config, "_tuned", {})
-    monkeypatch.setattr(config.time, "perf_counter", iter([0, 9] * 20 + [0, 1] * 20).__next__)
+    monkeypatch.setattr(tuning, "_tuned", {})
+    monkeypatch.setattr(tuning.time, "perf_counter", iter([0, 9] * 20 + [0, 1] * 20).__next__)
     best = autotune(*arguments(), jnp.array([9, 9]), scale=SCALE, implementation="mosaic_tpu")
     assert best == mosaic_tpu.TpuConfig(384, 2, 1)
     assert tile_used(implementation="mosaic_tpu") == 384
     path = tmp_path / "tuned.json"
     save_tuned(path)
-    config._tuned.clear()
+    tuning._tuned.clear()
     assert tile_used(implementation="mosaic_tpu") == 128
     assert load_tuned(path) == 1
     assert tile_used(implementation="mosaic_tpu") == 384
 
 
-PROBLEM = config.Problem("TPU v5 lite", 2, 3, 4, 5, 1, 128, 64, 4096, "bfloat16")
+PROBLEM = Problem("TPU v5 lite", 2, 3, 4, 5, 1, 128, 64, 4096, "bfloat16")
 
 
 def test_settings_hold_for_the_problem_they_were_measured_on_and_no_other(monkeypatch):
-    monkeypatch.setattr(config, "_tuned", {})
+    monkeypatch.setattr(tuning, "_tuned", {})
     settings = mosaic_tpu.TpuConfig(384, 2, 1)
-    config.remember_tuned("mosaic_tpu", PROBLEM, settings)
-    assert config.find_tuned("mosaic_tpu", dataclasses.replace(PROBLEM)) == vars(settings)
-    assert config.find_tuned("mosaic_gpu", PROBLEM) is None
+    tuning.remember_tuned(api.OP, "mosaic_tpu", PROBLEM, settings)
+    assert tuning.find_tuned(api.OP, "mosaic_tpu", dataclasses.replace(PROBLEM)) == vars(settings)
+    assert tuning.find_tuned(api.OP, "mosaic_gpu", PROBLEM) is None
     for name, value in vars(PROBLEM).items():
         other = value + "x" if isinstance(value, str) else value + 1
         changed = dataclasses.replace(PROBLEM, **{name: other})
-        assert config.find_tuned("mosaic_tpu", changed) is None
+        assert tuning.find_tuned(api.OP, "mosaic_tpu", changed) is None
 
 
 def test_the_problem_names_every_size_of_the_call(monkeypatch):
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
-    monkeypatch.setattr(api, "_target_device", lambda: device)
+    monkeypatch.setattr(target, "device", lambda: device)
     seen = []
     monkeypatch.setattr(api, "_why_not", lambda name, problem: seen.append(problem))
     q, q_rope, latents, k_rope = arguments(B=2, T=3, L=4, H=5, C=16, R=8, S=37, G=2)
     assert has_kernel(q, q_rope, latents)
-    wanted = config.Problem("NVIDIA H200", 2, 3, 4, 5, 2, 16, 8, 37, "float32")
+    wanted = Problem("NVIDIA H200", 2, 3, 4, 5, 2, 16, 8, 37, "float32")
     assert seen == [wanted]
     # A call without groups has one.
     fake_backend(monkeypatch)
@@ -435,39 +436,53 @@ def test_the_problem_names_every_size_of_the_call(monkeypatch):
 
 def test_a_file_of_settings_keeps_all_and_adds_to_what_is_known(monkeypatch, tmp_path):
     path, other = tmp_path / "tuned.json", dataclasses.replace(PROBLEM, batch=7)
-    monkeypatch.setattr(config, "_tuned", {})
-    entries = [
-        ("mosaic_tpu", PROBLEM, 256),
-        ("mosaic_gpu", PROBLEM, 384),
-        ("mosaic_tpu", other, 512),
+    monkeypatch.setattr(tuning, "_tuned", {})
+    saved = [
+        (api.OP, "mosaic_tpu", PROBLEM, 256),
+        (api.OP, "mosaic_gpu", PROBLEM, 384),
+        ("another_op", "mosaic_gpu", PROBLEM, 640),
+        (api.OP, "mosaic_tpu", other, 512),
     ]
-    for name, problem, tile in entries:
-        config.remember_tuned(name, problem, mosaic_tpu.TpuConfig(tile, 2, 1))
+    for *key, tile in saved:
+        tuning.remember_tuned(*key, mosaic_tpu.TpuConfig(tile, 2, 1))
     save_tuned(path)
-    config._tuned.clear()
-    config.remember_tuned("mosaic_gpu", other, mosaic_tpu.TpuConfig(640, 2, 1))
-    config.remember_tuned("mosaic_gpu", PROBLEM, mosaic_tpu.TpuConfig(128, 2, 1))
-    assert load_tuned(path) == 3
-    tiles = {key: settings["tile"] for key, settings in config._tuned.items()}
-    assert tiles == {(name, problem): tile for name, problem, tile in entries} | {
-        ("mosaic_gpu", other): 640
-    }
+    tuning._tuned.clear()
+    kept = api.OP, "mosaic_gpu", other, 768
+    for *key, tile in (kept, (*saved[1][:3], 128)):
+        tuning.remember_tuned(*key, mosaic_tpu.TpuConfig(tile, 2, 1))
+    assert load_tuned(path) == 4
+    for *key, tile in (*saved, kept):
+        assert tuning.find_tuned(*key) == dict(tile=tile, buffers=2, splits=1)
+    assert tuning.find_tuned("another_op", "mosaic_gpu", other) is None
     # A file that cannot be read changes nothing.
-    path.write_text(path.read_text().replace('"batch": 7', '"stack": 7'))
+    text = path.read_text()
+    path.write_text(
+        text[: text.rindex('"config"')] + text[text.rindex('"config"') :].replace("c", "k", 1)
+    )
+    tuning._tuned.clear()
     with pytest.raises(ValueError, match="tuned.json is not a file of tuned kernel settings"):
         load_tuned(path)
-    assert len(config._tuned) == 4
+    assert not tuning._tuned
     with pytest.raises(FileNotFoundError):
         load_tuned(tmp_path / "missing.json")
 
 
+def test_files_of_when_one_op_had_settings_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "_tuned", {})
+    row = dict(implementation="mosaic_tpu", problem=vars(PROBLEM), config=dict(tile=256))
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(dict(format_version=1, tuned=[row])))
+    assert load_tuned(path) == 1
+    assert tuning.find_tuned("absorbed_decode", "mosaic_tpu", PROBLEM) == dict(tile=256)
+
+
 def test_settings_of_another_version_are_left_aside_with_one_line(monkeypatch, tmp_path):
     fake_backend(monkeypatch)
-    monkeypatch.setattr(config, "_tuned", {})
+    monkeypatch.setattr(tuning, "_tuned", {})
     lines = []
     monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append(text % args))
     api._log_once.cache_clear()
-    problem = api._problem(jax.devices()[0].device_kind, *arguments()[:3])
+    problem = Problem.of(*arguments()[:3], jax.devices()[0].device_kind)
     path = tmp_path / "tuned.json"
     for settings in (dict(tile=384, stages=2), dict(tile=384, buffers=2, splits=0)):
         rows = [dict(implementation="mosaic_tpu", problem=vars(problem), config=settings)]
@@ -483,13 +498,13 @@ def test_settings_of_the_kernels_survive_a_file(monkeypatch, tmp_path, name):
     backend = pytest.importorskip(
         f"mlra_jax.kernels.absorbed_decode.{name}", reason="this jaxlib lacks the kernel's dialect"
     )
-    monkeypatch.setattr(config, "_tuned", {})
-    problem = config.Problem("TPU v5 lite", 2, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
+    monkeypatch.setattr(tuning, "_tuned", {})
+    problem = Problem("TPU v5 lite", 2, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
     last = backend.candidates(problem)[-1]
     assert last != backend.heuristic(problem)
-    config.remember_tuned(name, problem, last)
+    tuning.remember_tuned(api.OP, name, problem, last)
     save_tuned(tmp_path / "tuned.json")
-    config._tuned.clear()
+    tuning._tuned.clear()
     load_tuned(tmp_path / "tuned.json")
     assert api._config(name, problem) == last
 
@@ -512,9 +527,9 @@ def test_the_fastest_is_by_median_and_compiling_does_not_count(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(config.time, "perf_counter", lambda: clock[0])
-    assert config.fastest(took, run, repeats=5) == ("spread", 2)
-    assert config.fastest(list(took)[1:], run, repeats=5) == ("even", 3)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: clock[0])
+    assert tuning.fastest(took, run, repeats=5) == ("spread", 2)
+    assert tuning.fastest(list(took)[1:], run, repeats=5) == ("even", 3)
     assert [calls.count(name) for name in took] == [6, 12, 12]
 
 
@@ -526,18 +541,18 @@ def test_autotuner_passes_over_what_does_not_run(monkeypatch):
 
     lines = []
     monkeypatch.setattr(logging, "info", lambda text, *args: lines.append(text % args))
-    monkeypatch.setattr(config.time, "perf_counter", iter([1.0, 1.00025]).__next__)
-    assert config.fastest(["broken", "sound"], run, repeats=1)[0] == "sound"
+    monkeypatch.setattr(tuning.time, "perf_counter", iter([1.0, 1.00025]).__next__)
+    assert tuning.fastest(["broken", "sound"], run, repeats=1)[0] == "sound"
     assert lines == [
         "autotune: broken does not run: out of memory",
         "autotune: sound takes 250.0 us",
     ]
-    monkeypatch.setattr(config.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: 0.0)
     with pytest.raises(ValueError, match="no candidate configuration runs on this device"):
-        config.fastest(["broken"], run)
+        tuning.fastest(["broken"], run)
     # What fails only when it runs is passed over as well.
     late = lambda candidate: lambda: run(candidate)()
-    assert config.fastest(["sound", "broken"], late, repeats=1)[0] == "sound"
+    assert tuning.fastest(["sound", "broken"], late, repeats=1)[0] == "sound"
 
 
 @pytest.mark.parametrize("content", ["", "[]", json.dumps({"format_version": 2, "tuned": []})])

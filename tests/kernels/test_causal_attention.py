@@ -1,6 +1,7 @@
 """Causal attention: plain JAX against NumPy, how it is split over devices, and the libraries'."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxprs import HIGHEST, equations, products
 
 from mlra_jax import sharding
+from mlra_jax.attention import sharded
+from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import api, causal_attention, reference
 
 SCALE = 0.21
@@ -112,7 +115,7 @@ def test_batch_and_heads_over_a_mesh(sizes):
     devices = jax.devices()[: np.prod(list(sizes.values()), dtype=int)]
     mesh = sharding.make_mesh(**sizes, devices=devices)
     args = arguments()
-    call = jax.jit(functools.partial(causal_attention, scale=SCALE, mesh=mesh))
+    call = jax.jit(functools.partial(sharded.causal, scale=SCALE, mesh=mesh))
     out = call(*args)
     assert_near(out, attend(*args), 2e-6)
     rows, heads = (
@@ -126,7 +129,7 @@ def test_batch_and_heads_over_a_mesh(sizes):
     "platform, dtype, chosen",
     [
         ("gpu", jnp.bfloat16, "cudnn"),
-        ("gpu", jnp.float16, "cudnn"),
+        ("cuda", jnp.float16, "cudnn"),
         ("gpu", jnp.float32, "reference"),
         ("tpu", jnp.bfloat16, "splash"),
         ("tpu", jnp.float32, "splash"),
@@ -134,11 +137,40 @@ def test_batch_and_heads_over_a_mesh(sizes):
     ],
 )
 def test_the_platform_chooses(monkeypatch, platform, dtype, chosen):
-    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    device = types.SimpleNamespace(platform=platform)
     for name in api._ATTEND:
         monkeypatch.setitem(api._ATTEND, name, lambda *_, scale, name=name: (name, scale))
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    assert causal_attention(*arguments(dtype=dtype), scale=0.5, mesh=mesh) == (chosen, 0.5)
+    mesh = types.SimpleNamespace(size=1, devices=np.array([device]))
+    args = arguments(dtype=dtype)
+    # Of a mesh its own devices count, not the host's.
+    assert sharded.causal(*args, scale=0.5, mesh=mesh) == (chosen, 0.5)
+    monkeypatch.setattr(target, "device", lambda: device)
+    assert causal_attention(*args, scale=0.5) == (chosen, 0.5)
+    assert causal_attention(*args, scale=0.5, implementation="splash") == ("splash", 0.5)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(q=(2, 19, 60)), "expected q"),
+        (dict(k=(2, 18, 3, 10)), "do not fit"),
+        (dict(k=(2, 19, 3, 9)), "do not fit"),
+        (dict(v=(1, 19, 3, 6)), "do not fit"),
+        (dict(v=(2, 19, 2, 6)), "do not fit"),
+        (dict(k=(2, 19, 4, 10), v=(2, 19, 4, 6)), "do not fit"),
+        (
+            dict(implementation="fastest"),
+            "implementation is 'fastest', expected one of reference, ",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_one_line(changes, words):
+    implementation = changes.pop("implementation", None)
+    arrays = dict(zip("qkv", arguments(), strict=True))
+    arrays |= {name: jnp.zeros(shape) for name, shape in changes.items()}
+    with pytest.raises(ValueError, match=words) as raised:
+        causal_attention(*arrays.values(), scale=SCALE, implementation=implementation)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("V", [6, 10])

@@ -17,11 +17,12 @@ import pytest
 from jax.sharding import Mesh
 from sharded_step import sharded_step
 
-from mlra_jax.kernels.absorbed_decode import config as config_lib
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 mosaic_gpu = pytest.importorskip(
     "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
 )
+plan, plgpu = mosaic_gpu.plan, mosaic_gpu.walk.plgpu
 
 
 def problem(**changes):
@@ -37,7 +38,7 @@ def problem(**changes):
         cache=4096,
         dtype="bfloat16",
     )
-    return config_lib.Problem(**(fields | changes))
+    return Problem(**(fields | changes))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,6 @@ REGISTERS = {
 def recorded_calls(monkeypatch):
     """What a kernel being traced says of registers, and its waits and copies in order."""
     registers, order = [], []
-    plgpu = mosaic_gpu.plgpu
 
     def record(name, note):
         function = getattr(plgpu, name)
@@ -151,7 +151,7 @@ def test_serves_every_member_and_number_of_heads(latents, width, dtype):
             p = problem(batch=3, **sizes)
             assert mosaic_gpu.supports(p) is None
             config = mosaic_gpu.heuristic(p)
-            assert mosaic_gpu._smem_bytes(config, p) <= 227 * 1024
+            assert plan.smem_bytes(plan.Shape(p, config)) <= 227 * 1024
 
 
 def test_says_what_it_cannot_serve():
@@ -223,21 +223,21 @@ def test_candidates_fit_and_hold_the_heuristic():
             # Only the heuristic's own pairing may keep its stripes; others use the whole chip.
             assert config.stripes == (first.stripes and config.shared == first.shared)
             assert config.ctas == (first.ctas if config.stripes else 132)
-            used = mosaic_gpu._smem_bytes(config, p)
+            used = plan.smem_bytes(plan.Shape(p, config))
             assert used <= 227 * 1024
             assert mosaic_gpu.Config(**dataclasses.asdict(config)) == config
 
 
 def memory_of(scratch):
     """Bytes of shared memory that a scratch type takes; of a union, those of its largest member."""
-    if isinstance(scratch, mosaic_gpu.plgpu.Barrier):
+    if isinstance(scratch, plgpu.Barrier):
         return 8 * int(np.prod(scratch.num_barriers))
     return math.prod(scratch.shape) * jnp.dtype(scratch.dtype).itemsize
 
 
 def test_shared_memory_is_counted_as_the_launch_takes_it(monkeypatch):
     launch = {}
-    monkeypatch.setattr(mosaic_gpu.plgpu, "kernel", lambda body, **kwargs: launch.update(kwargs))
+    monkeypatch.setattr(plgpu, "kernel", lambda body, **kwargs: launch.update(kwargs))
     for changes in (
         dict(),
         dict(batch=2, heads=100),
@@ -250,35 +250,37 @@ def test_shared_memory_is_counted_as_the_launch_takes_it(monkeypatch):
     ):
         p = problem(**changes)
         for config in mosaic_gpu.candidates(p):
-            shape = mosaic_gpu._shape(p, config)
-            shape = dataclasses.replace(shape, scale=0.1, dtype=jnp.dtype(p.dtype))
-            mosaic_gpu._split_kernel(shape, config)
+            shape = plan.Shape(p, config)
+            mosaic_gpu.walk.launch(shape, 0.1)
             taken = sum(map(memory_of, launch["scratch_types"].values()))
-            counted = mosaic_gpu._smem_bytes(config, p)
+            counted = plan.smem_bytes(shape)
             # Statistics and barriers are counted as whole KiB.
             assert counted - 3 * 1024 <= taken <= counted - 1024
             assert launch["grid"] == (config.ctas,)
             parts, lses = launch["out_type"]
             assert parts.shape[3] == lses.shape[2]
-            units = p.batch * p.latents // config.shared * shape.blocks
+            units = p.batch * p.latents // config.shared * shape.row_blocks
             assert parts.shape[3] == config.ctas + (0 if config.stripes else units)
 
 
 def test_table_numbers_the_tiles_of_ragged_rows():
-    p = problem(batch=5, latents=2, cache=1000)
+    p = problem(batch=5, queries=2, latents=2, cache=1000)
     config = dataclasses.replace(mosaic_gpu.heuristic(p), ctas=7, shared=1)
-    shape = mosaic_gpu._Shape(5, 1, 2, 64, 1, 128, 64, 1000, 1, 0.1, jnp.dtype("bfloat16"))
+    shape = plan.Shape(p, config)
     ends, starts = [1000, 0, 65, 3, 500], [0, 0, 3, 3, 490]
-    table = np.asarray(
-        mosaic_gpu._table(shape, config, jnp.asarray(ends)[:, None], jnp.asarray(starts))
+    # The farther of a row's two ends counts.
+    lengths = jnp.asarray(
+        [[end, max(end - 300, 0)][:: 1 - 2 * (b % 2)] for b, end in enumerate(ends)]
     )
+    table = np.asarray(mosaic_gpu.schedule.table(shape, lengths, jnp.asarray(starts)))
     counts = [
         math.ceil((e - s // 8 * 8) / config.block) if e > s else 0
         for e, s in zip(ends, starts, strict=True)
     ]
     np.testing.assert_array_equal(table[:6], np.cumsum([0, *counts]))
-    share = math.ceil(sum(counts) * 2 / 7)
-    row_of_tile = np.repeat(np.arange(5), np.asarray(counts) * 2)
+    units = shape.units
+    share = math.ceil(sum(counts) * units / 7)
+    row_of_tile = np.repeat(np.arange(5), np.asarray(counts) * units)
     for cta in range(7):
         if cta * share < len(row_of_tile):
             assert table[6 + cta] == row_of_tile[cta * share]

@@ -18,26 +18,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.kernels.absorbed_decode import reference
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 mosaic_gpu = pytest.importorskip(
     "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
 )
-plgpu = mosaic_gpu.plgpu
+join, plan, plgpu = mosaic_gpu.join, mosaic_gpu.plan, mosaic_gpu.walk.plgpu
 
 SCALE = 0.09
 
 
 def weigh(parts, lses, sums, statistics):
     """What the kernel writes in the GPU's own instructions: sums of parts by weight."""
-    wg, groups = lax.axis_index("wg"), mosaic_gpu._JOINERS
+    wg, groups = lax.axis_index("wg"), join.JOINERS
     mine = jnp.arange(lses.shape[0]) // 8 % groups == wg
     lse = jnp.where(mine, lses[...], -jnp.inf)
-    top = jnp.maximum(lse.max(), mosaic_gpu._LOWEST)
+    top = jnp.maximum(lse.max(), join.LOWEST)
     weights = jnp.exp2(lse - top)
     total = (weights[:, None] * parts[...].astype(jnp.float32)).sum(axis=0)
     # Here one warp of each warpgroup does it all.
     sums[pl.ds(wg * 512, 512)] = jnp.pad(total, (0, 384))
-    lowest = jnp.full([3], mosaic_gpu._LOWEST, jnp.float32)
+    lowest = jnp.full([3], join.LOWEST, jnp.float32)
     statistics[pl.ds(wg * 4, 4)] = jnp.concatenate([top[None], lowest])
     statistics[pl.ds((groups + wg) * 4, 4)] = jnp.pad(weights.sum()[None], (0, 3))
 
@@ -86,9 +87,9 @@ def interpreted(monkeypatch):
     # When a launch may begin: no rule for it on a CPU, and no effect on the numbers.
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: None)
     monkeypatch.setattr(plgpu, "griddepcontrol_launch_dependents", lambda: None)
-    monkeypatch.setattr(mosaic_gpu, "_weigh", weigh)
+    monkeypatch.setattr(join, "weigh_parts", weigh)
     # Joining a row is a call into Python: fewer rows to a product, which the interpreter allows.
-    monkeypatch.setattr(mosaic_gpu, "_ROWS", 16)
+    monkeypatch.setattr(plan, "ROWS", 16)
 
     def compiled(config, q, *_):
         # The race detector takes all stages of a union of references for one place.
@@ -215,7 +216,9 @@ EDGES = [
 def test_numerics(interpreted, mode, sizes, config, bounds):
     B, T, L, H, C, S, G = (sizes[n] for n in "BTLHCSG")
     R, dtype = sizes.get("R", 64), sizes.get("dtype", "bfloat16")
-    assert mosaic_gpu._mode(T * H, C, config.get("shared", 1)) == mode
+    config = mosaic_gpu.Config(**config)
+    problem = Problem("NVIDIA H200", B, T, L, H, G, C, R, S, dtype)
+    assert plan.Shape(problem, config).mode.name == mode
     seed = secrets.randbits(32)
     print("seed", seed)
     random = np.random.default_rng(seed)
@@ -223,7 +226,7 @@ def test_numerics(interpreted, mode, sizes, config, bounds):
     arrays = [jnp.asarray(random.standard_normal(s, np.float32), dtype) for s in shapes]
     # Scores of hundreds in the first head: exp of them is beyond float32.
     arrays[0] = arrays[0].at[:, :, :, 0].multiply(256)
-    kernel = interpreted(mosaic_gpu.Config(**config), *arrays)
+    kernel = interpreted(config, *arrays)
     truth = jax.jit(functools.partial(reference.absorbed_decode, scale=SCALE))
     for rows in bounds:
         lengths_BT, starts_B = (jnp.array(x, jnp.int32) for x in zip(*rows, strict=True))

@@ -1,4 +1,4 @@
-"""`_weigh`, which the interpreter cannot run, with NumPy in place of MLIR's dialects.
+"""`weigh_parts`, which the interpreter cannot run, with NumPy in place of MLIR's dialects.
 
 It is written in the GPU's own instructions, one thread's view of them. Here every value is an array
 over the threads of a CTA, so calling the function runs it.
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-mosaic_gpu = pytest.importorskip(
-    "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
+join = pytest.importorskip(
+    "mlra_jax.kernels.absorbed_decode.mosaic_gpu.join",
+    reason="this jaxlib has no Mosaic GPU dialect",
 )
 
-WARPS = mosaic_gpu._WARPS
+WARPS = join.WARPS
 THREADS = np.arange(32 * WARPS, dtype=np.uint32)
 F32, I32 = np.float32, np.uint32
 
@@ -30,7 +31,7 @@ class Memory:
 
 
 class Threads:
-    """What of MLIR's dialects `_weigh` uses, for all threads at once."""
+    """What of MLIR's dialects `weigh_parts` uses, for all threads at once."""
 
     def __init__(self):
         self.active = [np.ones(len(THREADS), bool)]
@@ -101,9 +102,9 @@ class Threads:
             ),
         )  # fmt: skip
         for name, fake in fakes.items():
-            monkeypatch.setattr(mosaic_gpu, name, fake)
+            monkeypatch.setattr(join, name, fake)
         call = lambda **_: lambda f: functools.partial(f, None)
-        monkeypatch.setattr(mosaic_gpu.plgpu, "inline_mgpu", call)
+        monkeypatch.setattr(join.plgpu, "inline_mgpu", call)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -122,7 +123,7 @@ def test_parts_are_weighed_by_their_share_and_dropped_once(monkeypatch, count, d
         Memory(np.full(2 * WARPS, np.nan, F32)),
     )
     Threads().install(monkeypatch)
-    mosaic_gpu._weigh(*buffers)
+    join.weigh_parts(*buffers)
 
     sums = buffers[2].flat.reshape(WARPS, 128).astype(np.float64)
     tops, totals = buffers[3].flat.reshape(2, WARPS).astype(np.float64)
@@ -151,6 +152,6 @@ def test_a_row_that_no_part_saw_weighs_nothing(monkeypatch):
     parts, lses = np.ones((5, 128), jnp.bfloat16), np.full(5, -np.inf, F32)
     sums, statistics = np.full(WARPS * 128, np.nan, F32), np.full(2 * WARPS, np.nan, F32)
     Threads().install(monkeypatch)
-    mosaic_gpu._weigh(*map(Memory, (parts, lses, sums, statistics)))
+    join.weigh_parts(*map(Memory, (parts, lses, sums, statistics)))
     assert not sums.any() and not statistics[WARPS:].any()
     assert np.isfinite(statistics).all()

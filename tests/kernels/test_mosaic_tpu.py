@@ -16,8 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceShardin
 from sharded_step import sharded_step
 
 from mlra_jax.kernels.absorbed_decode import api, mosaic_tpu
-from mlra_jax.kernels.absorbed_decode.config import Problem
 from mlra_jax.kernels.absorbed_decode.mosaic_tpu import TpuConfig
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
 SCALE = 0.09
 MIB = 2**20
@@ -44,8 +44,8 @@ def expected(q, q_rope, latents, k_rope, lengths_BT, starts_B):
     return out, lse
 
 
-def take_latent_plainly(tiles_ref, slot, latent):
-    return tiles_ref[slot] if len(tiles_ref.shape) == 3 else tiles_ref[slot, :, latent]
+def take_latent_plainly(tiles_ref, buffer, latent):
+    return tiles_ref[buffer] if len(tiles_ref.shape) == 3 else tiles_ref[buffer, :, latent]
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ class Fault:
 def load(root: Path = ROOT) -> list[Fault]:
     """All faults, each checked against the tree under `root`.
 
-    Raises FaultError for an unknown or missing field, a name given twice in a room, a file that is gone, or
-    old text that does not stand exactly once in its file.
+    Raises FaultError for an unknown or missing field, a name given twice in a room, a file that is
+    gone, or old text that does not stand exactly once in its file.
     """
     faults: dict[tuple[str, str], Fault] = {}
     for path in sorted((root / "tests" / "mutants").glob("*.toml")):

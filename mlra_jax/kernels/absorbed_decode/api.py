@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from mlra_jax.kernels.absorbed_decode import config as config_lib
+from mlra_jax.kernels import target, tuning
 from mlra_jax.kernels.absorbed_decode import reference
+from mlra_jax.kernels.absorbed_decode.problem import Problem
 
+OP = "absorbed_decode"
 IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu")
 OVERRIDE = "MLRA_JAX_DECODE_KERNEL"
 _PACKAGE = "mlra_jax.kernels.absorbed_decode"
@@ -77,8 +79,8 @@ def absorbed_decode(
     starts_B = jnp.zeros([B], jnp.int32) if starts_B is None else starts_B.astype(jnp.int32)
     starts_B = jnp.clip(starts_B, 0, S)
 
-    device = _target_device()
-    problem = _problem(device.device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC)
+    device = target.device()
+    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, device.device_kind)
     name = _choose(implementation, device, problem)
     if name == "reference":
         kernel = reference.absorbed_decode
@@ -106,8 +108,8 @@ def has_kernel(q_BTLHC: Any, q_rope_BTGHR: Any, latents_BSLC: Any) -> bool:
     Raises:
       ValueError: MLRA_JAX_DECODE_KERNEL names no implementation.
     """
-    device = _target_device()
-    problem = _problem(device.device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC)
+    device = target.device()
+    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, device.device_kind)
     name = _asked_for(None)[0] or _kernel_for(device)
     return name not in (None, "reference") and _why_not(name, problem) is None
 
@@ -134,8 +136,8 @@ def autotune(
     arrays = (q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B)
     _check(*arrays, scale)
     q_rope_BTGHR = q_rope if q_rope.ndim == 5 else q_rope[:, :, None]
-    device = _target_device()
-    problem = _problem(device.device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC)
+    device = target.device()
+    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, device.device_kind)
     name = _choose(implementation, device, problem)
     if name == "reference":
         return None
@@ -146,8 +148,8 @@ def autotune(
         )
         return lambda: step(*arrays)
 
-    best, _ = config_lib.fastest(_backend(name).candidates(problem), run)
-    config_lib.remember_tuned(name, problem, best)
+    best, _ = tuning.fastest(_backend(name).candidates(problem), run)
+    tuning.remember_tuned(OP, name, problem, best)
     return best
 
 
@@ -194,31 +196,7 @@ def _check(q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B, scale) 
         raise ValueError("scale must be a Python number, not a traced array")
 
 
-def _target_device() -> Any:
-    """The kind of device being compiled for; has `platform` and `device_kind`."""
-    # Inside shard_map the mesh may be of other devices than the host's, as when compiling ahead of
-    # time for a TPU; outside there is no mesh to ask.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device if device is not None else jax.devices()[0]
-
-
-def _problem(device_kind, q_BTLHC, q_rope_BTGHR, latents_BSLC) -> config_lib.Problem:
-    B, T, L, H, C = q_BTLHC.shape
-    return config_lib.Problem(
-        device_kind=device_kind,
-        batch=B,
-        queries=T,
-        latents=L,
-        heads=H,
-        groups=q_rope_BTGHR.shape[2],
-        width=C,
-        rope=q_rope_BTGHR.shape[4],
-        cache=latents_BSLC.shape[1],
-        dtype=q_BTLHC.dtype.name,
-    )
-
-
-def _choose(implementation: str | None, device: Any, problem: config_lib.Problem) -> str:
+def _choose(implementation: str | None, device: Any, problem: Problem) -> str:
     name, source = _asked_for(implementation)
     if name is not None:
         reason = None if name == "reference" else _why_not(name, problem)
@@ -249,15 +227,10 @@ def _asked_for(implementation: str | None) -> tuple[str | None, str]:
 def _kernel_for(device: Any) -> str | None:
     if device.platform == "tpu":
         return "mosaic_tpu"
-    hopper = device.platform in ("gpu", "cuda") and _is_hopper(device.device_kind)
-    return "mosaic_gpu" if hopper else None
+    return "mosaic_gpu" if target.is_hopper(device) else None
 
 
-def _is_hopper(device_kind: str) -> bool:
-    return any(chip in device_kind for chip in ("H100", "H200", "H800", "H20", "GH200"))
-
-
-def _why_not(name: str, problem: config_lib.Problem) -> str | None:
+def _why_not(name: str, problem: Problem) -> str | None:
     try:
         module = _backend(name)
     except ImportError as error:
@@ -265,9 +238,9 @@ def _why_not(name: str, problem: config_lib.Problem) -> str | None:
     return module.supports(problem)
 
 
-def _config(name: str, problem: config_lib.Problem) -> Any:
+def _config(name: str, problem: Problem) -> Any:
     module = _backend(name)
-    tuned = config_lib.find_tuned(name, problem)
+    tuned = tuning.find_tuned(OP, name, problem)
     if tuned is not None:
         try:
             return module.Config(**tuned)

@@ -13,6 +13,7 @@ along the lanes, without padding.
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mlra_jax.kernels.absorbed_decode.config import Problem
-from mlra_jax.kernels.absorbed_decode.reference import merge_partials
+from mlra_jax.kernels.absorbed_decode.problem import Problem
+from mlra_jax.kernels.softmax import merge_partials
 
 LANES = 128
 SUBLANES = 8
@@ -155,32 +156,55 @@ def absorbed_decode(
     Interpreted on CPU inside `pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(...))`.
     """
     B, T, L, H, C = q_BTLHC.shape
-    G, R = q_rope_BTGHR.shape[2], q_rope_BTGHR.shape[4]
-    S = latents_BSLC.shape[1]
     M, _ = _rows(T * H)
-    K = config.splits
+    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC)
     q_BLMC = _queries_as_rows(q_BTLHC, M)
     q_rope_BGMR = _queries_as_rows(q_rope_BTGHR, M)
     ends_B = lengths_BT.max(axis=1)
     # A row that sees nothing has no tiles at all.
     starts_B = jnp.minimum(starts_B, ends_B)
 
-    one = L == 1
-    latents = latents_BSLC[:, :, 0] if one else latents_BSLC
-    tile_shape = (config.tile, C) if one else (config.tile, L, C)
-    partial_dtype = q_BTLHC.dtype if K == 1 else jnp.float32
+    latents = latents_BSLC[:, :, 0] if L == 1 else latents_BSLC
     # Inside shard_map the results differ wherever an argument does.
     arguments = (q_BLMC, q_rope_BGMR, latents, k_rope_BSR, lengths_BT, starts_B)
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
-    result = functools.partial(
-        jax.ShapeDtypeStruct, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
+    call = _call(problem, config, scale, jax.sharding.ManualAxisType(varying=varying))
+    out_KBLMC, lse_KBLM = call(
+        starts_B,
+        ends_B,
+        lengths_BT,
+        q_BLMC,
+        q_rope_BGMR,
+        # Else XLA may first move a small cache into VMEM, all of it and by itself.
+        pltpu.with_memory_space_constraint(latents, pltpu.HBM),
+        pltpu.with_memory_space_constraint(jnp.swapaxes(k_rope_BSR, 1, 2), pltpu.HBM),
     )
-    problem_bytes = latents.nbytes + k_rope_BSR.nbytes + q_BLMC.nbytes + q_rope_BGMR.nbytes
-    vmem = vmem_bytes(_problem(q_BTLHC, q_rope_BTGHR, S), config)
+
+    if config.splits == 1:
+        out_BLMC, lse_BLM = out_KBLMC[0], lse_KBLM[0]
+    else:
+        out_BLMC, lse_BLM = merge_partials(out_KBLMC, lse_KBLM)
+    out_BLTHC = out_BLMC[:, :, : T * H].reshape(B, L, T, H, C).astype(q_BTLHC.dtype)
+    lse_BLTH = lse_BLM[:, :, : T * H].reshape(B, L, T, H)
+    return jnp.swapaxes(out_BLTHC, 1, 2), jnp.swapaxes(lse_BLTH, 1, 2)
+
+
+def _call(problem: Problem, config: TpuConfig, scale: float, manual_axis_type):
+    """The Pallas call: of bounds, queries as rows and cache to partial results of each split."""
+    B, L, G, S = problem.batch, problem.latents, problem.groups, problem.cache
+    C, R, K = problem.width, problem.rope, config.splits
+    M, _ = _rows(problem.queries * problem.heads)
+    dtype = jnp.dtype(problem.dtype)
+    tile_shape = (config.tile, C) if L == 1 else (config.tile, L, C)
     per_row = lambda k, b, *_: (b, 0, 0, 0)
     per_part = lambda k, b, *_: (k, b, 0, 0, 0)
-    out_KBLMC, lse_KBLM = pl.pallas_call(
-        functools.partial(_kernel, heads=H, queries=T, scale=scale, config=config),
+    result = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axis_type)
+    vmem = vmem_bytes(problem, config)
+    read = 2 * (B * S * (L * C + R) + B * M * (L * C + G * R))
+    return pl.pallas_call(
+        functools.partial(
+            _kernel, heads=problem.heads, queries=problem.queries, scale=scale, config=config
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(K, B),
@@ -195,8 +219,8 @@ def absorbed_decode(
                 pl.BlockSpec((None, None, L, M), lambda k, b, *_: (k, b, 0, 0)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((config.buffers, *tile_shape), latents.dtype),
-                pltpu.VMEM((config.buffers, R, config.tile), k_rope_BSR.dtype),
+                pltpu.VMEM((config.buffers, *tile_shape), dtype),
+                pltpu.VMEM((config.buffers, R, config.tile), dtype),
                 pltpu.SemaphoreType.DMA((2, config.buffers)),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.VMEM((L, M, C), jnp.float32),
@@ -204,7 +228,7 @@ def absorbed_decode(
             ],
         ),
         out_shape=[
-            result((K, B, L, M, C), partial_dtype),
+            result((K, B, L, M, C), dtype if K == 1 else jnp.float32),
             result((K, B, L, M), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -214,213 +238,247 @@ def absorbed_decode(
         cost_estimate=pl.CostEstimate(
             flops=2 * B * S * L * M * (2 * C + R * G // L),
             transcendentals=B * S * L * M,
-            bytes_accessed=problem_bytes + B * L * M * (C * 2 + 4),
+            bytes_accessed=read + B * L * M * (C * 2 + 4),
         ),
         name="absorbed_decode",
-    )(
-        starts_B,
-        ends_B,
-        lengths_BT,
-        q_BLMC,
-        q_rope_BGMR,
-        # Else XLA may first move a small cache into VMEM, all of it and by itself.
-        pltpu.with_memory_space_constraint(latents, pltpu.HBM),
-        pltpu.with_memory_space_constraint(jnp.swapaxes(k_rope_BSR, 1, 2), pltpu.HBM),
     )
 
-    if K == 1:
-        out_BLMC, lse_BLM = out_KBLMC[0], lse_KBLM[0]
-    else:
-        out_BLMC, lse_BLM = merge_partials(out_KBLMC, lse_KBLM)
-    out_BLTHC = out_BLMC[:, :, : T * H].reshape(B, L, T, H, C).astype(q_BTLHC.dtype)
-    lse_BLTH = lse_BLM[:, :, : T * H].reshape(B, L, T, H)
-    return jnp.swapaxes(out_BLTHC, 1, 2), jnp.swapaxes(lse_BLTH, 1, 2)
+
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    """What a program instance works on.
+
+    Attributes:
+      starts, ends, lengths: in SMEM, int32 [B], [B] and [B, T]; `ends` is a row's farthest.
+      q_LMC, q_rope_GMR: the queries of the instance's batch row.
+      latents, k_rope: the cache, in HBM.
+      out_LMC, lse_LM: the results of the batch row.
+      tiles, rope_tiles, arrived: the buffers, and semaphores of the copies into them.
+      cursor: int32 [4] in SMEM, how far the copies and the arithmetic are; see below.
+      sum_LMC, top_LM, total_LM: the running softmax: weighted sum, maximum and denominator; the
+        last two repeated along lanes.
+    """
+
+    starts: Any
+    ends: Any
+    lengths: Any
+    q_LMC: Any
+    q_rope_GMR: Any
+    latents: Any
+    k_rope: Any
+    out_LMC: Any
+    lse_LM: Any
+    tiles: Any
+    rope_tiles: Any
+    arrived: Any
+    cursor: Any
+    sum_LMC: Any
+    top_LM: Any
+    total_LM: Any
 
 
-def _kernel(
-    starts_ref,
-    ends_ref,
-    lengths_ref,
-    q_LMC_ref,
-    q_rope_GMR_ref,
-    latents_ref,
-    k_rope_ref,
-    out_LMC_ref,
-    lse_LM_ref,
-    tiles_ref,
-    rope_tiles_ref,
-    arrived_ref,
-    cursor_ref,
-    sum_LMC_ref,
-    top_total_ref,
-    *,
-    heads: int,
-    queries: int,
-    scale: float,
-    config: TpuConfig,
-):
+# What the cursor holds: row and tile of the next copy, tiles asked for, tiles used.
+_ROW, _TILE, _ASKED, _USED = range(4)
+
+
+class _Row(NamedTuple):
+    """Bounds of the instance's batch row: its first position, farthest end, end of each query."""
+
+    start: jax.Array
+    end: jax.Array
+    query_ends: list[jax.Array]
+
+
+def _kernel(*refs, heads: int, queries: int, scale: float, config: TpuConfig):
     split, b = pl.program_id(0), pl.program_id(1)
     B = pl.num_programs(1)
-    L, M, C = q_LMC_ref.shape
-    G = q_rope_GMR_ref.shape[0]
-    M_block = min(M, ROW_BLOCK)
-    top_ref, total_ref = top_total_ref.at[0], top_total_ref.at[1]
-    # What the copies have reached: row, tile of that row, tiles asked for, tiles used.
-    ROW, TILE, ASKED, USED = range(4)
+    refs = _Refs(*refs[:-1], top_LM=refs[-1].at[0], total_LM=refs[-1].at[1])
+    copies = _Copies(refs, config, split, B)
 
-    def share(row):
+    @pl.when(b == 0)
+    def _():
+        copies.begin()
+
+    refs.sum_LMC[...] = jnp.zeros_like(refs.sum_LMC)
+    refs.top_LM[...] = jnp.full_like(refs.top_LM, _HIDDEN)
+    refs.total_LM[...] = jnp.zeros_like(refs.total_LM)
+    # Rows are query-major: all heads of query 0, then all of query 1.
+    row = _Row(refs.starts[b], refs.ends[b], [refs.lengths[b, t] for t in range(queries)])
+    origin, count = copies.share(b)
+    attend = functools.partial(_attend, refs, row, heads=heads, scale=scale, tile_size=config.tile)
+
+    @pl.loop(0, count)
+    def _(tile):
+        buffer = lax.rem(refs.cursor[_USED], config.buffers)
+        for copy in copies.of(b, tile, buffer):
+            copy.wait()
+        copies.ask_for_next()
+        position = origin + tile * config.tile
+        whole = (position >= row.start) & (
+            position + config.tile <= functools.reduce(jnp.minimum, row.query_ends)
+        )
+        pl.when(whole)(lambda: attend(position, buffer, masked=False))
+        pl.when(~whole)(lambda: attend(position, buffer, masked=True))
+        refs.cursor[_USED] += 1
+
+    _write_results(refs)
+
+
+class _Copies(NamedTuple):
+    """Copies from HBM, `buffers - 1` tiles ahead of the arithmetic, through all batch rows."""
+
+    refs: _Refs
+    config: TpuConfig
+    split: jax.Array
+    batch: jax.Array
+
+    def share(self, row):
         """First position and number of tiles of `row` that are this split's."""
+        refs, config = self.refs, self.config
         # Lanes hold positions of rotary keys, so a copy can only begin at a multiple of 128.
-        origin = starts_ref[row] & -LANES
-        visible = ends_ref[row] > starts_ref[row]
-        count = lax.div(ends_ref[row] - origin + config.tile - 1, config.tile)
+        origin = refs.starts[row] & -LANES
+        visible = refs.ends[row] > refs.starts[row]
+        count = lax.div(refs.ends[row] - origin + config.tile - 1, config.tile)
         count = jnp.where(visible, count, 0)
         if config.splits == 1:
             return origin, count
         # Rows of few tiles give the odd one to different splits in turn.
-        turn = lax.rem(split + row, config.splits)
+        turn = lax.rem(self.split + row, config.splits)
         first = lax.div(count * turn, config.splits)
         last = lax.div(count * (turn + 1), config.splits)
         return origin + first * config.tile, last - first
 
-    def copies(row, tile, slot):
-        position = pl.multiple_of(share(row)[0] + tile * config.tile, LANES)
-        needed = jnp.minimum(ends_ref[row] - position, config.tile)
+    def of(self, row, tile, buffer):
+        """The copies of a tile's latents and of its rotary keys, as far as they are visible."""
+        refs, config = self.refs, self.config
+        position = pl.multiple_of(self.share(row)[0] + tile * config.tile, LANES)
+        needed = jnp.minimum(refs.ends[row] - position, config.tile)
         lanes = pl.multiple_of((needed + LANES - 1) & -LANES, LANES)
         rows = needed
-        if L == 1:  # Otherwise positions are an outer dimension, free of tiling.
+        if len(refs.latents.shape) == 3:  # Else positions are an outer dimension, free of tiling.
             rows = pl.multiple_of((needed + SUBLANES - 1) & -SUBLANES, SUBLANES)
         return (
             pltpu.make_async_copy(
-                latents_ref.at[row, pl.ds(position, rows)],
-                tiles_ref.at[slot, pl.ds(0, rows)],
-                arrived_ref.at[0, slot],
+                refs.latents.at[row, pl.ds(position, rows)],
+                refs.tiles.at[buffer, pl.ds(0, rows)],
+                refs.arrived.at[0, buffer],
             ),
             pltpu.make_async_copy(
-                k_rope_ref.at[row, :, pl.ds(position, lanes)],
-                rope_tiles_ref.at[slot, :, pl.ds(0, lanes)],
-                arrived_ref.at[1, slot],
+                refs.k_rope.at[row, :, pl.ds(position, lanes)],
+                refs.rope_tiles.at[buffer, :, pl.ds(0, lanes)],
+                refs.arrived.at[1, buffer],
             ),
         )
 
-    def skip_finished_rows(row, tile):
-        exhausted = lambda at: (at[0] < B) & (at[1] >= share(jnp.minimum(at[0], B - 1))[1])
+    def skip_finished_rows(self, row, tile):
+        last = self.batch - 1
+        exhausted = lambda at: (
+            (at[0] < self.batch) & (at[1] >= self.share(jnp.minimum(at[0], last))[1])
+        )
         return lax.while_loop(exhausted, lambda at: (at[0] + 1, jnp.int32(0)), (row, tile))
 
-    def ask_for_next():
-        row, tile = cursor_ref[ROW], cursor_ref[TILE]
+    def ask_for_next(self):
+        cursor = self.refs.cursor
+        row, tile = cursor[_ROW], cursor[_TILE]
 
-        @pl.when(row < B)
+        @pl.when(row < self.batch)
         def _():
-            for copy in copies(row, tile, lax.rem(cursor_ref[ASKED], config.buffers)):
+            for copy in self.of(row, tile, lax.rem(cursor[_ASKED], self.config.buffers)):
                 copy.start()
-            cursor_ref[ASKED] += 1
-            cursor_ref[ROW], cursor_ref[TILE] = skip_finished_rows(row, tile + 1)
+            cursor[_ASKED] += 1
+            cursor[_ROW], cursor[_TILE] = self.skip_finished_rows(row, tile + 1)
 
-    @pl.when(b == 0)
-    def _():
-        cursor_ref[ASKED] = 0
-        cursor_ref[USED] = 0
-        cursor_ref[ROW], cursor_ref[TILE] = skip_finished_rows(jnp.int32(0), jnp.int32(0))
-        pl.loop(0, config.buffers - 1)(lambda _: ask_for_next())
+    def begin(self):
+        cursor = self.refs.cursor
+        cursor[_ASKED] = 0
+        cursor[_USED] = 0
+        cursor[_ROW], cursor[_TILE] = self.skip_finished_rows(jnp.int32(0), jnp.int32(0))
+        pl.loop(0, self.config.buffers - 1)(lambda _: self.ask_for_next())
 
-    sum_LMC_ref[...] = jnp.zeros_like(sum_LMC_ref)
-    top_ref[...] = jnp.full_like(top_ref, _HIDDEN)
-    total_ref[...] = jnp.zeros_like(total_ref)
-    start = starts_ref[b]
-    end = ends_ref[b]
-    # Rows are query-major: all heads of query 0, then all of query 1.
-    query_ends = [lengths_ref[b, t] for t in range(queries)]
-    origin, count = share(b)
 
-    def attend(position, slot, masked):
+def _attend(
+    refs: _Refs, row: _Row, position, buffer, *, heads: int, scale: float, tile_size: int, masked
+) -> None:
+    """Adds a tile to the running softmax of all query rows."""
+    L, M, _ = refs.q_LMC.shape
+    G = refs.q_rope_GMR.shape[0]
+    M_block = min(M, ROW_BLOCK)
+    if masked:
+        along = position + lax.broadcasted_iota(jnp.int32, (1, tile_size), 1)
+        down = position + lax.broadcasted_iota(jnp.int32, (tile_size, 1), 0)
+        written = (down >= row.start) & (down < row.end)
+    rope_tile = refs.rope_tiles[buffer]
+
+    def attend_rows(i):
+        rows = pl.ds(i * M_block, M_block)
         if masked:
-            along = position + lax.broadcasted_iota(jnp.int32, (1, config.tile), 1)
-            down = position + lax.broadcasted_iota(jnp.int32, (config.tile, 1), 0)
-            written = (down >= start) & (down < end)
-        rope_tile = rope_tiles_ref[slot]
-
-        def attend_rows(i):
-            rows = pl.ds(i * M_block, M_block)
+            row_end = jnp.full((M_block, 1), row.query_ends[0])
+            row_id = i * M_block + lax.broadcasted_iota(jnp.int32, (M_block, 1), 0)
+            for t in range(1, len(row.query_ends)):
+                row_end = jnp.where(row_id >= t * heads, row.query_ends[t], row_end)
+            visible = (along >= row.start) & (along < row_end)
+        rope_scores = [_dot(refs.q_rope_GMR[g, rows], rope_tile, 1, 0) for g in range(G)]
+        # One stage after the other for all latents: the compiler's scheduler keeps to this
+        # order, and a latent by itself leaves the units idle while each waits for the last.
+        tiles, scores = [], []
+        for latent in range(L):
+            tile = take_latent(refs.tiles, buffer, latent)
             if masked:
-                row_end = jnp.full((M_block, 1), query_ends[0])
-                row_id = i * M_block + lax.broadcasted_iota(jnp.int32, (M_block, 1), 0)
-                for t in range(1, queries):
-                    row_end = jnp.where(row_id >= t * heads, query_ends[t], row_end)
-                visible = (along >= start) & (along < row_end)
-            rope_scores = [_dot(q_rope_GMR_ref[g, rows], rope_tile, 1, 0) for g in range(G)]
-            # One stage after the other for all latents: the compiler's scheduler keeps to this
-            # order, and a latent by itself leaves the units idle while each waits for the last.
-            tiles, scores = [], []
-            for latent in range(L):
-                tile = take_latent(tiles_ref, slot, latent)
-                if masked:
-                    # What was never written may be anything, and 0 * NaN is NaN.
-                    tile = jnp.where(written, tile.astype(jnp.float32), 0).astype(tile.dtype)
-                score = _dot(q_LMC_ref[latent, rows], tile, 1, 1) + rope_scores[latent % G]
-                score *= scale * math.log2(math.e)
-                tiles.append(tile)
-                scores.append(jnp.where(visible, score, _HIDDEN) if masked else score)
-            old_tops = [top_ref[latent, rows, :1] for latent in range(L)]
-            tops = [
-                jnp.maximum(old, score.max(axis=1, keepdims=True))
-                for old, score in zip(old_tops, scores, strict=True)
-            ]
-            weights = [jnp.exp2(score - top) for score, top in zip(scores, tops, strict=True)]
-            products = [
-                _dot(weight.astype(tile.dtype), tile, 1, 0)
-                for weight, tile in zip(weights, tiles, strict=True)
-            ]
-            for latent in range(L):
-                fade = jnp.exp2(old_tops[latent] - tops[latent])
-                total = fade * total_ref[latent, rows, :1]
-                total += weights[latent].sum(axis=1, keepdims=True)
-                sum_LMC_ref[latent, rows] = fade * sum_LMC_ref[latent, rows] + products[latent]
-                top_ref[latent, rows] = jnp.broadcast_to(tops[latent], (M_block, LANES))
-                total_ref[latent, rows] = jnp.broadcast_to(total, (M_block, LANES))
+                # What was never written may be anything, and 0 * NaN is NaN.
+                tile = jnp.where(written, tile.astype(jnp.float32), 0).astype(tile.dtype)
+            score = _dot(refs.q_LMC[latent, rows], tile, 1, 1) + rope_scores[latent % G]
+            score *= scale * math.log2(math.e)
+            tiles.append(tile)
+            scores.append(jnp.where(visible, score, _HIDDEN) if masked else score)
+        old_tops = [refs.top_LM[latent, rows, :1] for latent in range(L)]
+        tops = [
+            jnp.maximum(old, score.max(axis=1, keepdims=True))
+            for old, score in zip(old_tops, scores, strict=True)
+        ]
+        weights = [jnp.exp2(score - top) for score, top in zip(scores, tops, strict=True)]
+        products = [
+            _dot(weight.astype(tile.dtype), tile, 1, 0)
+            for weight, tile in zip(weights, tiles, strict=True)
+        ]
+        for latent in range(L):
+            fade = jnp.exp2(old_tops[latent] - tops[latent])
+            total = fade * refs.total_LM[latent, rows, :1]
+            total += weights[latent].sum(axis=1, keepdims=True)
+            refs.sum_LMC[latent, rows] = fade * refs.sum_LMC[latent, rows] + products[latent]
+            refs.top_LM[latent, rows] = jnp.broadcast_to(tops[latent], (M_block, LANES))
+            refs.total_LM[latent, rows] = jnp.broadcast_to(total, (M_block, LANES))
 
-        if M_block == M:
-            attend_rows(0)
-        else:
-            pl.loop(0, M // M_block)(attend_rows)
+    if M_block == M:
+        attend_rows(0)
+    else:
+        pl.loop(0, M // M_block)(attend_rows)
 
-    @pl.loop(0, count)
-    def _(tile):
-        slot = lax.rem(cursor_ref[USED], config.buffers)
-        for copy in copies(b, tile, slot):
-            copy.wait()
-        ask_for_next()
-        position = origin + tile * config.tile
-        whole = (position >= start) & (
-            position + config.tile <= functools.reduce(jnp.minimum, query_ends)
-        )
-        pl.when(whole)(lambda: attend(position, slot, masked=False))
-        pl.when(~whole)(lambda: attend(position, slot, masked=True))
-        cursor_ref[USED] += 1
 
-    for latent in range(L):
-        top, total = top_ref[latent], total_ref[latent]
+def _write_results(refs: _Refs) -> None:
+    for latent in range(refs.q_LMC.shape[0]):
+        top, total = refs.top_LM[latent], refs.total_LM[latent]
         # A query that saw nothing has only hidden scores, which all look alike to the softmax.
-        saw = top > _HIDDEN / 2
-        weight = jnp.where(saw, 1 / jnp.where(saw, total, 1), 0)
-        lse = jnp.where(saw, (top + jnp.log2(jnp.where(saw, total, 1))) * math.log(2), -jnp.inf)
-        out_LMC_ref[latent] = (sum_LMC_ref[latent] * weight[:, :1]).astype(out_LMC_ref.dtype)
-        lse_LM_ref[pl.ds(latent, 1)] = lse.T[:1]
+        saw_any = top > _HIDDEN / 2
+        weight = jnp.where(saw_any, 1 / jnp.where(saw_any, total, 1), 0)
+        log = jnp.log2(jnp.where(saw_any, total, 1))
+        lse = jnp.where(saw_any, (top + log) * math.log(2), -jnp.inf)
+        refs.out_LMC[latent] = (refs.sum_LMC[latent] * weight[:, :1]).astype(refs.out_LMC.dtype)
+        refs.lse_LM[pl.ds(latent, 1)] = lse.T[:1]
 
 
-def take_latent(tiles_ref, slot, latent: int) -> jax.Array:
+def take_latent(tiles_ref, buffer, latent: int) -> jax.Array:
     """Latent `latent` of a tile as `[tile, C]`.
 
-    With several latents, positions are the outer dimension of `tiles_ref[slot]` `[tile, L, C]` and
-    each 32-bit word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are loaded
-    with a stride and their half taken, so that nothing has to be transposed.
+    With several latents, positions are the outer dimension of `tiles_ref[buffer]` `[tile, L, C]`
+    and each 32-bit word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are
+    loaded with a stride and their half taken, so that nothing has to be transposed.
     """
     if len(tiles_ref.shape) == 3:
-        return tiles_ref[slot]
+        return tiles_ref[buffer]
     _, tile, L, C = tiles_ref.shape
     across = C // LANES
     stride = L // 2 * across
-    words_ref = tiles_ref.at[slot].bitcast(jnp.uint32).reshape(tile * stride, LANES)
+    words_ref = tiles_ref.at[buffer].bitcast(jnp.uint32).reshape(tile * stride, LANES)
     first = latent // 2 * across
     columns = [
         words_ref[pl.ds(first + i, tile, stride=stride)] if stride > 1 else words_ref[...]
@@ -466,9 +524,3 @@ def _position_bytes(problem: Problem) -> int:
 
 def _chip(problem: Problem) -> _Chip:
     return _CHIPS.get(problem.device_kind, _UNKNOWN_CHIP)
-
-
-def _problem(q_BTLHC, q_rope_BTGHR, S) -> Problem:
-    B, T, L, H, C = q_BTLHC.shape
-    G, R = q_rope_BTGHR.shape[2], q_rope_BTGHR.shape[4]
-    return Problem("", B, T, L, H, G, C, R, S, q_BTLHC.dtype.name)

@@ -1,5 +1,5 @@
 """Causal attention over whole sequences: training and prefill."""
 
-from mlra_jax.kernels.causal_attention.api import causal_attention
+from mlra_jax.kernels.causal_attention.api import causal_attention, implementation_for
 
-__all__ = ["causal_attention"]
+__all__ = ["causal_attention", "implementation_for"]

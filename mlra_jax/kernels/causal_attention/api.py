@@ -1,41 +1,69 @@
 """Chooses how a whole sequence attends to itself: cuDNN, splash attention, or plain JAX."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from mlra_jax import sharding
+from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import reference
 
 _SPLASH_BLOCK = 512
 
 
 def causal_attention(
-    q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array, *, scale: float, mesh: Mesh
+    q_BTHK: jax.Array,
+    k_BTJK: jax.Array,
+    v_BTJV: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """softmax(scale q kᵀ) v, query `t` seeing keys `0 ... t`; returns `[B, T, H, V]` in q's dtype.
+    """softmax(scale q kᵀ) v, query `t` seeing keys `0 ... t`.
 
-    Key and value head `j` serves query heads `j*H/J ... (j+1)*H/J - 1`. Key and value widths may
-    differ. The batch and the heads are split over the mesh as the table in `sharding` says; H and J
-    must divide. On GPUs with 16-bit inputs this is cuDNN's flash attention, on TPUs splash
-    attention, elsewhere plain JAX in blocks of queries.
+    Key and value head `j` serves query heads `j*H/J ... (j+1)*H/J - 1`.
+
+    Args:
+      q_BTHK: queries.
+      k_BTJK: keys. Same dtype; J divides H.
+      v_BTJV: values, of any width (cuDNN: at most that of the keys). Same dtype.
+      scale: what scores are multiplied by before the softmax, a Python number.
+      implementation: "reference", plain JAX in blocks of queries; "cudnn", flash attention for
+        GPUs and 16 bits; or "splash", splash attention for TPUs; default: what
+        `implementation_for` says of the device that is compiled for (that of the mesh inside
+        shard_map, otherwise JAX's default backend).
+
+    Returns:
+      `[B, T, H, V]` in the dtype of `q_BTHK`.
+
+    Raises:
+      ValueError: shapes that do not fit together, or an unknown implementation.
     """
-    local = functools.partial(_ATTEND[_implementation(q_BTHK, mesh)], scale=scale)
-    if mesh.size == 1:
-        return local(q_BTHK, k_BTJK, v_BTJV)
-    split = sharding.spec("batch", "length", "heads", "head_dim")
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(split, split, split), out_specs=split, check_vma=False
-    )(q_BTHK, k_BTJK, v_BTJV)
+    _check(q_BTHK, k_BTJK, v_BTJV)
+    name = implementation or implementation_for(target.device(), q_BTHK.dtype)
+    if name not in _ATTEND:
+        raise ValueError(f"implementation is {name!r}, expected one of {', '.join(_ATTEND)}")
+    return _ATTEND[name](q_BTHK, k_BTJK, v_BTJV, scale=scale)
 
 
-def _implementation(q: jax.Array, mesh: Mesh) -> str:
-    platform = sharding.platform(mesh)
-    if platform == "gpu" and q.dtype != jnp.float32:
+def implementation_for(device: Any, dtype: jnp.dtype) -> str:
+    """What serves a device (anything with a `platform`) fastest."""
+    if target.is_gpu(device) and dtype != jnp.float32:
         return "cudnn"
-    return "splash" if platform == "tpu" else "reference"
+    return "splash" if device.platform == "tpu" else "reference"
+
+
+def _check(q_BTHK, k_BTJK, v_BTJV) -> None:
+    shapes = f"{q_BTHK.shape}, {k_BTJK.shape} and {v_BTJV.shape}"
+    if {x.ndim for x in (q_BTHK, k_BTJK, v_BTJV)} != {4}:
+        raise ValueError(
+            f"expected q [B, T, H, K], k [B, T, J, K] and v [B, T, J, V], got {shapes}"
+        )
+    B, T, H, K = q_BTHK.shape
+    J = k_BTJK.shape[2]
+    if k_BTJK.shape != (B, T, J, K) or v_BTJV.shape[:3] != (B, T, J) or H % J:
+        raise ValueError(f"q, k and v of {shapes} do not fit: k and v need q's B and T, k its K, "
+                         "and their heads must divide q's")  # fmt: skip
 
 
 def _cudnn(q_BTHK, k_BTJK, v_BTJV, *, scale):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.layers import precision
+from mlra_jax.kernels.softmax import precision
 
 
 def causal_attention(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.layers import precision
+from mlra_jax.kernels.softmax import precision, visible_softmax
 
 
 def grouped_decode(
@@ -30,29 +30,3 @@ def grouped_decode(
         "BTJGS,BSJV->BTJGV", weights_BTJGS.astype(v_BSJV.dtype), v_BSJV, **product
     )
     return (out_BTJGV / total_BTJG[..., None]).astype(q_BTJGK.dtype), lse_BTJG
-
-
-def visible_softmax(
-    scores_BTxS: jax.Array, lengths_BT: jax.Array, starts_B: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Softmax over the positions `starts[b] <= s < lengths[b, t]`, its division left to the caller.
-
-    Args:
-      scores_BTxS: float32 `[B, T, ..., S]`.
-      lengths_BT, starts_B: int32.
-
-    Returns:
-      weights `[B, T, ..., S]`, at most 1; total `[B, T, ...]`, what they are to be divided by (1
-      where nothing is visible, so that 0 stays 0); lse `[B, T, ...]`, -inf there. All float32.
-    """
-    position_S = jnp.arange(scores_BTxS.shape[-1], dtype=jnp.int32)
-    visible_BTS = (position_S >= starts_B[:, None, None]) & (position_S < lengths_BT[:, :, None])
-    visible_BTxS = jnp.expand_dims(visible_BTS, tuple(range(2, scores_BTxS.ndim - 1)))
-    scores_BTxS = jnp.where(visible_BTxS, scores_BTxS, -jnp.inf)
-    top_BTx = scores_BTxS.max(axis=-1)
-    # With nothing visible -inf - 0 gives weights of exactly 0, where -inf - -inf would give NaN.
-    top_BTx = jnp.where(top_BTx == -jnp.inf, 0.0, top_BTx)
-    weights_BTxS = jnp.exp(scores_BTxS - top_BTx[..., None])
-    total_BTx = weights_BTxS.sum(axis=-1)
-    lse_BTx = top_BTx + jnp.log(total_BTx)
-    return weights_BTxS, jnp.where(total_BTx == 0, 1.0, total_BTx), lse_BTx

@@ -1,12 +1,14 @@
-"""What a kernel is asked to do, and the store of settings that were measured to do it fastest.
+"""The settings that were measured to be fastest, kept for every op that has kernels to tune.
 
-A backend module (`mosaic_gpu`, `mosaic_tpu`) provides
+A backend module of an op (`absorbed_decode.mosaic_gpu`, say) provides
 
   Config                        frozen dataclass of plain numbers: tiles, splits, stages
   supports(problem)             None, or in one phrase why the kernel cannot serve the problem
   heuristic(problem)            the Config to use when nothing was measured
   candidates(problem)           the Configs worth measuring, the heuristic's among them
-  absorbed_decode(...)          the kernel; arguments as `api.absorbed_decode` normalises them
+
+and the kernel itself. A problem is a frozen dataclass of plain values, everything static about a
+call. Settings hold for exactly the op, implementation and problem that they were measured for.
 """
 
 import dataclasses
@@ -23,49 +25,39 @@ from absl import logging
 
 from mlra_jax.files import whole_file
 
+# By op, implementation, and the problem's fields with their names.
+_Key = tuple[str, str, frozenset[tuple[str, Any]]]
+_tuned: dict[_Key, dict[str, Any]] = {}
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Everything static about one call.
-
-    Attributes:
-      device_kind: as JAX names the device the call is compiled for ("NVIDIA H200", "TPU v5 lite").
-      batch, queries, latents, heads, groups: B, T, L, H (per latent) and G (rotary query groups).
-      width, rope: C and R.
-      cache: S, the positions the cache has room for.
-      dtype: of queries and cache, "bfloat16", "float16" or "float32".
-    """
-
-    device_kind: str
-    batch: int
-    queries: int
-    latents: int
-    heads: int
-    groups: int
-    width: int
-    rope: int
-    cache: int
-    dtype: str
+# Files of the time when one op had settings do not name it.
+_FIRST_OP = "absorbed_decode"
 
 
-_tuned: dict[tuple[str, Problem], dict[str, Any]] = {}
+def _key(op: str, implementation: str, problem: dict[str, Any]) -> _Key:
+    return op, implementation, frozenset(problem.items())
 
 
-def find_tuned(implementation: str, problem: Problem) -> dict[str, Any] | None:
+def find_tuned(op: str, implementation: str, problem: Any) -> dict[str, Any] | None:
     """The fields of the Config measured fastest for exactly this problem, if one was."""
-    return _tuned.get((implementation, problem))
+    return _tuned.get(_key(op, implementation, dataclasses.asdict(problem)))
 
 
-def remember_tuned(implementation: str, problem: Problem, config: Any) -> None:
-    """Makes `config` the one that `api.absorbed_decode` uses for `problem` in this process."""
-    _tuned[implementation, problem] = dataclasses.asdict(config)
+def remember_tuned(op: str, implementation: str, problem: Any, config: Any) -> None:
+    """Makes `config` the one that the op uses for `problem` in this process."""
+    key = _key(op, implementation, dataclasses.asdict(problem))
+    _tuned[key] = dataclasses.asdict(config)
 
 
 def save_tuned(path: str | os.PathLike) -> None:
     """Writes all settings measured or loaded in this process as JSON, replacing `path` whole."""
     rows = [
-        {"implementation": implementation, "problem": dataclasses.asdict(problem), "config": fields}
-        for (implementation, problem), fields in _tuned.items()
+        {
+            "op": op,
+            "implementation": implementation,
+            "problem": dict(sorted(problem)),
+            "config": fields,
+        }
+        for (op, implementation, problem), fields in _tuned.items()
     ]
     with whole_file(path) as file:
         json.dump({"format_version": 1, "tuned": rows}, file, indent=1)
@@ -82,11 +74,11 @@ def load_tuned(path: str | os.PathLike) -> int:
         content = json.loads(Path(path).read_text())
         if content["format_version"] != 1:
             raise ValueError(f"format_version {content['format_version']}, expected 1")
-        rows = {
-            (str(row["implementation"]), Problem(**row["problem"])): dict(row["config"])
-            for row in content["tuned"]
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        rows = {}
+        for row in content["tuned"]:
+            op, implementation = row.get("op", _FIRST_OP), row["implementation"]
+            rows[_key(str(op), str(implementation), dict(row["problem"]))] = dict(row["config"])
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file of tuned kernel settings: {error}") from None
     _tuned.update(rows)
     return len(rows)

@@ -1,0 +1,254 @@
+"""What the Hopper kernel serves, the sizes that follow from a problem, and the settings to take."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+
+from mlra_jax.kernels.absorbed_decode.problem import Problem
+
+# Query rows of one wgmma; fewer are padded, which costs nothing while memory is the limit.
+ROWS = 64
+# The smallest piece of a tiled shared-memory layout: starts and row counts are multiples of it.
+ALIGN = 8
+# Threads of a warpgroup, and the columns of a partial result that lie together.
+LANES = 128
+SMEM_BYTES = 227 * 1024
+
+_WIDTHS = (128, 256, 512)
+_ROPES = (16, 32, 64, 128)
+# All of two bytes, which `join.weigh` counts on.
+_DTYPES = ("bfloat16", "float16")
+# More in flight gains nothing, but memory then serves some CTAs long before others.
+_MOST_STAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What can be tuned; `heuristic` chooses it from the sizes.
+
+    Attributes:
+      block: cache positions per tile, a multiple of 64.
+      stages: tiles in flight per CTA; an even number where two warpgroups take turns.
+      ctas: how many CTAs share the work, so at most how many parts a query row's result has.
+      shared: latents that a tile holds, 1 or 2.
+      query_stages: 2 loads the next visit's queries while the present ones are in use.
+      stripes: give CTAs every n-th tile instead of a run of neighbours; for a batch of one row,
+        whose units then divide the CTAs among themselves.
+      join_rows: query rows that a CTA of the second launch joins, where tiles are not in stripes.
+      overlap: let each launch begin while the one before it drains.
+    """
+
+    block: int = 64
+    stages: int = 4
+    ctas: int = 132
+    shared: int = 1
+    query_stages: int = 1
+    stripes: bool = False
+    join_rows: int = 4
+    overlap: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How the warpgroups of a CTA that multiply share its work; the package says what each is for.
+
+    Attributes:
+      multipliers: warpgroups that multiply; one more copies.
+      takers: how many of them take turns at tiles; the number of stages is a multiple of it.
+      row_tiles: blocks of 64 query rows that a CTA has at once.
+    """
+
+    name: str
+    multipliers: int = 2
+    takers: int = 1
+    row_tiles: int = 1
+
+
+ALTERNATE = Mode("alternate", takers=2)
+LATENTS = Mode("latents")
+TOGETHER = Mode("together", row_tiles=2)
+COLUMNS = Mode("columns", multipliers=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static sizes that both launches are built from."""
+
+    problem: Problem
+    config: Config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.problem.dtype)
+
+    @property
+    def rows(self) -> int:
+        """Query rows of one latent, T * H rounded up to the alignment."""
+        return _round_up(self.problem.queries * self.problem.heads, ALIGN)
+
+    @property
+    def mode(self) -> Mode:
+        if self.problem.width == 512:
+            return COLUMNS
+        if self.config.shared > 1:
+            return LATENTS
+        return ALTERNATE if self.rows <= ROWS else TOGETHER
+
+    @property
+    def block_rows(self) -> int:
+        """Query rows that a CTA has at once."""
+        return ROWS * self.mode.row_tiles
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of query rows per latent, each walking the cache."""
+        return cdiv(self.rows, self.block_rows)
+
+    @property
+    def streams(self) -> int:
+        """Streams of a CTA."""
+        return self.mode.row_tiles * self.config.shared
+
+    @property
+    def stream_rows(self) -> int:
+        return min(self.rows, ROWS)
+
+    @property
+    def rope_streams(self) -> int:
+        """Streams with rotary queries of their own."""
+        return self.mode.row_tiles * min(self.problem.groups, self.config.shared)
+
+    @property
+    def units(self) -> int:
+        """Units per batch row: (latents of a tile, block of query rows) pairs."""
+        return self.problem.latents // self.config.shared * self.row_blocks
+
+    @property
+    def team(self) -> int:
+        """CTAs of a unit, where tiles are in stripes."""
+        return self.config.ctas // self.units
+
+    @property
+    def parts(self) -> int:
+        """Parts at most; every CTA and every unit begins at most one new."""
+        if self.config.stripes:
+            return self.config.ctas
+        return self.config.ctas + self.problem.batch * self.units
+
+    @property
+    def piece(self) -> int:
+        """Columns that a warpgroup passes through shared memory at a time when it has finished."""
+        return {128: 64, 256: 32, 512: 128}[self.problem.width]
+
+    @property
+    def chunk(self) -> int:
+        """Columns that one copy of queries brings."""
+        return 64 if self.problem.width == 512 else 128
+
+    def query_rows(self, streams: int) -> int:
+        """Rows of queries in shared memory: a product of 64 rows may begin at any stream's."""
+        return streams * self.stream_rows + ROWS - self.stream_rows
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return cdiv(x, multiple) * multiple
+
+
+def smem_bytes(shape: Shape) -> int:
+    """Shared memory of a CTA of the first launch, as `walk` asks for it."""
+    config, rope, width = shape.config, shape.problem.rope, shape.problem.width
+    query = shape.query_rows(shape.streams) * width + shape.query_rows(shape.rope_streams) * rope
+    cache = config.stages * config.block * (config.shared * width + rope)
+    stored = (config.query_stages * query + cache) * shape.dtype.itemsize
+    if shape.mode is COLUMNS:
+        # Probabilities; results pass through the space of the queries.
+        exchange = ROWS * config.block * shape.dtype.itemsize
+    else:
+        wide = 4 if shape.mode is ALTERNATE else shape.dtype.itemsize
+        exchange = 2 * ROWS * shape.piece * wide
+    # Row statistics and barriers come last, each on a KiB of its own.
+    return stored + exchange + 3 * 1024
+
+
+def supports(problem: Problem) -> str | None:
+    """None if the kernel can serve the problem, otherwise why not, in one phrase."""
+    if problem.dtype not in _DTYPES:
+        return f"dtype {problem.dtype} is neither bfloat16 nor float16"
+    if problem.width not in _WIDTHS:
+        return f"latent width {problem.width} is none of {_WIDTHS}"
+    if problem.rope not in _ROPES:
+        return f"rotary width {problem.rope} is none of {', '.join(map(str, _ROPES))}"
+    if problem.cache % ALIGN:
+        return f"the cache has {problem.cache} positions, which is no multiple of {ALIGN}"
+    if _with_most_stages(Config(), problem) is None:
+        return f"latents of {problem.width} + {problem.rope} do not fit shared memory"
+    return None
+
+
+def heuristic(problem: Problem) -> Config:
+    """The Config for a problem that nobody measured."""
+    pairs = (
+        problem.width == 128
+        and problem.latents % 2 == 0
+        and problem.queries * problem.heads <= ROWS
+    )
+    config = Config(ctas=_multiprocessors(problem.device_kind), shared=2 if pairs else 1)
+    units = Shape(problem, config).units
+    if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
+        # As many CTAs as have equally much to do when the cache is full.
+        tiles = cdiv(problem.cache, config.block)
+        team = cdiv(tiles, cdiv(tiles, config.ctas // units))
+        config = dataclasses.replace(config, stripes=True, ctas=team * units)
+    elif problem.width == 128 and config.shared == 1:
+        config = dataclasses.replace(config, query_stages=2)
+    return _with_most_stages(config, problem)
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """The settings worth measuring for a problem."""
+    first = heuristic(problem)
+    found = [first]
+    # Tiles in stripes are joined by whole teams.
+    join_rows = [first.join_rows] if first.stripes else [2, 4, 8]
+    for block, shared, query_stages, rows in itertools.product(
+        (64, 128), sorted({1, first.shared}), (1, 2), join_rows
+    ):
+        stripes = first.stripes and shared == first.shared
+        config = dataclasses.replace(
+            first,
+            block=block,
+            ctas=first.ctas if stripes else _multiprocessors(problem.device_kind),
+            shared=shared,
+            query_stages=query_stages,
+            join_rows=rows,
+            stripes=stripes,
+        )
+        config = _with_most_stages(config, problem)
+        if config is None:
+            continue
+        # Fewer tiles in flight wait less in memory's queues.
+        takers = Shape(problem, config).mode.takers
+        for stages in (config.stages, max(config.stages - takers, takers)):
+            config = dataclasses.replace(config, stages=stages)
+            if config not in found:
+                found.append(config)
+    return found
+
+
+def _with_most_stages(config: Config, problem: Problem) -> Config | None:
+    for stages in range(_MOST_STAGES, 0, -Shape(problem, config).mode.takers):
+        config = dataclasses.replace(config, stages=stages)
+        if smem_bytes(Shape(problem, config)) <= SMEM_BYTES:
+            return config
+    return None
+
+
+def _multiprocessors(device_kind: str) -> int:
+    return {"H20": 78, "H800 PCIe": 114, "H100 PCIe": 114}.get(
+        device_kind.removeprefix("NVIDIA "), 132
+    )

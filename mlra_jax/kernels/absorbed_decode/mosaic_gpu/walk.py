@@ -1,0 +1,642 @@
+"""The first launch: every CTA walks its tiles of the cache and writes parts of the results.
+
+`launch` builds it. One warpgroup of a CTA copies (`_load`); what the others do depends on the mode
+and is listed in `_WAYS`, one function to a role.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu import plan, schedule
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import Shape
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import Bounds, Place, Visit, at
+
+_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+# A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
+LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cta:
+    """What all warpgroups of a CTA share.
+
+    Attributes:
+      shape: the static sizes.
+      factor: what scores are multiplied by, so that exp2 of them is the weight.
+      q, q_rope, latents, k_rope: the arguments, in device memory.
+      bounds: what each query sees.
+      parts, lses: the results, in device memory.
+      memory: shared memory and barriers by name, of `_memory` and the mode's own.
+      index, wg: of the CTA in the grid, and of the warpgroup in the CTA.
+      stripe: the CTA's first tile, where tiles are in stripes.
+    """
+
+    shape: Shape
+    factor: float
+    q: Any
+    q_rope: Any
+    latents: Any
+    k_rope: Any
+    bounds: Bounds
+    parts: Any
+    lses: Any
+    memory: types.SimpleNamespace
+    index: jax.Array
+    wg: jax.Array
+    stripe: Place | None
+
+    def query_stage(self, visit: Visit):
+        """Which copy of the queries a visit uses."""
+        return lax.rem(visit.number, self.shape.config.query_stages)
+
+    def part(self, visit: Visit):
+        return schedule.part(self.shape, self.index, visit.place)
+
+    def for_each_visit(
+        self, visit: Callable[[Visit], None], drop: Callable[[], None] = lambda: None
+    ) -> None:
+        """Calls `visit` for all of the CTA's visits.
+
+        `drop` is what the caller's warpgroups do with a tile that was loaded and is not used.
+        """
+        if self.stripe is not None:
+            schedule.visit_stripe(self.shape, self.bounds, self.stripe, visit, drop)
+        else:
+            schedule.visit_share(self.shape, self.bounds, self.index, visit)
+
+    def position(self, visit: Visit, begin, i):
+        """Where the visit's i-th tile lies in the cache, whose row begins to be read at `begin`."""
+        stride = self.shape.team if self.shape.config.stripes else 1
+        return begin + (visit.place.tile + i * stride) * self.shape.config.block
+
+
+def launch(shape: Shape, scale: float) -> Callable:
+    """Builds the launch.
+
+    Returns:
+      A function of queries, rotary queries, latents and rotary keys, all with rows instead of
+      queries and heads, and the bounds. It returns the parts, normalised, of shape [streams, rows,
+      width / 128, parts, 128], and their base-2 LSEs [streams, 64, parts].
+    """
+    problem, config, mode = shape.problem, shape.config, shape.mode
+    way = _WAYS[mode]
+
+    def body(*refs, **scratch):
+        q, q_rope, latents, k_rope, lengths, starts = refs[:6]
+        parts, lses = refs[-2:]
+        memory = types.SimpleNamespace(**scratch)
+        if mode is plan.COLUMNS:
+            memory.q, memory.out = scratch["q"]
+        index, wg = lax.axis_index("cta"), lax.axis_index("wg")
+        if config.overlap:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        cta = _Cta(
+            shape=shape,
+            factor=scale * math.log2(math.e),
+            q=q,
+            q_rope=q_rope,
+            latents=latents,
+            k_rope=k_rope,
+            bounds=Bounds(lengths, starts, refs[6] if problem.batch > 1 else None),
+            parts=parts,
+            lses=lses,
+            memory=memory,
+            index=index,
+            wg=wg,
+            stripe=schedule.stripe(shape, index) if config.stripes else None,
+        )
+        # The register file is divided anew: little for copies, much for accumulators.
+        for role in (_LOADER, *way.roles):
+
+            @pl.when(role.taken_by(cta))
+            def _take(role=role):
+                plgpu.set_max_registers(role.registers, action=role.change)
+                role.run(cta)
+
+    chunks = problem.width // plan.LANES
+    out = shape.streams, shape.stream_rows, chunks, shape.parts, plan.LANES
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(out, shape.dtype),
+            jax.ShapeDtypeStruct((shape.streams, plan.ROWS, shape.parts), jnp.float32),
+        ),
+        scratch_types=_memory(shape) | way.memory(shape),
+        grid=(config.ctas,),
+        grid_names=("cta",),
+        num_threads=mode.multipliers + 1,
+        thread_name="wg",
+        kernel_name="absorbed_decode_split",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,
+        ),
+    )
+
+
+# --- Shared memory ---
+
+
+def _swizzled(shape: tuple[int, ...], dtype):
+    """Shared memory as wgmma and TMA want it; the last dimension decides the swizzle."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if shape[-1] * size % s == 0)
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)),
+    )
+
+
+def _queries(shape: Shape):
+    width, rows = shape.problem.width, shape.query_rows(shape.streams)
+    return _swizzled(
+        (shape.config.query_stages, width // shape.chunk, rows, shape.chunk), shape.dtype
+    )
+
+
+def _memory(shape: Shape) -> dict[str, Any]:
+    """What every mode has: queries, the ring of tiles, their barriers, and row statistics."""
+    problem, config, mode = shape.problem, shape.config, shape.mode
+    rope_rows = shape.query_rows(shape.rope_streams)
+    copies = shape.streams * problem.width // shape.chunk + shape.rope_streams
+    return dict(
+        q=_queries(shape),
+        q_rope=_swizzled((config.query_stages, rope_rows, problem.rope), shape.dtype),
+        latents=_swizzled(
+            (config.stages, config.block, config.shared * problem.width), shape.dtype
+        ),
+        k_rope=_swizzled((config.stages, config.block, problem.rope), shape.dtype),
+        q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
+        q_empty=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+        # Two warpgroups read every tile, unless they take turns.
+        empty=plgpu.Barrier(num_arrivals=2 // mode.takers, num_barriers=config.stages),
+        statistics=plgpu.SMEM((4, plan.ROWS), jnp.float32),
+    )
+
+
+def _exchange_memory(shape: Shape) -> dict[str, Any]:
+    """For two that join their states; each passes on sums, then results through the same space."""
+    shapes = [_swizzled((plan.ROWS, shape.piece), dtype) for dtype in (jnp.float32, shape.dtype)]
+    return dict(
+        exchange_0=plgpu.RefUnion(*shapes),
+        exchange_1=plgpu.RefUnion(*shapes),
+        handed_over=plgpu.Barrier(num_arrivals=2),
+        taken=plgpu.Barrier(num_arrivals=2),
+    )
+
+
+def _staging_memory(shape: Shape) -> dict[str, Any]:
+    return dict(out=_swizzled((2, plan.ROWS, shape.piece), shape.dtype))
+
+
+def _probability_memory(shape: Shape) -> dict[str, Any]:
+    """For the hand-over of probabilities; the results pass through the space of the queries."""
+    width, config = shape.problem.width, shape.config
+    out = _swizzled(
+        (config.query_stages, width // shape.piece, plan.ROWS, shape.piece), shape.dtype
+    )
+    return dict(
+        q=plgpu.RefUnion(_queries(shape), out),
+        p=_swizzled((plan.ROWS, config.block), shape.dtype),
+        p_full=plgpu.Barrier(),
+        p_empty=plgpu.Barrier(num_arrivals=2),
+        inverse_full=plgpu.Barrier(),
+        inverse_empty=plgpu.Barrier(num_arrivals=2),
+    )
+
+
+# --- The warpgroup that copies ---
+
+
+def _load(cta: _Cta) -> None:
+    """Asks for all queries and tiles of the CTA, as far ahead as the ring has room."""
+    config, memory = cta.shape.config, cta.memory
+    # The cache comes from farther away than the queries, so it is asked first.
+    if config.stripes:
+        # Without waiting for the lengths: a row hardly ever begins late or ends this early.
+        last_tile = (cta.shape.problem.cache - 1) // config.block
+        guess = jnp.minimum(cta.stripe.tile, last_tile) * config.block
+        _load_tile(cta, cta.stripe, guess, 0)
+        _load_queries(cta, cta.stripe, 0)
+
+    def visit(v: Visit) -> None:
+        begin = cta.bounds.begin(v.place.batch_row)
+
+        def load_next(i, _=None):
+            stage = lax.rem(v.turn + i, config.stages)
+            reused = v.turn + i >= config.stages
+            pl.when(reused)(lambda: plgpu.barrier_wait(memory.empty.at[stage]))
+            _load_tile(cta, v.place, cta.position(v, begin, i), stage)
+
+        if config.stripes:
+            lax.fori_loop(1 - v.turn, v.tiles, load_next, None)
+            return
+        load_next(jnp.int32(0))
+        stage = cta.query_stage(v)
+        reused = v.number >= config.query_stages
+        pl.when(reused)(lambda: plgpu.barrier_wait(memory.q_empty.at[stage]))
+        _load_queries(cta, v.place, stage)
+        lax.fori_loop(1, v.tiles, load_next, None)
+
+    cta.for_each_visit(visit)
+
+
+def _load_tile(cta: _Cta, place: Place, position, stage) -> None:
+    width, shared = cta.shape.problem.width, cta.shape.config.shared
+    full = cta.memory.full.at[stage]
+    positions = at(position, cta.shape.config.block)
+    columns = at(place.latent * width, shared * width, width)
+    plgpu.copy_gmem_to_smem(
+        cta.latents.at[place.batch_row, positions, columns], cta.memory.latents.at[stage], full
+    )
+    plgpu.copy_gmem_to_smem(
+        cta.k_rope.at[place.batch_row, positions], cta.memory.k_rope.at[stage], full
+    )
+
+
+def _load_queries(cta: _Cta, place: Place, stage) -> None:
+    shape, memory = cta.shape, cta.memory
+    rows, chunk_width = shape.stream_rows, shape.chunk
+    chunks = shape.problem.width // chunk_width
+    one_latent = shape.mode.row_tiles > 1
+    full = memory.q_full.at[stage]
+    for stream in range(shape.streams):
+        first_row = place.row_block * shape.block_rows + (stream * plan.ROWS if one_latent else 0)
+        source, target = at(first_row, rows, plan.ROWS), pl.ds(stream * rows, rows)
+        latent = place.latent if one_latent else place.latent + stream
+        for k in range(chunks):
+            # In an order of its own, as all CTAs ask for the same at once.
+            chunk = lax.rem(cta.index + k, chunks)
+            columns = at(chunk * chunk_width, chunk_width, chunk_width)
+            plgpu.copy_gmem_to_smem(
+                cta.q.at[place.batch_row, latent, source, columns],
+                memory.q.at[stage, chunk, target],
+                full,
+            )
+        if stream < shape.rope_streams:
+            group = lax.rem(latent, shape.problem.groups)
+            plgpu.copy_gmem_to_smem(
+                cta.q_rope.at[place.batch_row, group, source],
+                memory.q_rope.at[stage, target],
+                full,
+            )
+
+
+# --- What the warpgroups that multiply have in common ---
+
+
+def _walk_tiles(cta: _Cta, visit: Visit, step: Callable, carry):
+    """carry = step(stage, position, i, carry) for the visit's tiles that are the warpgroup's."""
+    takers, stages = cta.shape.mode.takers, cta.shape.config.stages
+    begin = cta.bounds.begin(visit.place.batch_row)
+    others = lax.rem(cta.wg + lax.rem(visit.turn, 2), 2) if takers == 2 else jnp.int32(0)
+
+    def body(k, carry):
+        i = others + k * takers
+        stage = lax.rem(visit.turn + i, stages)
+        plgpu.barrier_wait(cta.memory.full.at[stage])
+        return step(stage, cta.position(visit, begin, i), visit.turn + i, carry)
+
+    return lax.fori_loop(0, lax.div(visit.tiles - others + takers - 1, takers), body, carry)
+
+
+def _drop(cta: _Cta) -> None:
+    """Uses up a tile that was loaded on a wrong guess."""
+
+    def pass_over():
+        plgpu.barrier_wait(cta.memory.full.at[0])
+        plgpu.barrier_arrive(cta.memory.empty.at[0])
+
+    if cta.shape.mode.takers > 1:
+        pl.when(cta.wg == 0)(pass_over)
+    else:
+        pass_over()
+
+
+def _scores(cta: _Cta, query_stage, stream, stage):
+    """Products of a stream's queries and keys, float32 [64, block]."""
+    shape, memory = cta.shape, cta.memory
+    rows, chunk_width, width = shape.stream_rows, shape.chunk, shape.problem.width
+
+    def products(acc_ref):
+        own_rows = at(stream * rows, plan.ROWS)
+        rope_rows = at(stream % shape.rope_streams * rows, plan.ROWS)
+        first_column = 0 if shape.config.shared == 1 else stream * width
+        for chunk in range(width // chunk_width):
+            columns = at(first_column + chunk * chunk_width, chunk_width, chunk_width)
+            keys = memory.latents.at[stage, :, columns].transpose((1, 0))
+            plgpu.wgmma(acc_ref, memory.q.at[query_stage, chunk, own_rows], keys)
+        keys = memory.k_rope.at[stage].transpose((1, 0))
+        plgpu.wgmma(acc_ref, memory.q_rope.at[query_stage, rope_rows], keys)
+        return acc_ref[...]
+
+    return pl.run_scoped(products, plgpu.ACC((plan.ROWS, shape.config.block), jnp.float32))
+
+
+def _sight(cta: _Cta, batch_row, first_query_row):
+    """A function that puts -inf where a query does not see, given where a tile begins."""
+    problem, block = cta.shape.problem, cta.shape.config.block
+    start = cta.bounds.starts[batch_row]
+    ends = [cta.bounds.lengths[batch_row, t] for t in range(problem.queries)]
+    first_end = functools.reduce(jnp.minimum, ends)
+
+    def hide(s, position):
+        def hidden(s):
+            iota = functools.partial(
+                plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA
+            )
+            column, limit = position + iota(1), ends[0]
+            for t, end in enumerate(ends[1:], 1):
+                limit = jnp.where(first_query_row + iota(0) >= t * problem.heads, end, limit)
+            return jnp.where((column >= start) & (column < limit), s, -jnp.inf)
+
+        # Only the tiles at the edges need it.
+        in_full_view = (position >= start) & (position + block <= first_end)
+        return lax.cond(in_full_view, lambda s: s, hidden, s)
+
+    return hide
+
+
+def _softmax(cta: _Cta, s, top, denominator):
+    """One step of the running softmax: weights, what earlier sums fade by, top, denominator."""
+    new_top = jnp.maximum(top, s.max(axis=1) * cta.factor)
+    fade = jnp.exp2(top - new_top)
+    p = jnp.exp2(s * cta.factor - _wide(new_top, s))
+    return p, fade, new_top, denominator * fade + p.sum(axis=1)
+
+
+def _finish(top, denominator):
+    """The base-2 LSE of each row, and what its sum is to be multiplied by."""
+    saw_any = denominator > 0
+    lse = jnp.where(saw_any, top + jnp.log2(denominator), -jnp.inf)
+    return lse, 1.0 / jnp.where(saw_any, denominator, 1.0)
+
+
+def _wide(x, like):
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def _rows_of(value: float):
+    return plgpu.layout_cast(jnp.full((plan.ROWS,), value, jnp.float32), _ROW_LAYOUT)
+
+
+def _zeros(columns: int):
+    return plgpu.layout_cast(jnp.zeros((plan.ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _accumulate(accs, weights, values):
+    """accs + weights values, for several blocks of columns."""
+
+    def products(refs):
+        for ref, value in zip(refs, values, strict=True):
+            plgpu.wgmma(ref, weights, value)
+
+    return pl.run_state(products)([plgpu.ACC.init(acc) for acc in accs])
+
+
+def _store_lse(cta: _Cta, stream, part, lse) -> None:
+    # One number to each of 64 places, which JAX from 0.12 on wants to be told.
+    target = cta.lses.at[stream, :, part]
+    if hasattr(plgpu, "store"):
+        plgpu.store(target, lse, optimized=False)
+    else:
+        target[...] = lse
+
+
+def _send(cta: _Cta, staging, value, part, stream, column) -> None:
+    """Writes 64 query rows of a part, from a column on, to device memory."""
+    staging[...] = value.astype(cta.shape.dtype)
+    plgpu.commit_smem()
+    columns = at(column % plan.LANES, value.shape[1], value.shape[1])
+    target = cta.parts.at[stream, :, column // plan.LANES, part, columns]
+    plgpu.copy_smem_to_gmem(staging.at[pl.ds(0, cta.shape.stream_rows)], target)
+
+
+# --- Roles in the modes whose accumulator fits one warpgroup ---
+
+
+def _attend(cta: _Cta, visit: Visit, stream, latent_in_tile):
+    """A stream's sum over the visit's tiles, float32 [64, width], its top and denominator."""
+    shape, width = cta.shape, cta.shape.problem.width
+    query_stage = cta.query_stage(visit)
+    first_row = visit.place.row_block * shape.mode.row_tiles
+    if shape.mode.row_tiles > 1:
+        first_row = first_row + cta.wg
+    hide = _sight(cta, visit.place.batch_row, first_row * plan.ROWS)
+    plgpu.barrier_wait(cta.memory.q_full.at[query_stage])
+
+    def step(stage, position, _, state):
+        acc, top, denominator = state
+        s = hide(_scores(cta, query_stage, stream, stage), position)
+        p, fade, top, denominator = _softmax(cta, s, top, denominator)
+        values = cta.memory.latents.at[stage, :, at(latent_in_tile * width, width, width)]
+        faded = acc * _wide(fade, acc)
+        [acc] = _accumulate([faded], p.astype(shape.dtype), [values])
+        plgpu.barrier_arrive(cta.memory.empty.at[stage])
+        return acc, top, denominator
+
+    state = _zeros(width), _rows_of(LOWEST), _rows_of(0.0)
+    state = _walk_tiles(cta, visit, step, state)
+    plgpu.barrier_arrive(cta.memory.q_empty.at[query_stage])
+    return state
+
+
+def _multiply(cta: _Cta) -> None:
+    """Each of two warpgroups has a stream of its own."""
+    piece, stream = cta.shape.piece, cta.wg
+
+    def visit(v: Visit) -> None:
+        latent_in_tile = 0 if cta.shape.config.shared == 1 else stream
+        acc, top, denominator = _attend(cta, v, stream, latent_in_tile)
+        part = cta.part(v)
+        lse, inverse = _finish(top, denominator)
+        _store_lse(cta, stream, part, lse)
+        for column in range(0, cta.shape.problem.width, piece):
+            value = acc[:, column : column + piece]
+            staging = cta.memory.out.at[cta.wg]
+            _send(cta, staging, value * _wide(inverse, value), part, stream, column)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    cta.for_each_visit(visit, lambda: _drop(cta))
+
+
+def _multiply_in_turns(cta: _Cta) -> None:
+    """Two warpgroups take every second tile of one stream each."""
+
+    def visit(v: Visit) -> None:
+        state = _attend(cta, v, 0, 0)
+        part = cta.part(v)
+        for me in (0, 1):
+            pl.when(cta.wg == me)(functools.partial(_unite, cta, me, part, v, *state))
+
+    cta.for_each_visit(visit, lambda: _drop(cta))
+
+
+def _unite(cta: _Cta, me: int, part, visit: Visit, acc, top, denominator) -> None:
+    """Joins what the two warpgroups have; each writes one half of the columns."""
+    memory, other = cta.memory, 1 - me
+    half, piece = cta.shape.problem.width // 2, cta.shape.piece
+    tops_smem, denominators_smem = (memory.statistics.at[pl.ds(k, 2)] for k in (0, 2))
+    exchange = memory.exchange_0, memory.exchange_1
+    mine_smem, _ = exchange[me]
+    other_smem, out_smem = exchange[other]
+    for offset in range(0, half, piece):
+        if offset:
+            plgpu.barrier_wait(memory.taken)
+        else:
+            pl.when(visit.number > 0)(lambda: plgpu.barrier_wait(memory.taken))
+            tops_smem[me] = top
+            denominators_smem[me] = denominator
+        their_column, my_column = other * half + offset, me * half + offset
+        mine_smem[...] = acc[:, their_column : their_column + piece]
+        plgpu.barrier_arrive(memory.handed_over)
+        plgpu.barrier_wait(memory.handed_over)
+        if not offset:
+            other_top = plgpu.load(tops_smem.at[other], layout=_ROW_LAYOUT)
+            others = plgpu.load(denominators_smem.at[other], layout=_ROW_LAYOUT)
+            joint = jnp.maximum(top, other_top)
+            mine, theirs = jnp.exp2(top - joint), jnp.exp2(other_top - joint)
+            lse, inverse = _finish(joint, denominator * mine + others * theirs)
+            if me == 0:
+                _store_lse(cta, 0, part, lse)
+            mine, theirs = mine * inverse, theirs * inverse
+        theirs_value = plgpu.load(other_smem, layout=plgpu.Layout.WGMMA)
+        value = acc[:, my_column : my_column + piece]
+        value = value * _wide(mine, value) + theirs_value * _wide(theirs, value)
+        _send(cta, out_smem, value, part, 0, my_column)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(memory.taken)
+
+
+# --- Roles in the mode whose accumulator takes two warpgroups ---
+
+
+def _make_probabilities(cta: _Cta) -> None:
+    """Turns tiles into probabilities, for the two that multiply by values."""
+    memory = cta.memory
+    fade_smem, inverse_smem = (memory.statistics.at[k] for k in (0, 1))
+
+    def visit(v: Visit) -> None:
+        query_stage = cta.query_stage(v)
+        hide = _sight(cta, v.place.batch_row, v.place.row_block * plan.ROWS)
+        plgpu.barrier_wait(memory.q_full.at[query_stage])
+
+        def step(stage, position, turn, carry):
+            top, denominator = carry
+            s = _scores(cta, query_stage, 0, stage)
+            p, fade, top, denominator = _softmax(cta, hide(s, position), top, denominator)
+            p = p.astype(cta.shape.dtype)
+            pl.when(turn > 0)(lambda: plgpu.barrier_wait(memory.p_empty))
+            memory.p[...] = p
+            fade_smem[...] = fade
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(memory.p_full)
+            return top, denominator
+
+        carry = _rows_of(LOWEST), _rows_of(0.0)
+        top, denominator = _walk_tiles(cta, v, step, carry)
+        lse, inverse = _finish(top, denominator)
+        pl.when(v.number > 0)(lambda: plgpu.barrier_wait(memory.inverse_empty))
+        inverse_smem[...] = inverse
+        plgpu.barrier_arrive(memory.inverse_full)
+        _store_lse(cta, 0, cta.part(v), lse)
+
+    # The two that multiply give the tile back.
+    cta.for_each_visit(visit, lambda: plgpu.barrier_wait(memory.full.at[0]))
+
+
+def _multiply_half(cta: _Cta) -> None:
+    """Multiplies probabilities by one half of the values' columns."""
+    shape, memory = cta.shape, cta.memory
+    half, piece = shape.problem.width // 2, shape.piece
+    fade_smem, inverse_smem = (memory.statistics.at[k] for k in (0, 1))
+    which = cta.wg - 1
+
+    def visit(v: Visit) -> None:
+        query_stage = cta.query_stage(v)
+        first_column = pl.multiple_of(which * half, half)
+        # Two narrow products, as a kernel of 512 threads may not name the registers of a wide one.
+        columns = [first_column + offset for offset in range(0, half, piece)]
+
+        def step(stage, position, turn, accs):
+            plgpu.barrier_wait(memory.p_full)
+            fade = plgpu.load(fade_smem, layout=_ROW_LAYOUT)
+            accs = [acc * _wide(fade, acc) for acc in accs]
+            values = [memory.latents.at[stage, :, pl.ds(column, piece)] for column in columns]
+            accs = _accumulate(accs, memory.p, values)
+            plgpu.barrier_arrive(memory.p_empty)
+            plgpu.barrier_arrive(memory.empty.at[stage])
+            return accs
+
+        accs = _walk_tiles(cta, v, step, [_zeros(piece) for _ in columns])
+        plgpu.barrier_wait(memory.inverse_full)  # Also says that the queries were read.
+        inverse = plgpu.load(inverse_smem, layout=_ROW_LAYOUT)
+        plgpu.barrier_arrive(memory.inverse_empty)
+        part = cta.part(v)
+        for k, (column, acc) in enumerate(zip(columns, accs, strict=True)):
+            staging = memory.out.at[query_stage, which * len(columns) + k]
+            _send(cta, staging, acc * _wide(inverse, acc), part, 0, column)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(memory.q_empty.at[query_stage])
+
+    def drop():
+        _drop(cta)
+        plgpu.barrier_arrive(memory.p_empty)
+
+    cta.for_each_visit(visit, drop)
+
+
+# --- Who does what ---
+
+
+class _Role(NamedTuple):
+    """What some warpgroups of a CTA do.
+
+    Attributes:
+      taken_by: whether the present warpgroup has the role.
+      registers: of each of its threads; what a CTA's warpgroups have, times 128, is at most 65536.
+      change: whether that is more or less than an equal division gives, "increase" or "decrease".
+      run: the role.
+    """
+
+    taken_by: Callable[[_Cta], jax.Array]
+    registers: int
+    change: str
+    run: Callable[[_Cta], None]
+
+
+class _Way(NamedTuple):
+    """The roles of the warpgroups that multiply, and the shared memory that they add."""
+
+    roles: tuple[_Role, ...]
+    memory: Callable[[Shape], dict[str, Any]]
+
+
+_LOADER = _Role(lambda cta: cta.wg == cta.shape.mode.multipliers, 40, "decrease", _load)
+_both = lambda cta: cta.wg < 2
+_WAYS = {
+    plan.ALTERNATE: _Way((_Role(_both, 232, "increase", _multiply_in_turns),), _exchange_memory),
+    plan.LATENTS: _Way((_Role(_both, 232, "increase", _multiply),), _staging_memory),
+    plan.TOGETHER: _Way((_Role(_both, 232, "increase", _multiply),), _staging_memory),
+    plan.COLUMNS: _Way(
+        (
+            _Role(lambda cta: cta.wg == 0, 120, "decrease", _make_probabilities),
+            _Role(lambda cta: (cta.wg == 1) | (cta.wg == 2), 176, "increase", _multiply_half),
+        ),
+        _probability_memory,
+    ),
+}
