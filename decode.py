@@ -17,7 +17,7 @@ from mlra_jax.config import LatentConfig
 from mlra_jax.costs import cache_bytes_per_device
 from mlra_jax.data.tokenizers import StreamDecoder
 from mlra_jax.generation import Sampling, Stream
-from mlra_jax.loading import tokenizer_of
+from mlra_jax.loading import tokenizer_of, with_tokenizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "Folder that training or conversion wrote.", required=True)
@@ -110,7 +110,7 @@ def main(_) -> None:
     model = mlra_jax.load_model(FLAGS.checkpoint, mesh=mesh, dtype=dtype)
     logging.set_verbosity(logging.WARNING)
     tokenizer = tokenizer_of(model, FLAGS.tokenizer)
-    model.num_tokens = tokenizer.vocab_size
+    model = with_tokenizer(model, tokenizer)
     ids = [tokenizer.encode(p) for p in prompts]
     steps = Stream(
         model,

@@ -11,7 +11,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mlra_jax.training.settings import Experiment, closest
+from mlra_jax.settings_tree import closest
+from mlra_jax.training.settings import Experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics.")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from benchmarks.limits import launch_seconds, random_pool, read_bandwidth
 from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.config import preset
 from mlra_jax.costs import cache_bytes_per_device
-from mlra_jax.generation.loop import Sampling, Stream
+from mlra_jax.decoder import Decoder
+from mlra_jax.generation import Sampling, Stream
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.state import create_state
 from mlra_jax.training.step import abstract_batch, make_train_step
@@ -71,7 +71,7 @@ def decode(model, batch: int, context: int, bandwidth: float, steps: int = 48) -
         times.append(time.perf_counter())
     milliseconds = 1000 * float(np.median(np.diff(times[8:])))
     config, ways = model.config, model.mesh.shape
-    weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))) / model.mesh.size
+    weights = sum(x.nbytes for x in jax.tree.leaves(model)) / model.mesh.size
     size = {axis: ways[axis] for axis in ("tensor", "context")}
     cache = cache_bytes_per_device(config, batch=batch, capacity=context, **size)
     floor = 1000 * (weights + cache) / bandwidth
@@ -110,8 +110,7 @@ def main() -> None:
 
     if "decode" not in arguments.skip:
         config = dataclasses.replace(preset(name), param_dtype="bfloat16")
-        model = models.create(config, mesh)
-        model.unstack()
+        model = Decoder.from_model(models.create(config, mesh))
         for batch, context in [(1, 2048), (1, 32768), (32, 2048), (32, 32768), (1, 131072)]:
             attempt(result["decode"], decode, model, batch, context, bandwidth)
         del model

@@ -6,9 +6,10 @@ lists = mlra_jax.generate(model, prompts, max_new_tokens=100)
 """
 
 from mlra_jax.config import ModelConfig, preset
+from mlra_jax.decoder import Decoder
 from mlra_jax.generation import generate
 from mlra_jax.loading import load_model
 from mlra_jax.model import Model
 from mlra_jax.sharding import make_mesh
 
-__all__ = ["Model", "ModelConfig", "generate", "load_model", "make_mesh", "preset"]
+__all__ = ["Decoder", "Model", "ModelConfig", "generate", "load_model", "make_mesh", "preset"]

@@ -21,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.settings_tree import flatten
 
 FORMAT_VERSION = 1
 SUBFOLDER = "checkpoints"
@@ -164,8 +165,8 @@ def check_same_model(
 
     How the model computes (`dtype`, `remat`) may differ; what it is may not.
     """
-    stored = _flat(describe(checkpoint.model, checkpoint.tokenizer))
-    wanted = _flat(describe(model, tokenizer))
+    stored = flatten(describe(checkpoint.model, checkpoint.tokenizer))
+    wanted = flatten(describe(model, tokenizer))
     for name in sorted(stored.keys() | wanted.keys()):
         if name in ("model.dtype", "model.remat"):
             continue
@@ -175,14 +176,6 @@ def check_same_model(
                 f"{workdir} holds another model: {name} is {old!r} there and {new!r} here; "
                 "use another workdir or the settings of that run"
             )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,27 +1,15 @@
 """Sizes of a model, and the presets of the paper. The only place that validates sizes."""
 
 import dataclasses
-import difflib
 import math
 from typing import Any, ClassVar
 
-
-class ConfigError(ValueError):
-    """A size or name that cannot be; the message is one line and names the remedy."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from mlra_jax.settings_tree import ConfigError, at_least, build, closest
+from mlra_jax.settings_tree import require as _require
 
 
 def _require_positive(config) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"{field.name}={value!r} is not a whole number")
-        if field.type is int:
-            _require(value > 0, f"{field.name}={value} must be at least 1")
+    at_least(1, config, "", *(f.name for f in dataclasses.fields(config) if f.type is int))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +66,8 @@ class LatentConfig:
 
 class _WholeHeads:
     """Queries, keys and values as wide as a head."""
+
+    gated: ClassVar[bool] = False
 
     @property
     def query_dim(self) -> int:
@@ -219,24 +209,15 @@ class ModelConfig:
         kind = attention.pop("kind", None)
         if kind not in _KINDS:
             raise ConfigError(f"attention.kind={kind!r} is none of {', '.join(_KINDS)}")
-        return _build(
-            cls, {"attention": _build(_KINDS[kind], attention, "attention."), **values}, ""
-        )
+        attention = build(_KINDS[kind], attention, "attention.", "model setting")
+        return build(cls, {"attention": attention, **values}, what="model setting")
 
 
-def _build(cls, values, prefix):
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-            raise ConfigError(f"unknown model setting {prefix}{name}{hint}")
-    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
-    _require(not missing, f"model setting {prefix}{', '.join(missing)} is missing")
-    return cls(**values)
+GPT2_VOCABULARY = 50304
+"""The published models' vocabulary: GPT-2's 50257 ids, padded so that it divides over meshes."""
 
 
-# The published models (24 layers, width 3072, 50304 tokens): MLP width and attention of each.
+# The published models (24 layers, width 3072): MLP width and attention of each.
 def _latent(groups, branches, q_latent_dim=1024, **kwargs):
     return LatentConfig(
         **{"num_heads": 24} | kwargs,
@@ -285,13 +266,11 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     Raises ConfigError naming the nearest preset for an unknown name.
     """
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(PRESETS)}"
-        raise ConfigError(f"unknown preset {name!r}; {hint}")
+        raise ConfigError(f"unknown preset {name!r}; {closest(name, PRESETS)}")
     mlp_dim, attention = _PAPER[name.removesuffix(_NORMAL)]
     sizes = dict(
         attention=attention,
-        vocab_size=50304,
+        vocab_size=GPT2_VOCABULARY,
         num_layers=24,
         embed_dim=3072,
         mlp_dim=mlp_dim,

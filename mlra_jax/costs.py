@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from mlra_jax.attention import MODULES
-from mlra_jax.config import VARIANTS, ConfigError, ModelConfig, preset
+from mlra_jax.config import VARIANTS, ConfigError, LatentConfig, ModelConfig, preset
 from mlra_jax.sharding import mesh_axes
 
 SPLITS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2))
@@ -75,3 +75,35 @@ def main() -> None:
     if arguments.tokens < 8 or arguments.batch < 1:
         parser.error("--tokens must be at least 8 and --batch at least 1")
     print(table(VARIANTS, arguments.tokens, arguments.batch))
+
+
+# Dense bfloat16 products per second of one device, by the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def flops_per_token(config: ModelConfig, parameters: int) -> float:
+    """Products and sums of one training token, forward and backward, recomputation not counted.
+
+    6 per parameter, and for each layer the causal half of scores and weighted values, once per
+    branch (paper, section 3).
+    """
+    attention = config.attention
+    branches = attention.branches if isinstance(attention, LatentConfig) else 1
+    widths = attention.num_heads * (attention.query_dim + attention.value_dim)
+    scores = 6 * branches * config.context_length / 2 * widths
+    return 6 * parameters + config.num_layers * scores
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of one device in bfloat16, None if this table does not know it."""
+    known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
 from mlra_jax.data import tokenizers
+from mlra_jax.decoder import Decoder, Vocabulary
 
 _GPT2_TOKENS, _GPT2_PADDED = 50257, 50304
 
@@ -19,19 +20,19 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     step: int | None = None,
-) -> models.Model:
-    """The model of a training run's or a converted checkpoint.
+) -> Decoder:
+    """The model of a training run's or a converted checkpoint, ready to decode.
 
     Args:
       path: the folder that training or conversion wrote; the latest finished step is taken.
       mesh: from `make_mesh`; by default one device. Each device reads its own part.
-      dtype: of parameters and products, such as "bfloat16". By default parameters are as stored
-        and products as the checkpoint's config says.
+      dtype: of parameters and products, such as "bfloat16". By default as the checkpoint's config
+        says: weights are held in the dtype of the products, norms as they are stored.
       step: another step than the latest.
 
     Returns:
-      a `Model` with its layers apart (`model.unstack()`), the checkpoint's tokenizer name in
-      `model.tokenizer` and the number of ids that mean something in `model.num_tokens`.
+      a `Decoder`: `model(tokens)` gives logits, `mlra_jax.generate(model, prompts)` continues. Its
+      `vocabulary` has the checkpoint's tokenizer name and the number of ids that mean something.
 
     Raises:
       CheckpointError: missing or damaged. ConfigError: sizes that do not divide over the mesh.
@@ -41,34 +42,44 @@ def load_model(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=str(dtype), param_dtype=str(dtype))
     mesh = sharding.make_mesh() if mesh is None else mesh
-    graphdef, state = models.abstract_state(config, mesh)
-    params = checkpoint.restore("params", nnx.to_pure_dict(state))
-    nnx.replace_by_pure_dict(state, params)
-    model = nnx.merge(graphdef, state)
-    model.unstack()
-    model.tokenizer = checkpoint.tokenizer
-    model.num_tokens = _num_tokens(checkpoint.tokenizer, config.vocab_size)
-    return jax.block_until_ready(model)
+    _, state = models.abstract_state(config, mesh)
+
+    def as_used(path, x):
+        # Read in the dtype of the decoder's weights, so that no wider copy is ever held.
+        dtype = x.dtype if path[-1].key == "scale" else config.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    params = checkpoint.restore("params", jax.tree.map_with_path(as_used, nnx.to_pure_dict(state)))
+    vocabulary = Vocabulary(
+        _num_tokens(checkpoint.tokenizer, config.vocab_size), checkpoint.tokenizer
+    )
+    decoder = Decoder.from_params(config, mesh, params, vocabulary, donate=True)
+    return jax.block_until_ready(decoder)
 
 
-def tokenizer_of(model: models.Model, name: str | Path | None = None) -> tokenizers.Tokenizer:
+def tokenizer_of(model: Decoder, name: str | Path | None = None) -> tokenizers.Tokenizer:
     """The tokenizer that the model's checkpoint names (GPT-2's if none), or `name`.
 
     Raises:
       ValueError: `name` is another tokenizer than the checkpoint's, or larger than its vocabulary.
       FileNotFoundError, ConnectionError: as `get_tokenizer`.
     """
-    tokenizer = tokenizers.get_tokenizer(name or model.tokenizer or "gpt2")
-    if model.tokenizer is not None and tokenizer.name != model.tokenizer:
-        raise ValueError(
-            f"tokenizer {name} is {tokenizer.name}, and the checkpoint's is {model.tokenizer}"
-        )
+    known = model.vocabulary.tokenizer
+    tokenizer = tokenizers.get_tokenizer(name or known or "gpt2")
+    if known is not None and tokenizer.name != known:
+        raise ValueError(f"tokenizer {name} is {tokenizer.name}, and the checkpoint's is {known}")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, and the model knows "
             f"{model.config.vocab_size}: give the model's with --tokenizer"
         )
     return tokenizer
+
+
+def with_tokenizer(model: Decoder, tokenizer: tokenizers.Tokenizer) -> Decoder:
+    """The same weights, for text in this tokenizer's ids."""
+    num_tokens = min(tokenizer.vocab_size, model.config.vocab_size)
+    return dataclasses.replace(model, vocabulary=Vocabulary(num_tokens, tokenizer.name))
 
 
 def _num_tokens(tokenizer: str | None, vocab_size: int) -> int:

@@ -12,8 +12,12 @@ from tiny import random_model, relative_error
 
 from mlra_jax import cache as kv
 from mlra_jax import model as models
+from mlra_jax import sharding
+from mlra_jax.attention import MODULES
 from mlra_jax.config import AttentionConfig, ModelConfig
-from mlra_jax.generation.loop import fill
+from mlra_jax.decoder import Decoder, abstract_decoder
+from mlra_jax.generation import Sampling, programs
+from mlra_jax.generation.sampling import Draws, draws
 from mlra_jax.sharding import make_mesh
 
 STEPS = 5
@@ -36,10 +40,8 @@ def whole_pass(model: models.Model, tokens_BT, positions_BT=None) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _unstacked(config: ModelConfig, mesh: Mesh, seed: int):
-    model = random_model(config, mesh, seed)
-    model.unstack()
-    return nnx.split(model)
+def _decoder(config: ModelConfig, mesh: Mesh, seed: int) -> Decoder:
+    return Decoder.from_model(random_model(config, mesh, seed))
 
 
 def decoding_error(
@@ -57,26 +59,49 @@ def decoding_error(
     """
     config, mesh = tiny.config(attention, num_layers), make_mesh(tensor=tensor, context=context)
     tokens, whole = _whole_pass(config, seed)
-    graphdef, state = _unstacked(config, mesh, seed)
+    decoder = _decoder(config, mesh, seed)
     capacity = kv.round_capacity(max(lengths) + STEPS, mesh)
-
-    @jax.jit
-    def prefill(state, prompts_BT, lengths_B):
-        return fill(nnx.merge(graphdef, state), prompts_BT, lengths_B, capacity)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(state, cache, tokens_BT):
-        return nnx.merge(graphdef, state).decode(tokens_BT, cache)
+    prefill = jax.jit(lambda decoder, *prompts: decoder.prefill(*prompts, capacity))
+    step = jax.jit(Decoder.step, donate_argnums=2)
 
     prompts = np.zeros((len(lengths), max(lengths) + 1), np.int32)
     for row, length in enumerate(lengths):
         prompts[row, :length] = tokens[row, :length]
-    logits, cache = prefill(state, prompts, jnp.asarray(lengths))
+    logits, cache = prefill(decoder, prompts, jnp.asarray(lengths))
     got = [np.asarray(logits)[:, None]]
     for i in range(0, STEPS - STEPS % queries, queries):
         new = np.stack([tokens[row, n + i : n + i + queries] for row, n in enumerate(lengths)])
-        logits, cache = step(state, cache, new)
+        logits, cache = step(decoder, new, cache)
         got.append(np.asarray(logits))
     got = np.concatenate(got, axis=1)
     want = np.stack([whole[row, n - 1 : n - 1 + got.shape[1]] for row, n in enumerate(lengths)])
     return relative_error(got, want)
+
+
+def abstract_cache(config: ModelConfig, mesh: Mesh, batch: int, slots: int) -> kv.Cache:
+    """A cache of sharded shapes, to compile for."""
+    module = MODULES[type(config.attention)]
+    shapes = module.cache_shapes(config.attention, batch, slots, mesh.shape["tensor"])
+    layer = {
+        name: jax.ShapeDtypeStruct(
+            shape, config.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
+        )
+        for name, shape in shapes.items()
+    }
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.named(mesh))
+    return kv.Cache((layer,) * config.num_layers, lengths)
+
+
+def abstract_draws(mesh: Mesh, batch: int) -> Draws:
+    """Settings of sampling as shapes on every device."""
+    where = sharding.named(mesh)
+    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, draws(Sampling(), 0, batch)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+
+
+def lower_step(config: ModelConfig, mesh: Mesh, batch: int, slots: int, **vocabulary):
+    """The decoding program that users run, lowered for a batch and a cache."""
+    scalar = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.named(mesh))
+    decoder = abstract_decoder(config, mesh, **vocabulary)
+    cache = abstract_cache(config, mesh, batch, slots)
+    return programs.step.lower(decoder, cache, scalar(batch), abstract_draws(mesh, batch), scalar())

@@ -9,43 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from decoding import abstract_cache, lower_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax import cache as kv
-from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
+from mlra_jax.attention.heads import held_copies
 from mlra_jax.config import ConfigError, LatentConfig
-from mlra_jax.generation.loop import compiled
-from mlra_jax.generation.sampling import Sampling
 from mlra_jax.kernels.absorbed_decode.problem import Problem
+from mlra_jax.kernels.softmax import merge
 
 B, S, D_C, D_ROPE = 2, 512, 48, 6
+CAPACITY = 12
 LATENT = dict(num_heads=8, latent_dim=D_C, q_latent_dim=24, nope_dim=10, rope_dim=D_ROPE, groups=1)
 
 
 def compiled_step(attention, **mesh_sizes):
     """(each device's cache values per layer, the sizes of all collectives' results)."""
     config, mesh = tiny.config(attention), sharding.make_mesh(**mesh_sizes)
-    module = MODULES[type(attention)]
-    shapes = module.cache_shapes(attention, B, S, mesh.shape["tensor"])
-    layer = {
-        name: jax.ShapeDtypeStruct(
-            shape, jnp.float32, sharding=sharding.named(mesh, *module.cache_axes[name])
-        )
-        for name, shape in shapes.items()
-    }
-    everywhere = sharding.named(mesh)
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32, sharding=everywhere)
-    cache = kv.Cache((layer,), shape(), shape(B))
-    _, parameters = models.abstract_state(config, mesh, unstacked=True)
-    _, step = compiled(config, mesh, Sampling(), config.vocab_size)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    program = step.lower(parameters, cache, shape(B), key, shape()).compile()
-    (_, given, *_), _ = program.input_shardings
+    program = lower_step(config, mesh, B, S).compile()
+    cache, (_, given, *_) = abstract_cache(config, mesh, B, S), program.input_shardings[0]
     held = sum(
-        math.prod(where.shard_shape(shapes[name])) for name, where in given.layers[0].items()
+        math.prod(given.layers[0][name].shard_shape(x.shape)) for name, x in cache.layers[0].items()
     )
     assert program.memory_analysis().alias_size_in_bytes >= 4 * held, "not changed in place"
     moved = re.findall(
@@ -81,57 +67,62 @@ def dealt(plain_BS, shares):
 
 @st.composite
 def fills(draw):
-    """(shares, capacity, new tokens, slots filled, first slots): the new ones fit, exactly too."""
+    """(shares, new tokens, slots that each row fills): the new ones fit, exactly too."""
     shares, T = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3))
-    capacity = 12
-    length = draw(st.one_of(st.just(capacity - T), st.integers(0, capacity - T)))
-    starts = draw(st.lists(st.integers(0, length), min_size=B, max_size=B))
-    return shares, capacity, T, length, starts
+    length = st.one_of(st.just(CAPACITY - T), st.integers(0, CAPACITY - T))
+    return shares, T, draw(st.lists(length, min_size=B, max_size=B))
 
 
 @given(fills())
 @settings(deadline=None, max_examples=60)
 def test_exactly_the_new_slots_are_written(fill):
-    shares, capacity, T, length, _ = fill
-    old = np.arange(B * capacity * 2, dtype=np.float32).reshape(B, capacity, 2)
+    shares, T, lengths = fill
+    old = np.arange(B * CAPACITY * 2, dtype=np.float32).reshape(B, CAPACITY, 2)
     new = -1 - np.arange(B * T * 2, dtype=np.float32).reshape(B, T, 2)
     want = old.copy()
-    want[:, length : length + T] = new
+    for b, length in enumerate(lengths):
+        want[b, length : length + T] = new[b]
     stored = dealt(old, shares).reshape(B, shares, -1, 2)
     for share in range(shares):
         part = jnp.asarray(stored[:, share])
-        got = kv.write(part, jnp.asarray(new), jnp.int32(length), shares, jnp.int32(share))
+        got = kv.write(part, jnp.asarray(new), jnp.asarray(lengths), shares, jnp.int32(share))
+        np.testing.assert_array_equal(got, want[:, share::shares])
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_nothing_is_written_beyond_the_last_slot(shares):
+    old, new = np.zeros((B, CAPACITY), np.float32), np.ones((B, 3), np.float32)
+    stored = dealt(old, shares).reshape(B, shares, -1)
+    lengths = jnp.array([CAPACITY - 1, CAPACITY + 5])
+    for share in range(shares):
+        got = kv.write(jnp.asarray(stored[:, share]), new, lengths, shares, share)
+        want = np.zeros_like(old)
+        want[0, -1] = 1
         np.testing.assert_array_equal(got, want[:, share::shares])
 
 
 @given(fills())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_a_prompt_lies_in_its_slots_and_the_rest_is_zero(fill):
-    shares, capacity, _, length, starts = fill
-    length = max(length, 1)
-    entry = np.arange(1, 1 + B * length, dtype=np.float32).reshape(B, length)
-    got = kv.from_prompt(jnp.asarray(entry), jnp.asarray(starts), capacity, shares)
-    plain = np.zeros((B, capacity), np.float32)
-    for b, start in enumerate(starts):
-        # Before its first slot a row has what no query sees.
-        plain[b, :length] = np.roll(entry[b], start)
-        np.testing.assert_array_equal(plain[b, start:length], entry[b, : length - start])
+    shares, _, lengths = fill
+    T = max(1, *lengths)
+    entry = np.arange(1, 1 + B * T, dtype=np.float32).reshape(B, T)
+    plain = np.zeros((B, CAPACITY), np.float32)
+    plain[:, :T] = entry
+    got = kv.from_prompt(jnp.asarray(entry), CAPACITY, shares)
     np.testing.assert_array_equal(got, dealt(plain, shares))
 
 
 @given(fills())
 @settings(deadline=None, max_examples=60)
 def test_each_query_sees_its_rows_slots_up_to_its_own(fill):
-    shares, capacity, T, length, starts = fill
-    slots = np.broadcast_to(np.arange(capacity), (B, capacity))
+    shares, T, lengths = fill
     for share in range(shares):
-        mine = slots[:, share::shares]
-        ends, begins = kv.bounds(jnp.int32(length), jnp.asarray(starts), T, shares, share)
-        assert ends.shape == (B, T) and begins.shape == (B,) and ends.dtype == jnp.int32
+        mine = np.arange(CAPACITY)[share::shares]
+        ends = kv.bounds(jnp.asarray(lengths), T, shares, share)
+        assert ends.shape == (B, T) and ends.dtype == jnp.int32
         for b, t in itertools.product(range(B), range(T)):
-            seen = mine[b, int(begins[b]) : int(ends[b, t])]
-            want = [s for s in mine[b] if starts[b] <= s <= length + t]
-            assert seen.tolist() == want
+            assert mine[: int(ends[b, t])].tolist() == [s for s in mine if s <= lengths[b] + t]
 
 
 @given(st.integers(0, 100), st.integers(1, 8))
@@ -162,7 +153,7 @@ def test_partial_results_are_merged_by_their_log_sum_exp(lse_SH):
     )
     by_share = sharding.spec("cache_length")
     merged = jax.shard_map(
-        lambda z, lse: kv.merge(z[0], lse[0], sharding.CONTEXT, dim=0),
+        lambda z, lse: merge(z[0], lse[0], sharding.CONTEXT, dim=0),
         mesh=mesh,
         in_specs=(by_share, by_share),
         out_specs=by_share,
@@ -176,12 +167,12 @@ def test_partial_results_are_merged_by_their_log_sum_exp(lse_SH):
     "heads, tensor, held", [(4, 1, 4), (4, 2, 4), (4, 4, 4), (1, 8, 8), (2, 4, 4)]
 )
 def test_latents_are_held_once_or_by_whole_teams(heads, tensor, held):
-    assert kv.held_copies(heads, tensor) == held
+    assert held_copies(heads, tensor) == held
 
 
 def test_latents_that_do_not_divide_say_what_would():
     with pytest.raises(ConfigError, match="4 latent heads and tensor=6 .* use tensor=2 and put"):
-        kv.held_copies(4, 6)
+        held_copies(4, 6)
 
 
 @pytest.mark.parametrize("context", [1, 2, 8])

@@ -6,6 +6,7 @@ import tiny
 from tiny import random_model
 
 import mlra_jax
+from mlra_jax.decoder import Decoder, Vocabulary
 from mlra_jax.generation import Stream, loop
 from mlra_jax.generation.padding import pad
 from mlra_jax.sharding import make_mesh
@@ -14,10 +15,8 @@ CONFIG = tiny.config("mlra_4", num_layers=2)
 
 
 def decodable(mesh=None, num_tokens=80):
-    model = random_model(CONFIG, mesh or make_mesh())
-    model.unstack()
-    model.num_tokens = num_tokens  # the last eight ids are padding
-    return model
+    # The last eight ids are padding.
+    return Decoder.from_model(random_model(CONFIG, mesh or make_mesh()), Vocabulary(num_tokens))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,9 @@ def prompts(*lengths):
 def argmax_of_whole_passes(model, prompts, rows):
     """What greedy decoding should have given, were `rows` right up to each token."""
     for prompt, row in zip(prompts, rows, strict=True):
-        logits = np.asarray(model(np.array([prompt + row], np.int32)))[0, :, : model.num_tokens]
+        logits = np.asarray(model(np.array([prompt + row], np.int32)))[
+            0, :, : model.vocabulary.num_tokens
+        ]
         yield logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
@@ -201,5 +202,5 @@ def test_prompts_are_filled_up_on_the_right():
 
 def test_a_stacked_model_says_what_to_do():
     model = random_model(CONFIG, make_mesh())
-    with pytest.raises(ValueError, match=r"model\.unstack\(\)"):
+    with pytest.raises(ValueError, match=r"training form: decode with Decoder.from_model\(model\)"):
         mlra_jax.generate(model, [[1]], max_new_tokens=1)

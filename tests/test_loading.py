@@ -12,6 +12,7 @@ from tiny import relative_error
 
 from mlra_jax import checkpoints, loading
 from mlra_jax.data import tokenizers
+from mlra_jax.decoder import Vocabulary
 from mlra_jax.sharding import make_mesh
 
 CONFIG = tiny.config("mlra_2", num_layers=3, vocab_size=264)
@@ -37,7 +38,7 @@ def test_the_latest_step_or_the_one_asked_for(saved, step, loaded):
     folder, made = saved
     model = loading.load_model(folder, step=step)
     assert relative_error(model(TOKENS), made[loaded](TOKENS)) < 1e-6
-    assert (model.tokenizer, model.num_tokens, model.config) == ("bytes", 257, CONFIG)
+    assert (model.vocabulary, model.config) == (Vocabulary(257, "bytes"), CONFIG)
     assert model.mesh.size == 1
 
 
@@ -45,7 +46,7 @@ def test_a_model_is_loaded_in_its_places_and_dtype(saved):
     folder, made = saved
     mesh = make_mesh(fsdp=2, tensor=2)
     model = loading.load_model(folder, mesh=mesh, dtype="bfloat16")
-    leaves = jax.tree.leaves(nnx.state(model))
+    leaves = jax.tree.leaves(model)
     assert all(x.dtype == jnp.bfloat16 for x in leaves)
     held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
     total = sum(x.nbytes for x in leaves)
@@ -79,7 +80,8 @@ def test_ids_that_mean_something(tokenizer, vocab_size, meant):
 
 def named(tokenizer, vocab_size=264):
     return types.SimpleNamespace(
-        tokenizer=tokenizer, config=tiny.config("mla", vocab_size=vocab_size)
+        vocabulary=Vocabulary(vocab_size, tokenizer),
+        config=tiny.config("mla", vocab_size=vocab_size),
     )
 
 

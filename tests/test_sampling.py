@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.generation import Sampling
-from mlra_jax.generation.sampling import sample
+from mlra_jax.generation.sampling import draws, sample
+
+compiled = jax.jit(sample, static_argnums=3)
 
 
-def draw(logits_BV, num_tokens=None, key=0, **settings) -> np.ndarray:
+def draw(logits_BV, num_tokens=None, key=0, step=0, **settings) -> np.ndarray:
     logits_BV = jnp.asarray(logits_BV, jnp.float32)
     num_tokens = logits_BV.shape[1] if num_tokens is None else num_tokens
-    return np.asarray(sample(logits_BV, jax.random.key(key), Sampling(**settings), num_tokens))
+    rows = draws(Sampling(**settings), key, len(logits_BV))
+    return np.asarray(compiled(logits_BV, rows, step, num_tokens))
 
 
 def distribution(logits_V, num_tokens, temperature, top_k=0, top_p=1.0) -> np.ndarray:

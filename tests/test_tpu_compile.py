@@ -4,18 +4,13 @@ import importlib.util
 import math
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
+from decoding import lower_step
 
-from mlra_jax import cache as kv
-from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
 from mlra_jax.config import preset
 from mlra_jax.costs import cache_bytes_per_device
-from mlra_jax.generation.loop import compiled
-from mlra_jax.generation.sampling import Sampling
+from mlra_jax.decoder import Vocabulary
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.step import abstract_batch, abstract_state, make_train_step
 
@@ -84,20 +79,7 @@ def test_decoding_step(v5e_16, capsys):
     config = preset("mlra_4", param_dtype="bfloat16")
     batch, slots = 4, 131072
     mesh = sharding.make_mesh(data=4, tensor=4, devices=v5e_16)
-    module = MODULES[type(config.attention)]
-    layer = {
-        name: jax.ShapeDtypeStruct(
-            shape, jnp.bfloat16, sharding=sharding.named(mesh, *module.cache_axes[name])
-        )
-        for name, shape in module.cache_shapes(config.attention, batch, slots, 4).items()
-    }
-    everywhere = sharding.named(mesh)
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32, sharding=everywhere)
-    cache = kv.Cache((layer,) * config.num_layers, shape(), shape(batch))
-    _, parameters = models.abstract_state(config, mesh, unstacked=True)
-    _, step = compiled(config, mesh, Sampling(), 50257)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    program = step.lower(parameters, cache, shape(batch), key, shape()).compile()
+    program = lower_step(config, mesh, batch, slots, vocabulary=Vocabulary(50257)).compile()
     name = "2.9B MLRA-4 decoding step, v5e 4x4, data=4 x tensor=4, 4 x 131072 positions"
     assert report(name, program, capsys) < V5E_MEMORY
 

@@ -1,16 +1,14 @@
-"""What the mechanisms share whose query heads, not latents, are dealt to the devices."""
+"""How heads, and the features that heads share, are dealt to the devices."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mlra_jax import cache as kv
 from mlra_jax import sharding
 from mlra_jax.config import ConfigError
 
@@ -45,8 +43,18 @@ def whole_heads(x_BTJK: jax.Array, axes: tuple[str | None, str], mesh: Mesh) -> 
     return sharding.constrain(x_BTJK, mesh, "batch", "length", axes[0], "head_dim")
 
 
+def gathered(x_BTQ: jax.Array, axis: str, mesh: Mesh) -> jax.Array:
+    """A narrow projection whole on every device, its kernel's columns split along `axis`.
+
+    Gathered before its norm, whose statistics would cost another exchange. Named as the kernel is
+    split first: else XLA would gather the kernel instead.
+    """
+    x_BTQ = sharding.constrain(x_BTQ, mesh, "batch", "length", axis)
+    return sharding.constrain(x_BTQ, mesh, "batch", "length", None)
+
+
 def repeat_for_mesh(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
-    """Key/value heads repeated until they divide over the mesh, as `sharded.causal` wants them.
+    """Key/value heads repeated until they divide over the mesh, for `sharded.whole_sequence`.
 
     Query heads that divide over the mesh and among the J heads divide among the repeated ones too.
     """
@@ -120,48 +128,15 @@ class HeldHeads:
         return x_BTJG[:, :, kept_h, jnp.arange(G)]
 
 
-def decode_step(
-    attend: Callable,
-    q_BTHK: jax.Array,
-    new: dict[str, jax.Array],
-    cache: dict[str, jax.Array],
-    length: jax.Array,
-    starts_B: jax.Array,
-    *,
-    cache_axes: dict[str, tuple[str | None, ...]],
-    mesh: Mesh,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Writes `new` into the slots from `length` on and attends to the cache, on every device.
+def held_copies(heads: int, tensor: int) -> int:
+    """Cached latent heads stored when `heads` of them are split over `tensor` devices.
 
-    Args:
-      attend: `(q_BThK, cache, lengths_BT, starts_B) -> (o_BThV, lse_BTh)` of one device: its query
-        heads over its share of the positions.
-      q_BTHK: the queries of the T new tokens.
-      new: their cache entries, `[B, T, ...]`; cache: `[B, S, ...]`, both by name.
-      length: int32 scalar, slots filled; starts_B: int32, each row's first slot.
-
-    Returns:
-      `[B, T, H, V]` split by head over the mesh, and the cache.
+    Where there are fewer heads than devices several hold each head, and the array repeats it.
+    Raises ConfigError when neither number divides the other.
     """
-    # A device attends for all query heads of its `tensor` share, whatever its `context` share.
-    queries = sharding.spec("batch", "length", "cache_latent", None)
-    cached = {name: sharding.spec(*axes) for name, axes in cache_axes.items()}
-    added = {n: sharding.spec("batch", "length", *axes[2:]) for n, axes in cache_axes.items()}
-    shares = sharding.size(mesh, sharding.CONTEXT)
-
-    def local(q_BThK, new, cache, length, starts_B):
-        share = jax.lax.axis_index(sharding.CONTEXT)
-        cache = {n: kv.write(cache[n], new[n], length, shares, share) for n in cache}
-        lengths_BT, starts_B = kv.bounds(length, starts_B, q_BThK.shape[1], shares, share)
-        o_BThV, lse_BTh = attend(q_BThK, cache, lengths_BT, starts_B)
-        if shares > 1:
-            o_BThV = kv.merge(o_BThV, lse_BTh, sharding.CONTEXT, dim=2)
-        return o_BThV, cache
-
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(queries, added, cached, sharding.spec(), sharding.spec("batch")),
-        out_specs=(sharding.spec("batch", "length", "heads", "head_dim"), cached),
-        check_vma=False,
-    )(q_BTHK, new, cache, length, starts_B)
+    if heads % tensor and tensor % heads:
+        raise ConfigError(
+            f"{heads} latent heads and tensor={tensor} devices: one must divide the other; "
+            f"use tensor={math.gcd(heads, tensor)} and put the rest on the context axis"
+        )
+    return max(heads, tensor)

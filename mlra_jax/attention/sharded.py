@@ -1,20 +1,26 @@
-"""Attention over a mesh: ops on local arrays, each device with its share of batch and heads."""
+"""Attention over devices: a whole sequence, and one decode step over a cache that never moves."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from mlra_jax import cache as kv
 from mlra_jax import sharding
 from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
+from mlra_jax.kernels.softmax import merge
+
+Attend = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def causal(
+def whole_sequence(
     q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array, *, scale: float, mesh: Mesh
 ) -> jax.Array:
-    """`causal_attention` of arrays split over `mesh`; returns `[B, T, H, V]`, split alike.
+    """Causal attention of a sequence to itself, `[B, T, H, V]`.
 
-    The batch and the heads are split as the table in `sharding` says; H and J must divide.
+    Batch and heads are split over `mesh` as the table in `sharding` says; H and J must divide.
     """
     name = implementation_for(mesh.devices.flat[0], q_BTHK.dtype)
     local = functools.partial(causal_attention, scale=scale, implementation=name)
@@ -24,3 +30,49 @@ def causal(
     return jax.shard_map(
         local, mesh=mesh, in_specs=(split, split, split), out_specs=split, check_vma=False
     )(q_BTHK, k_BTJK, v_BTJV)
+
+
+def decode_step(
+    attend: Attend,
+    queries: Any,
+    new: dict[str, jax.Array],
+    cache: dict[str, jax.Array],
+    lengths_B: jax.Array,
+    *,
+    cache_axes: dict[str, tuple[str | None, ...]],
+    mesh: Mesh,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Writes `new` into each row's next slots and attends to the cache, on every device.
+
+    Args:
+      attend: `(queries, cache, lengths_BT) -> (o_BThV, lse_BTh)` of one device: its share of the
+        heads over its share of the positions, query `t` seeing those before `lengths[b, t]`.
+      queries: of the T new tokens, a tree of `[B, T, H, ...]`.
+      new: their cache entries, `[B, T, ...]`; cache: `[B, S, ...]`, both by name.
+      lengths_B: int32, the slots that each row fills.
+
+    Returns:
+      `[B, T, H, V]` split by head over the mesh, and the cache.
+    """
+    # A device attends for all heads of its `tensor` share, whatever its `context` share.
+    asked = sharding.spec("batch", "length", "cache_latent", None)
+    cached = {name: sharding.spec(*axes) for name, axes in cache_axes.items()}
+    added = {n: sharding.spec("batch", "length", *axes[2:]) for n, axes in cache_axes.items()}
+    shares = sharding.size(mesh, sharding.CONTEXT)
+
+    def local(queries, new, cache, lengths_B):
+        share = jax.lax.axis_index(sharding.CONTEXT)
+        T = jax.tree.leaves(queries)[0].shape[1]
+        cache = {n: kv.write(cache[n], new[n], lengths_B, shares, share) for n in cache}
+        o_BThV, lse_BTh = attend(queries, cache, kv.bounds(lengths_B, T, shares, share))
+        if shares > 1:
+            o_BThV = merge(o_BThV, lse_BTh, sharding.CONTEXT, dim=2)
+        return o_BThV, cache
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(jax.tree.map(lambda _: asked, queries), added, cached, sharding.spec("batch")),
+        out_specs=(sharding.spec("batch", "length", "heads", "head_dim"), cached),
+        check_vma=False,
+    )(queries, new, cache, lengths_B)

@@ -8,157 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
-import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.command import Parser
 from mlra_jax.data import token_file
-from mlra_jax.data.sources import PYDOC, pydoc_documents, read_pieces, text_files
+from mlra_jax.data.inputs import HUB_PREFIX, Input, Piece, open_input
+from mlra_jax.data.journal import Journal
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
-from mlra_jax.files import whole_file
 
-HUB_PREFIX = "hf:"
 _BATCH_CHARACTERS = 1 << 18
-_ROWS_READ_AT_ONCE = 256
-
-
-class Piece(NamedTuple):
-    """Text that is encoded by itself: a document, or a part of a long one.
-
-    `position` is where it begins, (file, byte) or (0, row): an input can be read on from there.
-    """
-
-    position: tuple[int, int]
-    begins_document: bool
-    text: str
-
-
-class Input(Protocol):
-    """Documents in a fixed order. `identity` changes when they do; `size` is in `unit`s."""
-
-    identity: str
-    size: int
-    unit: str
-
-    def pieces(self, position: tuple[int, int]) -> Iterator[Piece]:
-        """All pieces from `position` on; (0, 0) is the beginning."""
-
-    def done(self, position: tuple[int, int]) -> int:
-        """How much of `size` lies before `position`."""
-
-
-class Files:
-    """Text files, a document each, and files of JSON lines, a document a line."""
-
-    unit = "B"
-
-    def __init__(self, files: Sequence[Path], root: Path, text_key: str):
-        self._files = files
-        self._text_key = text_key
-        stats = [path.stat() for path in files]
-        self._starts = np.cumsum([0] + [stat.st_size for stat in stats]).tolist()
-        self.size = self._starts[-1]
-        digest = hashlib.sha256(text_key.encode())
-        for path, stat in zip(files, stats, strict=True):
-            digest.update(
-                f"{os.path.relpath(path, root)}\0{stat.st_size} {stat.st_mtime_ns}\n".encode()
-            )
-        self.identity = digest.hexdigest()
-
-    def pieces(self, position: tuple[int, int]) -> Iterator[Piece]:
-        first, offset = position
-        for index in range(first, len(self._files)):
-            path = self._files[index]
-            if path.suffix in (".jsonl", ".ndjson"):
-                yield from self._lines(index, path, offset)
-            else:
-                for start, text in read_pieces(path, offset):
-                    yield Piece((index, start), start == 0, text)
-            offset = 0
-
-    def done(self, position: tuple[int, int]) -> int:
-        return self._starts[position[0]] + position[1]
-
-    def _lines(self, index: int, path: Path, offset: int) -> Iterator[Piece]:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            for line in file:
-                if line.strip():
-                    text = _text_of_line(line, self._text_key, f"{path}, line at byte {offset}")
-                    yield Piece((index, offset), True, text)
-                offset += len(line)
-
-
-class Rows:
-    """Documents by number; `read(start, stop)` gives a run of them."""
-
-    unit = " documents"
-
-    def __init__(self, read: Callable[[int, int], Sequence[str]], size: int, identity: str):
-        self._read = read
-        self.size = size
-        self.identity = identity
-
-    def pieces(self, position: tuple[int, int]) -> Iterator[Piece]:
-        for start in range(position[1], self.size, _ROWS_READ_AT_ONCE):
-            texts = self._read(start, min(start + _ROWS_READ_AT_ONCE, self.size))
-            for row, text in enumerate(texts, start):
-                if not isinstance(text, str):
-                    raise ValueError(f"row {row} of the data set holds no text")
-                yield Piece((0, row), True, text)
-
-    def done(self, position: tuple[int, int]) -> int:
-        return position[1]
-
-
-def open_input(source: str, *, text_key: str = "text", split: str = "train") -> Input:
-    """The documents that `source` names.
-
-    Args:
-      source: a text file; a `.jsonl` file; a folder of both (read in order of path, hidden files
-        left out); "pydoc", the language reference inside CPython; or
-        "hf:NAME" or "hf:NAME:CONFIGURATION", a Hugging Face data set (needs the `datasets` extra).
-      text_key: the field of a JSON line, or the column of a data set, that holds the text.
-      split: of a Hugging Face data set.
-
-    Raises:
-      FileNotFoundError: there is no such file or folder.
-      ValueError: nothing to read in it, the data set cannot be had, or the `datasets` extra is
-        missing.
-    """
-    if source == PYDOC:
-        documents = pydoc_documents()
-        digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-        return Rows(lambda start, stop: documents[start:stop], len(documents), digest)
-    if source.startswith(HUB_PREFIX):
-        return _open_hub(source.removeprefix(HUB_PREFIX), text_key, split)
-    path = Path(source)
-    if path.is_dir():
-        files, root = text_files(path), path
-    elif path.is_file():
-        files, root = [path], path.parent
-    else:
-        raise FileNotFoundError(
-            f"no source {source}: give a file, a folder, pydoc, or hf:NAME for a Hugging Face "
-            "data set"
-        )
-    if not files:
-        raise ValueError(f"folder {source} has no files")
-    tokens = next((name for name in files if name.suffix == ".bin"), None)
-    if tokens:
-        raise ValueError(f"{tokens} is a token file already; give text")
-    return Files(files, root, text_key)
 
 
 def prepare(
@@ -213,34 +80,23 @@ def prepare(
     }
     destination.mkdir(parents=True, exist_ok=True)
     with _only_writer(destination):
-        journal = _Journal(destination / f"{name}_prepare.json", settings)
-
-        def shard_path(number: int) -> Path:
-            part = "val" if validation_first_shard and number == 0 else "train"
-            return destination / f"{name}_{part}_{number:06d}.bin"
-
-        _check_finished(destination, name, journal, shard_path)
+        journal = Journal(destination, name, settings)
         journal.save()
         try:
             if not journal.complete:
-                _write_shards(source, tokenizer, shard_tokens, workers, journal, shard_path)
-            if not journal.shards:
+                _write_shards(source, tokenizer, shard_tokens, workers, journal)
+            if not journal.counts:
                 raise ValueError("there is no text in the source")
         except ValueError:
             # A source that is mended is another input, and nothing of this one is there.
-            if not journal.shards:
+            if not journal.counts:
                 journal.path.unlink()
             raise
-        return [shard_path(number) for number in range(len(journal.shards))]
+        return journal.shards
 
 
 def _write_shards(
-    source: Input,
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-    workers: int,
-    journal: _Journal,
-    shard_path: Callable[[int], Path],
+    source: Input, tokenizer: Tokenizer, shard_tokens: int, workers: int, journal: Journal
 ) -> None:
     batches = _batches(source.pieces(journal.position))
     bar = tqdm(
@@ -261,10 +117,10 @@ def _write_shards(
 
         try:
             while stream.has_more():
-                path = shard_path(len(journal.shards))
-                count = token_file.write(path, advance(stream.take(shard_tokens)))
+                chunks = advance(stream.take(shard_tokens))
+                count = token_file.write(journal.next_shard, chunks)
                 journal.add(count, stream.position, stream.used)
-                bar.set_postfix(shards=len(journal.shards), tokens=sum(journal.shards))
+                bar.set_postfix(shards=len(journal.counts), tokens=sum(journal.counts))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         bar.update(source.size - bar.n)
@@ -301,68 +157,6 @@ class _Stream:
             self.used += part.size
             count -= part.size
             yield part
-
-
-class _Journal:
-    """What is finished, in a file that is replaced after each shard."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self._settings = settings
-        self.shards: list[int] = []
-        self.position = (0, 0)
-        self.used = 0
-        self.complete = False
-        if not path.exists():
-            return
-        try:
-            saved = json.loads(path.read_text())
-            for key, value in settings.items():
-                if saved["settings"][key] != value:
-                    raise ValueError(
-                        f"{path} was begun with another {key} ({saved['settings'][key]}, now "
-                        f"{value}); take another destination or name"
-                    )
-            self.shards = saved["shards"]
-            self.position = tuple(saved["position"])
-            self.used = saved["used"]
-            self.complete = saved["complete"]
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise ValueError(f"{path} is damaged; take another destination or name") from None
-
-    def add(self, count: int, position: tuple[int, int], used: int) -> None:
-        self.shards.append(count)
-        self.position, self.used = position, used
-        self.save()
-
-    def finish(self) -> None:
-        self.complete = True
-        self.save()
-
-    def save(self) -> None:
-        state = {
-            "settings": self._settings,
-            "shards": self.shards,
-            "position": self.position,
-            "used": self.used,
-            "complete": self.complete,
-        }
-        with whole_file(self.path) as file:
-            json.dump(state, file, indent=1)
-
-
-def _check_finished(
-    destination: Path, name: str, journal: _Journal, shard_path: Callable[[int], Path]
-) -> None:
-    if not journal.path.exists():
-        shard = re.compile(re.escape(name) + r"_(val|train)_\d+\.bin")
-        for path in sorted(destination.iterdir()):
-            if shard.fullmatch(path.name):
-                raise FileExistsError(f"{path} is there already; take another destination or name")
-    for number, count in enumerate(journal.shards):
-        path = shard_path(number)
-        if len(token_file.read(path)) != count:
-            raise ValueError(f"{path} is not the shard that {journal.path} tells of; delete both")
 
 
 @contextlib.contextmanager
@@ -413,39 +207,6 @@ def _in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _text_of_line(line: bytes, text_key: str, where: str) -> str:
-    try:
-        text = json.loads(line)[text_key]
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: no JSON") from None
-    except (KeyError, TypeError, IndexError):
-        raise ValueError(f"{where}: no field {text_key!r}; name it with --text_key") from None
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_key!r} holds no text")
-    return text
-
-
-def _open_hub(name: str, text_key: str, split: str) -> Input:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            "Hugging Face data sets need the extra: pip install 'mlra-jax[datasets]'"
-        ) from None
-    repository, _, configuration = name.partition(":")
-    try:
-        data = datasets.load_dataset(repository, configuration or None, split=split)
-    except Exception as error:  # the library's errors have no common type, and many lines
-        raise ValueError(f"data set {name}: {' '.join(str(error).split())}") from error
-    if text_key not in data.column_names:
-        raise ValueError(
-            f"data set {name} has no column {text_key!r} but {', '.join(data.column_names)}; name "
-            "it with --text_key"
-        )
-    identity = f"{name} {split} {text_key} {len(data)}"
-    return Rows(lambda start, stop: data[start:stop][text_key], len(data), identity)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

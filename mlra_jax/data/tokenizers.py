@@ -122,9 +122,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that never became whole."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)
 
 
 def get_tokenizer(name: str | Path) -> Tokenizer:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mlra_jax import sharding
 from mlra_jax.evaluate import scoring
 from mlra_jax.generation import Sampling
-from mlra_jax.loading import load_model, tokenizer_of
+from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
 
 _MAX_NEW_TOKENS = 256
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens")
@@ -50,9 +50,9 @@ class HarnessModel(TemplateLM):
     ):
         super().__init__()
         # A command line in which `mesh=` comes more than once is cut at its commas by the harness.
-        self.model = load_model(checkpoint, sharding.parse_mesh(str(mesh)), dtype)
-        self.text = tokenizer_of(self.model, tokenizer)
-        self.model.num_tokens = min(self.text.vocab_size, self.model.config.vocab_size)
+        model = load_model(checkpoint, sharding.parse_mesh(str(mesh)), dtype)
+        self.text = tokenizer_of(model, tokenizer)
+        self.model = with_tokenizer(model, self.text)
         self.batch_size = int(batch_size)
         scoring.check_batch(self.model, self.batch_size)
         self.max_length = int(max_length or self.model.config.context_length)

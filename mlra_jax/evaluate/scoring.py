@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mlra_jax import sharding
 from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
+from mlra_jax.decoder import Decoder
 from mlra_jax.generation import Sampling, Stream
-from mlra_jax.model import Model
 
 # float32 logits that one device holds at a time.
 _LOGITS_AT_ONCE = 1 << 26
@@ -22,7 +21,7 @@ Progress = Callable[[int], object]
 
 
 def token_scores(
-    model: Model, inputs_BT: np.ndarray, targets_BT: np.ndarray
+    model: Decoder, inputs_BT: np.ndarray, targets_BT: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probability of each target, whether greedy decoding gives it), on their way.
 
@@ -30,7 +29,7 @@ def token_scores(
     decoding never takes padding.
 
     Args:
-      model: any, stacked or not.
+      model: from `load_model` or `Decoder.from_model`.
       inputs_BT, targets_BT: int32 `[B, T]`; B a multiple of the devices that split the batch.
 
     Returns:
@@ -41,11 +40,11 @@ def token_scores(
     vocabulary = -(-model.config.vocab_size // sharding.size(model.mesh, sharding.MODEL))
     chunks = -(-T * rows * vocabulary // _LOGITS_AT_ONCE)
     placed = jax.device_put((inputs_BT, targets_BT), sharding.named(model.mesh, "batch", "length"))
-    return _token_scores(model, *placed, chunks=chunks, num_tokens=model.num_tokens)
+    return _token_scores(model, *placed, chunks=chunks)
 
 
-@functools.partial(nnx.jit, static_argnames=("chunks", "num_tokens"))
-def _token_scores(model, inputs_BT, targets_BT, *, chunks, num_tokens):
+@functools.partial(jax.jit, static_argnames="chunks")
+def _token_scores(model, inputs_BT, targets_BT, *, chunks):
     B, T = inputs_BT.shape
     chunk = -(-T // chunks)
     pad = chunks * chunk - T
@@ -62,7 +61,8 @@ def _token_scores(model, inputs_BT, targets_BT, *, chunks, num_tokens):
         x_BTD, targets_BT = arrays
         logits_BTV = model.logits(x_BTD)
         target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-        real_BTV = jnp.where(jnp.arange(logits_BTV.shape[-1]) < num_tokens, logits_BTV, -jnp.inf)
+        real_V = jnp.arange(logits_BTV.shape[-1]) < model.vocabulary.num_tokens
+        real_BTV = jnp.where(real_V, logits_BTV, -jnp.inf)
         greedy_BT = jnp.argmax(real_BTV, axis=-1) == targets_BT
         return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1), greedy_BT
 
@@ -70,7 +70,7 @@ def _token_scores(model, inputs_BT, targets_BT, *, chunks, num_tokens):
     return join(scores[0]), join(scores[1])
 
 
-def check_batch(model: Model, batch: int) -> None:
+def check_batch(model: Decoder, batch: int) -> None:
     """Raises ValueError when `batch` rows do not divide over the devices that split a batch."""
     ways = sharding.size(model.mesh, sharding.BATCH)
     if batch < 1 or batch % ways:
@@ -81,7 +81,7 @@ def check_batch(model: Model, batch: int) -> None:
 
 
 def loglikelihood(
-    model: Model,
+    model: Decoder,
     requests: Sequence[tuple[Tokens, Tokens]],
     *,
     batch: int = 8,
@@ -94,7 +94,7 @@ def loglikelihood(
     requests. A context that is too long loses its beginning.
 
     Args:
-      model: any.
+      model: as for `token_scores`.
       requests: (context, continuation) as token lists, neither empty.
       batch: sequences at a time.
       max_length: tokens that the model sees, by default its `context_length`.
@@ -159,7 +159,7 @@ def rolling_windows(
 
 
 def generate_until(
-    model: Model,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[Tokens],
     *,
@@ -176,7 +176,7 @@ def generate_until(
     End-of-text ends it too. A prompt that leaves no room for the new tokens loses its beginning.
 
     Args:
-      model: with its layers unstacked, as `load_model` gives it.
+      model: as for `token_scores`.
       tokenizer: the model's.
       prompts: token lists, none empty.
       until: stop strings, wherever they fall between the tokens.

@@ -1,9 +1,11 @@
-"""The next token from logits."""
+"""The next token from logits; every row has its own settings and its own draws."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,25 +28,80 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
-def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, num_tokens: int) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The settings of every row as arrays `[B]`: other values are no other program."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    keys: jax.Array
+    """Random keys; draw `n` of row `b` is made with `fold_in(keys[b], n)`."""
+
+
+def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], rows: int) -> Draws:
+    """The settings of `rows` rows, from one for all of them or from one for each.
+
+    A seed of a row's own gives it the draws that it has alone. One seed for all gives each row its
+    own draws, of the seed and the row's place. Raises ValueError where there are more or fewer.
+    """
+    sampling = [sampling] * rows if isinstance(sampling, Sampling) else list(sampling)
+    if np.ndim(seed) == 0:
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
+    else:
+        keys_B = jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
+    for name, given in (("sampling settings", len(sampling)), ("seeds", len(keys_B))):
+        if given != rows:
+            raise ValueError(f"{given} {name} for {rows} prompts: give one, or one for each")
+    column = lambda name, dtype: np.array([getattr(s, name) for s in sampling], dtype)
+    return Draws(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32),
+        top_p=column("top_p", np.float32),
+        keys=keys_B,
+    )
+
+
+def sample(logits_BV: jax.Array, draws: Draws, step: jax.Array, num_tokens: int) -> jax.Array:
     """int32 `[B]`: one token a row from float32 logits; ids from `num_tokens` on are never drawn.
 
-    Rows draw independently: row `b` depends on `key`, `b` and its own logits only.
+    Row `b` depends on its own logits, settings and key, and on the step's number only. Nothing is
+    drawn where all rows are greedy, and nothing sorted where none has `top_k` or `top_p`.
     """
-    B, V = logits_BV.shape
+    V = logits_BV.shape[1]
     logits_BV = jnp.where(jnp.arange(V) < num_tokens, logits_BV, -jnp.inf)
-    if sampling.temperature == 0:
+    warm_B = draws.temperature > 0
+    narrow_B = warm_B & (((draws.top_k > 0) & (draws.top_k < num_tokens)) | (draws.top_p < 1))
+
+    def greedy(logits_BV):
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < num_tokens:
-        kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
-    if sampling.top_p < 1:
-        descending_BV = -jnp.sort(-logits_BV, axis=-1)
-        weights_BV = jax.nn.softmax(descending_BV, axis=-1)
-        # A token is kept while those before it do not reach top_p, so the first always is.
-        kept_B = (jnp.cumsum(weights_BV, axis=-1) - weights_BV < sampling.top_p).sum(-1)
-        least_B1 = jnp.take_along_axis(descending_BV, kept_B[:, None] - 1, axis=-1)
-        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+    def drawn(logits_BV, keep=lambda x: x):
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(draws.keys, step)
+        heat_B1 = jnp.where(warm_B, draws.temperature, 1.0)[:, None]
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, keep(logits_BV / heat_B1))
+        return jnp.where(warm_B, tokens_B.astype(jnp.int32), greedy(logits_BV))
+
+    def narrowed(logits_BV):
+        return drawn(logits_BV, lambda x: _likeliest(x, draws, num_tokens))
+
+    kind = jnp.any(warm_B).astype(jnp.int32) + jnp.any(narrow_B)
+    return jax.lax.switch(kind, (greedy, drawn, narrowed), logits_BV)
+
+
+def _likeliest(logits_BV, draws, num_tokens):
+    """-inf for tokens that top_k, or top_p among those that top_k leaves, excludes."""
+    descending_BV = -jnp.sort(-logits_BV, axis=-1)
+    top_k_B1, top_p_B1 = draws.top_k[:, None], draws.top_p[:, None]
+    kth_B1 = jnp.take_along_axis(descending_BV, jnp.clip(top_k_B1, 1, num_tokens) - 1, axis=-1)
+    # As likely as the last of the k is likely enough.
+    least_B1 = jnp.where((top_k_B1 > 0) & (top_k_B1 < num_tokens), kth_B1, -jnp.inf)
+    descending_BV = jnp.where(descending_BV >= least_B1, descending_BV, -jnp.inf)
+    weights_BV = jax.nn.softmax(descending_BV, axis=-1)
+    # A token is kept while those before it do not reach top_p, so the first always is.
+    before_BV = jnp.cumsum(weights_BV, axis=-1) - weights_BV
+    kept_B1 = (before_BV < top_p_B1).sum(-1, keepdims=True)
+    last_B1 = jnp.take_along_axis(descending_BV, kept_B1 - 1, axis=-1)
+    least_B1 = jnp.maximum(least_B1, jnp.where(top_p_B1 < 1, last_B1, -jnp.inf))
+    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

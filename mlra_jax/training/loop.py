@@ -3,38 +3,26 @@
 import contextlib
 import dataclasses
 import json
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mlra_jax import checkpoints, sharding
-from mlra_jax.checkpoints import CheckpointError
-from mlra_jax.config import ConfigError
-from mlra_jax.data.pipeline import make_train_iterator, make_validation_batches
-from mlra_jax.data.sources import Source, load_source
-from mlra_jax.data.tokenizers import get_tokenizer
-from mlra_jax.training.metrics import (
-    MetricsWriter,
-    flops_per_token,
-    format_duration,
-    peak_flops,
-    plot_losses,
-)
-from mlra_jax.training.settings import Experiment
+from mlra_jax import checkpoints, costs, sharding
+from mlra_jax.checkpoints import Checkpoint, CheckpointError
+from mlra_jax.settings_tree import ConfigError
+from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
+from mlra_jax.training.metrics import MetricsWriter, plot_losses
+from mlra_jax.training.progress import Progress, check_finite
+from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
-
-
-class TrainingError(ValueError):
-    """A run that cannot go on; one line."""
+from mlra_jax.training.stopping import StopSignals
 
 
 def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
@@ -46,53 +34,180 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     run was interrupted.
 
     Args:
-        experiment: what to train.
-        workdir: a folder, made if it does not exist.
-        say: prints one line of progress.
+      experiment: what to train.
+      workdir: a folder, made if it does not exist.
+      say: prints one line of progress.
 
     Raises:
-        ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
-            workdir; nothing has been written then.
-        TrainingError: the loss was not finite.
+      ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
+        workdir; nothing has been written then.
+      TrainingError: a metric was not finite.
     """
+    first = jax.process_index() == 0
+    say = say if first else lambda line: None
     workdir = _checked_workdir(workdir)
-    mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
-    if jax.process_count() > 1 and mesh.size != jax.device_count():
-        raise ConfigError(
-            f"the mesh has {mesh.size} devices and the {jax.process_count()} processes have "
-            f"{jax.device_count()}; with several processes it must use all"
-        )
+    mesh = _checked_mesh(experiment.mesh)
+    model, data = experiment.model, experiment.data
     abstract = abstract_state(experiment, mesh)
-    tokenizer_name, source = _load_data(experiment)
-    batches = _train_batches(experiment, mesh, source)
-    validation = _validation_batches(experiment, mesh, source)
+    tokenizer, source = load_data(data, model.vocab_size)
+    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed)
+    held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
-    state, seconds = None, 0.0
+    state, step, seconds = None, 0, 0.0
     if checkpoints.finished_steps(workdir):
         found = checkpoints.open_checkpoint(workdir)
-        checkpoints.check_same_model(found, experiment.model, tokenizer_name, workdir)
+        checkpoints.check_same_model(found, model, tokenizer, workdir)
         state, seconds = _restore(found, abstract, batches)
-        say(f"resuming {workdir} from step {found.step}")
+        step = found.step
+        say(f"resuming {workdir} from step {step}")
 
-    run = _Run(experiment, mesh, workdir, tokenizer_name, say if jax.process_index() == 0 else None)
-    with run.open(resumed_step=0 if state is None else int(state.step), seconds=seconds):
-        state = create_state(experiment, mesh) if state is None else state
-        run.train(state, batches, validation)
+    with contextlib.ExitStack() as until_the_end:
+        enter = until_the_end.enter_context
+        enter(contextlib.closing(batches))
+        description = checkpoints.describe(model, tokenizer)
+        saver = enter(Saver(workdir, experiment.keep, description, step or None))
+        writer = enter(contextlib.closing(_begin(workdir, experiment, step))) if first else None
+        stop = enter(StopSignals())
+        if step >= experiment.steps:
+            say(f"{workdir} is already at step {step} of {experiment.steps}")
+        else:
+            state = create_state(experiment, mesh) if state is None else state
+            batch = next(batches)
+            compute = _compile(experiment, mesh, state, batch, say)
+            progress = Progress(
+                steps=experiment.steps,
+                step=step,
+                seconds=seconds,
+                tokens_per_step=experiment.tokens_per_step,
+                full_rate=_full_rate(experiment, mesh, state),
+                say=say,
+                writer=writer,
+            )
+            validate = make_validation_step(experiment, mesh)
+            loop = _Loop(
+                due=_Due.of(experiment),
+                compute=compute,
+                batches=batches,
+                validate=lambda params: mean_loss(validate, params, held_out),
+                saver=saver,
+                progress=progress,
+                stop=stop,
+            )
+            if loop.run(state, batch):
+                say(f"stopped and saved at step {saver.last}; the same command resumes")
+        if first:
+            say(f"loss curve: {plot_losses(workdir, model.vocab_size)}")
 
 
-def batch_share(mesh: Mesh, rows: int, process: int) -> tuple[int, int]:
-    """(index, count): of `count` equal parts of a batch of `rows`, the one that `process` feeds.
+def mean_loss(
+    validate: Callable[[Any, Batch], tuple[jax.Array, jax.Array]],
+    params: Any,
+    batches: Iterable[Batch],
+) -> tuple[float, int]:
+    """(nats per token, tokens): over all tokens that count, however the batches divide them."""
+    sums = np.zeros(2)
+    for batch in batches:
+        sums += np.asarray(jax.device_get(validate(params, batch)), np.float64)
+    return float(sums[0] / sums[1]), int(sums[1])
 
-    Processes whose devices hold the same rows feed the same part. Where processes overlap in part,
-    each feeds everything.
+
+class Saver:
+    """Writes the checkpoints of a run while it is entered, and waits for them at the end.
+
+    Args:
+      workdir: their folder, made if it does not exist.
+      keep: how many stay.
+      description: the `model` item of each.
+      last: the step that is there already and was restored.
     """
-    of_process: dict[int, set[int]] = {}
-    for device, (row_slice,) in sharding.named(mesh, "batch").devices_indices_map((rows,)).items():
-        of_process.setdefault(device.process_index, set()).update(range(rows)[row_slice])
-    parts = sorted({tuple(sorted(part)) for part in of_process.values()})
-    if sum(map(len, parts)) != rows or len({len(part) for part in parts}) != 1:
-        return 0, 1
-    return parts.index(tuple(sorted(of_process[process]))), len(parts)
+
+    def __init__(self, workdir: Path, keep: int, description: dict[str, Any], last: int | None):
+        self.last = last
+        self._folder, self._description = workdir / checkpoints.SUBFOLDER, description
+        self._manager = checkpoints.make_manager(workdir, keep=keep)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def last_good(self) -> str | None:
+        """The folder of the last checkpoint."""
+        return None if self.last is None else str(self._folder / str(self.last))
+
+    def save(self, step: int, state: TrainState, position: dict, seconds: float) -> None:
+        """Begins to write step `step`; its arrays may be donated when this returns."""
+        checkpoints.save(
+            self._manager,
+            step,
+            params=state.params,
+            optimizer=state.optimizer,
+            model=self._description,
+            iterator=position,
+            progress={"step": step, "seconds": seconds},
+        )
+        self.last = step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """After which steps something is done besides; after the last, everything."""
+
+    steps: int
+    log_every: int
+    validate_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "_Due":
+        return cls(*(getattr(experiment, field.name) for field in dataclasses.fields(cls)))
+
+    def after(self, step: int) -> tuple[bool, bool, bool]:
+        """Whether to log, to validate, to save."""
+        each = (self.log_every, self.validate_every, self.save_every)
+        log, validate, save = (step == self.steps or step % every == 0 for every in each)
+        return log, validate, save
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The steps of a run from where it stands to the last, or to a signal."""
+
+    due: _Due
+    compute: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    batches: TrainBatches
+    validate: Callable[[Any], tuple[float, int]]
+    saver: Saver
+    progress: Progress
+    stop: StopSignals
+
+    def run(self, state: TrainState, batch: Batch) -> bool:
+        """True if a signal ended it before the last step. `batch` is the first."""
+        while True:
+            state, metrics = self.compute(state, batch)
+            step, position = self.progress.count(), self.batches.get_state()
+            last, stop = step == self.due.steps, self.stop.after(step)
+            log, check, save = self.due.after(step)
+            save |= stop
+            if log or check or save:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                check_finite(step, values, self.saver.last_good)
+            if log:
+                self.progress.log(values)
+            # What is written for a step is on the disk before its checkpoint, which is where a
+            # killed run goes on.
+            if check:
+                self.progress.validated(*self.validate(state.params))
+            if save:
+                self.saver.save(step, state, position, self.progress.seconds)
+            if last or stop:
+                return not last
+            batch = next(self.batches)
+            if log or check or save:
+                self.progress.restart_interval()
 
 
 def _checked_workdir(workdir: str | Path) -> Path:
@@ -104,52 +219,19 @@ def _checked_workdir(workdir: str | Path) -> Path:
     return path
 
 
-def _load_data(experiment: Experiment) -> tuple[str, Source]:
-    data, vocab_size = experiment.data, experiment.model.vocab_size
-    tokenizer, name, unreachable = None, data.tokenizer, None
-    try:
-        tokenizer = get_tokenizer(data.tokenizer)
-        name = tokenizer.name
-    except ConnectionError as e:
-        unreachable = e  # token files need no tokenizer
-    try:
-        source = load_source(
-            data.source,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            validation=data.validation or None,
-            validation_fraction=data.validation_fraction,
+def _checked_mesh(settings: MeshSettings) -> Mesh:
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings))
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise ConfigError(
+            f"the mesh has {mesh.size} devices and the {jax.process_count()} processes have "
+            f"{jax.device_count()}; with several processes it must use all"
         )
-    except ValueError as e:
-        raise (unreachable if unreachable and "give a tokenizer" in str(e) else e) from None
-    return name, source
+    return mesh
 
 
-def _data_arguments(experiment: Experiment, mesh: Mesh, rows: int) -> dict:
-    index, count = batch_share(mesh, rows, jax.process_index())
-    return dict(
-        tokenizer=None,
-        vocab_size=experiment.model.vocab_size,
-        context_length=experiment.model.context_length,
-        global_batch=rows,
-        process_index=index,
-        process_count=count,
-    )
-
-
-def _train_batches(experiment: Experiment, mesh: Mesh, source: Source):
-    arguments = _data_arguments(experiment, mesh, experiment.data.global_batch)
-    return make_train_iterator(source, seed=experiment.seed, prefetch=2, **arguments)
-
-
-def _validation_batches(experiment: Experiment, mesh: Mesh, source: Source):
-    arguments = _data_arguments(experiment, mesh, experiment.data.part_batch)
-    return make_validation_batches(
-        source, max_tokens=experiment.data.validation_tokens, **arguments
-    )
-
-
-def _restore(found, abstract: TrainState, batches) -> tuple[TrainState, float]:
+def _restore(
+    found: Checkpoint, abstract: TrainState, batches: TrainBatches
+) -> tuple[TrainState, float]:
     """The state of a checkpoint, and the seconds the run had taken; sets the data's place."""
     if not (found.has("optimizer") and found.has("iterator") and found.has("progress")):
         raise CheckpointError(
@@ -166,186 +248,38 @@ def _restore(found, abstract: TrainState, batches) -> tuple[TrainState, float]:
     return state, progress["seconds"]
 
 
-class _Run:
-    """What the loop needs besides the state: compiled steps, files, clock, the wish to stop."""
+def _begin(workdir: Path, experiment: Experiment, step: int) -> MetricsWriter:
+    """Writes down the settings; the metrics file goes on behind `step`."""
+    settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
+    (workdir / "experiment.json").write_text(settings + "\n")
+    return MetricsWriter(workdir, step)
 
-    def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, tokenizer: str, say):
-        self.experiment, self.mesh, self.workdir = experiment, mesh, workdir
-        self.description = checkpoints.describe(experiment.model, tokenizer)
-        self.say = say or (lambda line: None)
-        self.is_first = jax.process_index() == 0
-        self.stop_signal: int | None = None
-        self.last_saved: int | None = None
-        self.writer: MetricsWriter | None = None
 
-    @contextlib.contextmanager
-    def open(self, resumed_step: int, seconds: float):
-        """Begins to write to the workdir; ends what is being written, whatever happens."""
-        self.first_step, self.seconds_before = resumed_step, seconds
-        self.last_saved = resumed_step or None
-        self.manager = checkpoints.make_manager(self.workdir, keep=self.experiment.keep)
-        try:
-            if self.is_first:
-                settings = json.dumps(self.experiment.to_config_dict().to_dict(), indent=2)
-                (self.workdir / "experiment.json").write_text(settings + "\n")
-                self.writer = MetricsWriter(self.workdir, resumed_step)
-            with self._catch_signals():
-                yield
-        finally:
-            self.manager.wait_until_finished()
-            self.manager.close()
-            if self.writer:
-                self.writer.close()
+def _compile(
+    experiment: Experiment, mesh: Mesh, state: TrainState, batch: Batch, say: Callable
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step; says what it will train, and where."""
+    began = time.monotonic()
+    compiled = make_train_step(experiment, mesh).lower(state, batch).compile()
+    seconds = time.monotonic() - began
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    say(
+        f"{_parameters(state):,} parameters on {axes or 'one device'} "
+        f"({sharding.platform(mesh)}), {experiment.tokens_per_step:,} tokens a step, "
+        f"compiled in {seconds:.0f} s"
+    )
+    if sharding.platform(mesh) != "cpu":
+        return compiled
+    # Many CPU devices share few threads: more than one step under way could starve another.
+    return lambda state, batch: jax.block_until_ready(compiled(state, batch))
 
-    @contextlib.contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """With several processes, SIGTERM is left to jax.distributed, which tells all of them."""
-        caught = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
 
-        def note(number, _):
-            self.stop_signal = number
-            signal.signal(number, before[number])  # a second one ends the run at once
+def _full_rate(experiment: Experiment, mesh: Mesh, state: TrainState) -> float | None:
+    """Tokens per second if all devices did nothing but the model's products, at their peak."""
+    peak = costs.peak_flops(mesh.devices.flat[0].device_kind)
+    per_token = costs.flops_per_token(experiment.model, _parameters(state))
+    return peak and peak * mesh.size / per_token
 
-        before = {number: signal.getsignal(number) for number in caught}
-        for number in caught:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
-    def _should_stop(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.stop_signal is not None
-
-    def train(self, state: TrainState, batches, validation) -> None:
-        experiment, step = self.experiment, self.first_step
-        if step >= experiment.steps:
-            self.say(f"{self.workdir} is already at step {step} of {experiment.steps}")
-        else:
-            stopped = self._steps(state, step, batches, validation)
-            if stopped:
-                self.say(f"stopped and saved at step {self.last_saved}; the same command resumes")
-        if self.is_first:
-            path = plot_losses(self.workdir, experiment.model.vocab_size)
-            self.say(f"loss curve: {path}")
-
-    def _steps(self, state: TrainState, step: int, batches, validation) -> bool:
-        """True if a signal ended it before the last step."""
-        experiment = self.experiment
-        batch = self._put(next(batches))
-        began = time.monotonic()
-        compute = make_train_step(experiment, self.mesh).lower(state, batch).compile()
-        validate = make_validation_step(experiment, self.mesh)
-        self._describe(state, time.monotonic() - began)
-        # Many CPU devices share few threads: more than one step under way could starve another.
-        one_at_a_time = sharding.platform(self.mesh) == "cpu"
-
-        self.clock = interval_began = time.monotonic()
-        interval_steps, stop = 0, False
-        while step < experiment.steps and not stop:
-            state, metrics = compute(state, batch)
-            step, interval_steps = step + 1, interval_steps + 1
-            position = batches.get_state()
-            if one_at_a_time:
-                jax.block_until_ready(metrics)
-            stop = self._should_stop(step)
-            last = step == experiment.steps
-            log, check, save = (
-                last or step % every == 0
-                for every in (
-                    experiment.log_every,
-                    experiment.validate_every,
-                    experiment.save_every,
-                )
-            )
-            save |= stop
-            if log or check or save:
-                values = self._checked(step, metrics)
-            if log:
-                seconds = time.monotonic() - interval_began
-                self._log(step, values, interval_steps * experiment.tokens_per_step / seconds)
-            # What is written for a step is on the disk before its checkpoint, which is where a
-            # killed run goes on.
-            if check:
-                self._validate(step, validate, state.params, validation)
-            if save:
-                self._save(step, state, position)
-            if not (last or stop):
-                batch = self._put(next(batches))
-            if log or check or save:
-                interval_began, interval_steps = time.monotonic(), 0
-        return stop and step < experiment.steps
-
-    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows -> arrays over the whole mesh."""
-        where = sharding.named(self.mesh, "batch", "length")
-        rows = self.experiment.data.global_batch
-        if "weights" in batch:
-            rows = self.experiment.data.part_batch
-        shape = (rows, self.experiment.model.context_length)
-        return {
-            name: jax.make_array_from_process_local_data(where, array, shape)
-            for name, array in batch.items()
-        }
-
-    def _describe(self, state: TrainState, compile_seconds: float) -> None:
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
-        self.say(
-            f"{self.parameters:,} parameters on {axes or 'one device'} "
-            f"({sharding.platform(self.mesh)}), {self.experiment.tokens_per_step:,} tokens a step, "
-            f"compiled in {compile_seconds:.0f} s"
-        )
-
-    def _checked(self, step: int, metrics) -> dict[str, float]:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                good = self.workdir / checkpoints.SUBFOLDER / str(self.last_saved)
-                raise TrainingError(
-                    f"{name.replace('_', ' ')} is {value} at step {step}; last good checkpoint: "
-                    + (str(good) if self.last_saved is not None else "none was saved before")
-                )
-        return values
-
-    def _log(self, step: int, values: dict[str, float], tokens_per_second: float) -> None:
-        experiment, elapsed = self.experiment, time.monotonic() - self.clock
-        rate = tokens_per_second
-        line = f"step {step}/{experiment.steps}  loss {values['loss']:.4f}  {rate:,.0f} tokens/s"
-        values = values | {"tokens": step * experiment.tokens_per_step, "tokens_per_second": rate}
-        peak = peak_flops(self.mesh.devices.flat[0].device_kind)
-        if peak:
-            flops = rate * flops_per_token(experiment.model, self.parameters)
-            values["model_flops_utilization"] = flops / peak / self.mesh.size
-            line += f"  MFU {values['model_flops_utilization']:.1%}"
-        left = elapsed / (step - self.first_step) * (experiment.steps - step)
-        self.say(f"{line}  {format_duration(left)} left")
-        if self.writer:
-            self.writer.write(step, values | {"seconds": self.seconds_before + elapsed})
-
-    def _validate(self, step: int, validate, params, validation) -> None:
-        sums = np.zeros(2)
-        for batch in validation:
-            sums += np.asarray(jax.device_get(validate(params, self._put(batch))), np.float64)
-        loss = float(sums[0] / sums[1])
-        self.say(f"step {step}/{self.experiment.steps}  validation loss {loss:.4f}")
-        if self.writer:
-            self.writer.write(step, {"validation_loss": loss, "validation_tokens": int(sums[1])})
-
-    def _save(self, step: int, state: TrainState, position) -> None:
-        checkpoints.save(
-            self.manager,
-            step,
-            params=state.params,
-            optimizer=state.optimizer,
-            model=self.description,
-            iterator=position,
-            progress={
-                "step": step,
-                "seconds": self.seconds_before + time.monotonic() - self.clock,
-            },
-        )
-        self.last_saved = step
+def _parameters(state: TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))

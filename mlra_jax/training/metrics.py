@@ -1,4 +1,4 @@
-"""What a run leaves to read: a JSONL file, TensorBoard files, a loss curve, terminal lines."""
+"""What a run leaves to read: a JSONL file, TensorBoard files, a loss curve."""
 
 import json
 import math
@@ -8,32 +8,19 @@ from pathlib import Path
 
 import tensorboardX
 
-from mlra_jax.config import LatentConfig, ModelConfig
 from mlra_jax.files import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
-
-# Dense bfloat16 products per second of one device, by the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard files; a line is on the disk when `write` ends.
 
     Args:
-        workdir: an existing folder.
-        step: the step from which the run goes on; what was written after it by a run that was
-            killed is dropped, so that no step appears twice.
+      workdir: an existing folder.
+      step: the step from which the run goes on; what was written after it by a run that was
+        killed is dropped, so that no step appears twice.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -94,29 +81,3 @@ def plot_losses(workdir: Path, vocab_size: int) -> Path:
     path = workdir / CURVE_FILE
     figure.savefig(path, dpi=120)
     return path
-
-
-def flops_per_token(config: ModelConfig, parameters: int) -> float:
-    """Products and sums of one training token, forward and backward, recomputation not counted.
-
-    6 per parameter, and for each layer the causal half of scores and weighted values, once per
-    branch (paper, section 3).
-    """
-    attention = config.attention
-    branches = attention.branches if isinstance(attention, LatentConfig) else 1
-    widths = attention.num_heads * (attention.query_dim + attention.value_dim)
-    scores = 6 * branches * config.context_length / 2 * widths
-    return 6 * parameters + config.num_layers * scores
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Of one device in bfloat16, None if this table does not know it."""
-    known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
-
-
-def format_duration(seconds: float) -> str:
-    """`1:02:03`, `2:03`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -5,14 +5,13 @@ which may override any key; `Experiment.from_dict` checks what comes back.
 """
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ModelConfig
+from mlra_jax.settings_tree import at_least, build, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class MeshSettings:
     context: int = 1
 
     def __post_init__(self):
-        _at_least(1, self, "mesh", "data", "fsdp", "tensor", "context")
+        at_least(1, self, "mesh.", "data", "fsdp", "tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +48,12 @@ class DataSettings:
     """Parts in which a step's batch is computed, one after the other, to save memory."""
 
     def __post_init__(self):
-        _at_least(1, self, "data", "global_batch", "accumulate", "validation_tokens")
-        if not self.source:
-            raise ConfigError("data.source is empty; give a text file, a folder or .bin files")
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(
-                f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1"
-            )
+        at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
+        require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
+        require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1",
+        )
 
     @property
     def part_batch(self) -> int:
@@ -80,8 +78,11 @@ class OptimizerSettings:
     """Largest norm of all gradients together."""
 
     def __post_init__(self):
-        _at_least(0, self, "optimizer", "warmup_steps", "final_fraction", "weight_decay")
-        _at_least(0, self, "optimizer", "peak_learning_rate", "b1", "b2", "eps", "clip_norm")
+        at_least(0, self, "optimizer.", "warmup_steps", "final_fraction", "weight_decay")
+        at_least(0, self, "optimizer.", "peak_learning_rate", "b1", "b2", "eps", "clip_norm")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(value < 1, f"optimizer.{name}={value} must be below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,22 +106,22 @@ class Experiment:
     """If not 0, train on this many virtual devices of the CPU."""
 
     def __post_init__(self):
-        _at_least(
+        at_least(
             1, self, "", "steps", "log_every", "validate_every", "save_every", "keep", "loss_chunk"
         )
-        _at_least(0, self, "", "seed", "virtual_cpu_devices")
-        if self.optimizer.warmup_steps >= self.steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below "
-                f"steps={self.steps}"
-            )
+        at_least(0, self, "", "seed", "virtual_cpu_devices")
+        require(
+            self.optimizer.warmup_steps < self.steps,
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below "
+            f"steps={self.steps}",
+        )
         ways = self.mesh.data * self.mesh.fsdp * self.data.accumulate
-        if self.data.global_batch % ways:
-            raise ConfigError(
-                f"data.global_batch={self.data.global_batch} does not divide over "
-                f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} x "
-                f"data.accumulate={self.data.accumulate}; choose a multiple of {ways}"
-            )
+        require(
+            self.data.global_batch % ways == 0,
+            f"data.global_batch={self.data.global_batch} does not divide over "
+            f"mesh.data={self.mesh.data} x mesh.fsdp={self.mesh.fsdp} x "
+            f"data.accumulate={self.data.accumulate}; choose a multiple of {ways}",
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -137,45 +138,9 @@ class Experiment:
         """Raises ConfigError (one line) for an unknown, missing or impossible value."""
         parts = {"data": DataSettings, "mesh": MeshSettings, "optimizer": OptimizerSettings}
         built = {
-            name: _build(parts[name], value, f"{name}.") if name in parts else value
+            name: build(parts[name], value, f"{name}.") if name in parts else value
             for name, value in values.items()
         }
         if "model" in values:
             built["model"] = ModelConfig.from_dict(values["model"])
-        return _build(cls, built, "")
-
-
-def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`did you mean X?`, or which names there are."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    if close:
-        return f"did you mean {prefix}{close[0]}?"
-    return f"there are {', '.join(prefix + k for k in known)}"
-
-
-def _build(cls, values: Mapping[str, Any], prefix: str):
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise ConfigError(f"unknown setting {prefix}{name}; {closest(name, fields, prefix)}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"setting {prefix}{missing[0]} is missing")
-    return cls(**values)
-
-
-def _at_least(least: int, settings: Any, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        full = f"{prefix}.{name}" if prefix else name
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{full}={value!r} is not a number")
-        if not (math.isfinite(value) and value >= least):
-            raise ConfigError(f"{full}={value} must be at least {least}")
+        return build(cls, built)

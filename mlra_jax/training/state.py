@@ -34,7 +34,7 @@ def model_parts(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict, di
     `nnx.merge(definition, params)` makes the model of a nested dict of arrays. Nothing is computed.
 
     Raises:
-        ConfigError: the mesh does not divide a parameter.
+      ConfigError: the mesh does not divide a parameter.
     """
     model = nnx.eval_shape(lambda: Model(config, mesh=mesh, rngs=nnx.Rngs(0)))
     definition, state = nnx.split(model)

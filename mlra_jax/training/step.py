@@ -21,10 +21,10 @@ def loss_sum(model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
     computed again); a last, shorter chunk takes what is left.
 
     Args:
-        model: with `hidden` and `logits`.
-        batch: `inputs` and `targets`, int32 [B, T]; if it has `weights`, float32 [B, T], each
-            token's loss is multiplied by its own.
-        chunk: positions per chunk.
+      model: with `hidden` and `logits`.
+      batch: `inputs` and `targets`, int32 [B, T]; if it has `weights`, float32 [B, T], each
+        token's loss is multiplied by its own.
+      chunk: positions per chunk.
     """
 
     @jax.checkpoint
@@ -80,12 +80,16 @@ def make_train_step(experiment: Experiment, mesh: Mesh):
             rows = array_BT.reshape(-1, parts, array_BT.shape[1])
             return sharding.constrain(jnp.swapaxes(rows, 0, 1), mesh, None, "batch", "length")
 
+        # In float32 whatever the parameters are: sums of many parts would lose what each adds.
         def add(sums, part):
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(params, part)), None
+            added = jax.value_and_grad(loss_of)(params, part)
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, added), None
 
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        sums, _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
-        return jax.tree.map(lambda total: total / parts, sums)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        sums = (jnp.zeros((), jnp.float32), zeros)
+        (loss, gradients), _ = jax.lax.scan(add, sums, jax.tree.map(cut, batch))
+        mean = jax.tree.map(lambda total, p: (total / parts).astype(p.dtype), gradients, params)
+        return loss / parts, mean
 
     def step(state: TrainState, batch):
         compute = jax.value_and_grad(loss_of) if parts == 1 else accumulated

@@ -12,21 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from decoding import decoding_error, whole_pass
-from flax import nnx
+from decoding import abstract_cache, decoding_error, whole_pass
 from tiny import ATTENTIONS, random_model, relative_error
 from tiny import OTHERS as VARIANTS
 
 from mlra_jax import model as models
 from mlra_jax.attention import MODULES
 from mlra_jax.attention.heads import HeldHeads
-from mlra_jax.cache import Cache
 from mlra_jax.config import (
     ConfigError,
     GroupedConfig,
     TiedConfig,
     preset,
 )
+from mlra_jax.decoder import Decoder, abstract_decoder
 from mlra_jax.sharding import make_mesh, named
 
 MESHES = [(1, 1), (1, 4), (2, 2), (4, 2)]
@@ -118,17 +117,18 @@ def test_values_cached_per_token_and_device(name, tensor, values):
     assert per_device == values
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_cache_shapes_are_those_of_the_prefill(name):
-    config, mesh = tiny.config(VARIANTS[name]), make_mesh(tensor=4)
-    graphdef, state = models.abstract_state(config, mesh, unstacked=True)
+    config, mesh = tiny.config(name), make_mesh(tensor=4)
     tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
-    prefill = lambda state, tokens_BT: nnx.merge(graphdef, state).prefill(tokens_BT)
-    _, entries = jax.eval_shape(prefill, state, tokens)
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    prefill = lambda decoder, *prompts: decoder.prefill(*prompts, 8)
+    logits, cache = jax.eval_shape(prefill, abstract_decoder(config, mesh), tokens, lengths)
     module = MODULES[type(config.attention)]
-    shapes = module.cache_shapes(config.attention, 2, 5, 4)
-    assert {n: x.shape for n, x in entries[0].items()} == shapes
+    shapes = module.cache_shapes(config.attention, 2, 8, 4)
+    assert {n: x.shape for n, x in cache.layers[0].items()} == shapes
     assert shapes.keys() == module.cache_axes.keys()
+    assert logits.shape == (2, config.vocab_size) and cache.lengths.shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -139,21 +139,16 @@ def test_cache_shapes_are_those_of_the_prefill(name):
 def test_a_step_moves_neither_cache_nor_weights_between_devices(attention):
     B, T, S = 2, 1, 512
     config, mesh = tiny.config(attention), make_mesh(tensor=2, context=2)
-    graphdef, state = models.abstract_state(config, mesh, unstacked=True)
-    module = MODULES[type(attention)]
-    layer = {
-        n: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=named(mesh, *module.cache_axes[n]))
-        for n, shape in module.cache_shapes(attention, B, S, 2).items()
-    }
-    scalar = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named(mesh))
-    cache = Cache((layer,), scalar(), scalar(B))
-    step = jax.jit(
-        lambda state, tokens, cache: nnx.merge(graphdef, state).decode(tokens, cache),
-        donate_argnums=2,
-    )
-    compiled = step.lower(state, scalar(B, T), cache).compile()
+    cache = abstract_cache(config, mesh, B, S)
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=named(mesh))
+    step = jax.jit(Decoder.step, donate_argnums=2)
+    compiled = step.lower(abstract_decoder(config, mesh), tokens, cache).compile()
     # Changed in place: what is donated is written to.
-    assert compiled.memory_analysis().alias_size_in_bytes >= cache.nbytes_per_device
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(cache)
+    )
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
     moved = [
         math.prod(map(int, shape.split(",")))
         for shapes in re.findall(r"= (.*?) (?:all-|reduce-scatter|collective)", compiled.as_text())

@@ -181,7 +181,7 @@ def shapes(draw):
 
 
 @given(shapes())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_sizes_and_processes_see_every_window_once_an_epoch(shape):
     sizes, length, batch, processes, seed = shape
     ids = np.arange(sum(sizes), dtype=np.uint16)

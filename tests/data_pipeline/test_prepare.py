@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.data import token_file
-from mlra_jax.data.prepare import Rows, _in_order, main, open_input, prepare
+from mlra_jax.data.inputs import Rows, open_input
+from mlra_jax.data.prepare import _in_order, main, prepare
 from mlra_jax.data.sources import load_source, pydoc_documents
 from mlra_jax.data.tokenizers import get_tokenizer
 
@@ -367,7 +368,7 @@ def test_pydoc_is_an_input():
 
 @pytest.mark.parametrize("at_once", [1, 3, 256])
 def test_rows_are_read_from_any_place(monkeypatch, at_once):
-    monkeypatch.setattr("mlra_jax.data.prepare._ROWS_READ_AT_ONCE", at_once)
+    monkeypatch.setattr("mlra_jax.data.inputs._ROWS_READ_AT_ONCE", at_once)
     texts, asked = [f"row {i}" for i in range(10)], []
     source = Rows(lambda a, b: asked.append((a, b)) or texts[a:b], 10, "me")
     for start in range(11):
@@ -562,6 +563,35 @@ def test_two_writers_do_not_meet(corpus, ranks_file, tmp_path):
         run(corpus, tmp_path, ranks_file)
     os.close(descriptor)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_keeps_others_out_while_it_writes(tmp_path):
+    met = []
+
+    class Meeting(Rows):
+        def pieces(self, position):
+            with pytest.raises(BlockingIOError, match="another process is preparing"):
+                small(tmp_path, name="y")
+            met.append(True)
+            yield from super().pieces(position)
+
+    texts = ["ab", "c"]
+    source = Meeting(lambda start, stop: texts[start:stop], 2, "me")
+    prepare(source, tmp_path / "out", tokenizer=get_tokenizer("bytes"), name="x")
+    assert met
+    # Afterwards the folder is free again.
+    small(tmp_path, name="y")
+
+
+def test_a_fault_behind_finished_shards_leaves_them_and_their_journal(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", 1)
+    lines = "".join(f'{{"text": "{i:03}"}}\n' for i in range(20))
+    (tmp_path / "in.jsonl").write_text(lines + "no json\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="line at byte 320: no JSON"):
+            small(tmp_path, shard_tokens=10)
+        left = contents(tmp_path / "out")
+        assert "x_prepare.json" in left and "x_train_000002.bin" in left
 
 
 def test_a_vocabulary_that_does_not_fit_16_bits_is_refused(corpus, tmp_path):

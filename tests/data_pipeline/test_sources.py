@@ -54,6 +54,7 @@ def header(magic=20240520, version=1, count=4):
         (header() + bytes(9), "does not fit its header: 1033 bytes, expected 1032"),
         (header(magic=20240521) + bytes(8), "magic number 20240521, expected 20240520"),
         (header(version=2) + bytes(8), "version 2, expected 1"),
+        (header(version=0) + bytes(8), "version 0, expected 1"),
         (header(count=-1) + bytes(8), "expected 1022"),
         (header()[:1000], "1000 bytes, expected a header of 1024"),
         (b"", "0 bytes, expected a header of 1024"),

@@ -1,5 +1,6 @@
 """Greedy decoding of every released variant, and the ids that are never drawn."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from flax import nnx
 
 import mlra_jax
+from mlra_jax.decoder import Vocabulary
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
 VARIANTS = sorted(path.name for path in RELEASED.iterdir() if path.is_dir())
@@ -46,11 +48,11 @@ def test_greedy_is_the_argmax_of_whole_passes_alone_and_in_a_ragged_batch(releas
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(released):
-    model = mlra_jax.load_model(released("mlra_4"), dtype="float32")
+    loaded = mlra_jax.load_model(released("mlra_4"), dtype="float32")
     batch = prompts((5, 9, 7, 2), 11)
 
     def drawn(num_tokens, temperature):
-        model.num_tokens = num_tokens
+        model = dataclasses.replace(loaded, vocabulary=Vocabulary(num_tokens))
         settings = dict(max_new_tokens=40, temperature=temperature, seed=3)
         return {t for row in mlra_jax.generate(model, batch, **settings) for t in row}
 
@@ -58,5 +60,6 @@ def test_padding_of_the_vocabulary_is_never_drawn(released):
     assert max(drawn(96, 1e6)) >= 50
     assert drawn(11, 1e6) == set(range(11))
     assert max(drawn(11, 0.0)) < 11
+    model = dataclasses.replace(loaded, vocabulary=Vocabulary(11))
     with pytest.raises(ValueError, match="token 11, and the model knows 0 to 10"):
         mlra_jax.generate(model, [[11]], max_new_tokens=1)

@@ -1,5 +1,6 @@
 """What goes to the lm-evaluation-harness and what comes back, with a stand-in for the harness."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -8,6 +9,7 @@ import pytest
 
 from mlra_jax import evaluate
 from mlra_jax.data.tokenizers import ByteTokenizer
+from mlra_jax.decoder import Vocabulary
 from mlra_jax.evaluate import tasks
 
 RESULTS = {
@@ -65,6 +67,12 @@ def asked(monkeypatch):
     evaluate.__dict__.pop("harness", None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    config: types.SimpleNamespace
+    vocabulary: Vocabulary | None = None
+
+
 @pytest.fixture
 def model(asked, monkeypatch):
     """A harness model on a loaded model that is none; scores count tokens."""
@@ -72,7 +80,7 @@ def model(asked, monkeypatch):
 
     def load_model(*arguments):
         asked.append(("load", *arguments))
-        return types.SimpleNamespace(config=types.SimpleNamespace(context_length=8, vocab_size=264))
+        return Loaded(types.SimpleNamespace(context_length=8, vocab_size=264))
 
     monkeypatch.setattr(harness, "load_model", load_model)
     monkeypatch.setattr(harness, "tokenizer_of", lambda model, name: ByteTokenizer())
@@ -105,7 +113,7 @@ def test_a_model_is_loaded_as_the_flags_say(asked, model):
     assert only(asked, "registered") == [("mlra_jax",)]
     assert only(asked, "load") == [("DIR", "mesh data=2", "bfloat16")]
     assert only(asked, "batch") == [(4,)] and model.batch_size == 4
-    assert model.max_length == 8 and model.model.num_tokens == 257
+    assert model.max_length == 8 and model.model.vocabulary.num_tokens == 257
     assert model.eot_token_id == 256 and model.tokenizer_name == "bytes"
     assert model.tok_encode("aä") == [97, 195, 164]
 

@@ -115,7 +115,7 @@ def test_batch_and_heads_over_a_mesh(sizes):
     devices = jax.devices()[: np.prod(list(sizes.values()), dtype=int)]
     mesh = sharding.make_mesh(**sizes, devices=devices)
     args = arguments()
-    call = jax.jit(functools.partial(sharded.causal, scale=SCALE, mesh=mesh))
+    call = jax.jit(functools.partial(sharded.whole_sequence, scale=SCALE, mesh=mesh))
     out = call(*args)
     assert_near(out, attend(*args), 2e-6)
     rows, heads = (
@@ -143,7 +143,7 @@ def test_the_platform_chooses(monkeypatch, platform, dtype, chosen):
     mesh = types.SimpleNamespace(size=1, devices=np.array([device]))
     args = arguments(dtype=dtype)
     # Of a mesh its own devices count, not the host's.
-    assert sharded.causal(*args, scale=0.5, mesh=mesh) == (chosen, 0.5)
+    assert sharded.whole_sequence(*args, scale=0.5, mesh=mesh) == (chosen, 0.5)
     monkeypatch.setattr(target, "device", lambda: device)
     assert causal_attention(*args, scale=0.5) == (chosen, 0.5)
     assert causal_attention(*args, scale=0.5, implementation="splash") == ("splash", 0.5)

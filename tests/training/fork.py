@@ -1,12 +1,15 @@
-"""Runs many train.py command lines, importing everything once: JSON in, JSON out.
+"""Starts train.py command lines at once, having imported everything before.
 
-In: a list of argument lists. Out: for each [exit code, stdout, stderr].
+In: a line of JSON for each, {"arguments": [...], "out": FILE, "err": FILE}. Out: a line
+{"started": PID} for each, and {"ended": PID, "code": EXIT} when one has ended. When its input ends,
+so do all that it started.
 """
 
 import json
 import os
+import select
+import signal
 import sys
-import tempfile
 
 from absl import app
 
@@ -14,19 +17,40 @@ import mlra_jax.training.loop  # noqa: F401
 import train
 
 
-def run(arguments):
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if child == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.argv = ["train.py", *arguments]
-            app.run(train.main, flags_parser=train.parse_flags)
-        _, status = os.waitpid(child, 0)
-        out.seek(0)
-        err.seek(0)
-        return os.waitstatus_to_exitcode(status), out.read(), err.read()
+def tell(**message):
+    print(json.dumps(message), flush=True)
+
+
+def start(arguments, out, err):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for descriptor, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv = ["train.py", *arguments]
+        app.run(train.main, flags_parser=train.parse_flags)
+    return child
+
+
+def main():
+    running, unread = set(), b""
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.02 if running else None)
+        if readable:
+            if not (read := os.read(0, 1 << 16)):
+                break
+            *lines, unread = (unread + read).split(b"\n")
+            for line in lines:
+                running.add(child := start(**json.loads(line)))
+                tell(started=child)
+        for child in list(running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                running.remove(child)
+                tell(ended=child, code=os.waitstatus_to_exitcode(status))
+    for child in running:
+        os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    print(json.dumps([run(arguments) for arguments in json.load(sys.stdin)]))
+    main()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -21,6 +22,83 @@ ROOT = Path(__file__).parents[2]
 STEPS = 60
 
 
+class Process:
+    """A train.py that `fork.py` started; the part of `subprocess.Popen` that the tests use."""
+
+    def __init__(self, starter: "Starter", arguments):
+        self._starter = starter
+        self._out, self._err = (
+            starter.folder / f"{len(starter.codes)}.{x}" for x in ("out", "err")
+        )
+        self.pid = starter.start(arguments, self._out, self._err)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._starter.codes[self.pid]
+
+    def poll(self) -> int | None:
+        self._starter.listen(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, self._err.read_text()
+            self._starter.listen(1)
+        return self._out.read_text(), self._err.read_text()
+
+
+class Starter:
+    """The process that imports everything once and forks for each command line."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]):
+        self.folder, self.codes, self._unread = folder, {}, b""
+        self._process = subprocess.Popen(
+            [sys.executable, "tests/training/fork.py"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def start(self, arguments, out: Path, err: Path) -> int:
+        before = len(self.codes)
+        line = json.dumps({"arguments": arguments, "out": str(out), "err": str(err)})
+        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.flush()
+        while len(self.codes) == before:
+            self.listen(300)
+        return list(self.codes)[-1]
+
+    def listen(self, seconds: float) -> None:
+        """Notes what has started and ended; waits at most so long for the first news."""
+        while select.select([self._process.stdout], [], [], seconds)[0]:
+            read = os.read(self._process.stdout.fileno(), 1 << 16)
+            assert read, "fork.py has ended"
+            *lines, self._unread = (self._unread + read).split(b"\n")
+            for line in map(json.loads, lines):
+                if "started" in line:
+                    self.codes[line["started"]] = None
+                else:
+                    self.codes[line["ended"]] = line["code"]
+            seconds = 0
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
+
+
 class Command:
     """Starts train.py on the tiny experiment; all runs share a text and a compilation cache."""
 
@@ -35,20 +113,14 @@ class Command:
             "PYTHONPATH": str(ROOT),
             "TPU_SKIP_MDS_QUERY": "1",
         }
+        self.starter = Starter(folder, self.environment)
 
-    def start(self, *arguments) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "train.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def train(self, workdir, *arguments) -> subprocess.Popen:
+    def arguments(self, workdir, *arguments) -> list[str]:
         config = ("--config=tests/training/tiny.py", f"--config.data.source={self.text}")
-        return self.start(*config, f"--workdir={workdir}", *arguments)
+        return list(map(str, (*config, f"--workdir={workdir}", *arguments)))
+
+    def train(self, workdir, *arguments) -> Process:
+        return Process(self.starter, self.arguments(workdir, *arguments))
 
 
 def finish(process) -> str:
@@ -80,13 +152,24 @@ def losses(workdir: Path) -> list[tuple[int, str, float]]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    return Command(tmp_path_factory.mktemp("command"))
+    command = Command(tmp_path_factory.mktemp("command"))
+    yield command
+    command.starter.close()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(command, tmp_path_factory):
+    """The one run that is started as users start it."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    out = finish(command.train(workdir))
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *command.arguments(workdir)],
+        cwd=ROOT,
+        env=command.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out = finish(process)
     assert f"step {STEPS}/{STEPS}" in out and "tokens/s" in out and "left" in out
     return workdir
 
@@ -235,29 +318,13 @@ def answers(command, undisturbed, tmp_path_factory):
         (folder / f"{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
     names = copies | {path.stem: path for path in folder.glob("*.bin")}
     workdirs = [folder / f"run{i}" for i in range(len(WRONG))] + [undisturbed] * len(ELSEWHERE)
-    commands = [
-        [
-            "--config=tests/training/tiny.py",
-            f"--config.data.source={command.text}",
-            f"--workdir={workdir}",
-            wrong.format(**names),
-        ]
-        for workdir, (wrong, _) in zip(workdirs, WRONG + ELSEWHERE, strict=True)
-    ]
-    before = [tree(folder), tree(undisturbed)]
-    process = subprocess.run(
-        [sys.executable, "tests/training/fork.py"],
-        cwd=ROOT,
-        env=command.environment,
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    before, answers = [tree(folder), tree(undisturbed)], []
+    for workdir, (wrong, text) in zip(workdirs, WRONG + ELSEWHERE, strict=True):
+        process = command.train(workdir, wrong.format(**names))
+        out, err = process.communicate()
+        answers.append((text.format(**names), (process.returncode, out, err)))
     assert [tree(folder), tree(undisturbed)] == before, "nothing may be written or changed"
-    texts = [text.format(**names) for _, text in WRONG + ELSEWHERE]
-    return list(zip(texts, json.loads(process.stdout), strict=True))
+    return answers
 
 
 @pytest.mark.parametrize(

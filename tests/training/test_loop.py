@@ -18,14 +18,15 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax import checkpoints, sharding
+from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.config import ConfigError
+from mlra_jax.costs import flops_per_token
 from mlra_jax.data import token_file
 from mlra_jax.data.pipeline import make_train_iterator
 from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
-from mlra_jax.training import loop, metrics
-from mlra_jax.training.metrics import flops_per_token, read_metrics
+from mlra_jax.training import feed, loop, progress
+from mlra_jax.training.metrics import read_metrics
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 from mlra_jax.training.state import create_state, model_parts
 from mlra_jax.training.step import make_train_step, make_validation_step
@@ -96,9 +97,10 @@ class Lab:
 
     def __init__(self, monkeypatch, steps):
         self.now, self.lines, self.spoil, self.seen = 0.0, [], lambda step, values: values, []
-        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", PEAK)
-        batches, validation = loop.make_train_iterator, loop.make_validation_batches
+        for module in (loop, progress):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setitem(costs.PEAK_FLOPS, "cpu", PEAK)
+        batches, validation = feed.make_train_iterator, feed.make_validation_batches
         save = checkpoints.save
 
         def timed_step(experiment, mesh):
@@ -119,9 +121,10 @@ class Lab:
         class Batches:
             def __init__(inner, *arguments, **options):
                 inner.iterator = batches(*arguments, **options)
-                inner.get_state, inner.set_state = (
+                inner.get_state, inner.set_state, inner.close = (
                     inner.iterator.get_state,
                     inner.iterator.set_state,
+                    inner.iterator.close,
                 )
 
             def __next__(inner):
@@ -142,8 +145,8 @@ class Lab:
 
         monkeypatch.setattr(loop, "make_train_step", timed_step)
         monkeypatch.setattr(loop, "make_validation_step", steps.validation)
-        monkeypatch.setattr(loop, "make_train_iterator", Batches)
-        monkeypatch.setattr(loop, "make_validation_batches", Validation)
+        monkeypatch.setattr(feed, "make_train_iterator", Batches)
+        monkeypatch.setattr(feed, "make_validation_batches", Validation)
         monkeypatch.setattr(checkpoints, "save", timed_save)
 
     def train(self, experiment, workdir, when=None, act=None):
@@ -353,7 +356,7 @@ def test_a_finished_run_says_so_and_goes_on_when_it_is_given_more_steps(experime
 def test_what_is_not_finite_ends_the_run_before_it_is_written(experiment, lab, tmp_path, name):
     lab.spoil = lambda step, values: values | ({name: math.inf} if step == 3 else {})
     words = name.replace("_", " ")
-    with pytest.raises(loop.TrainingError) as error:
+    with pytest.raises(progress.TrainingError) as error:
         lab.train(experiment, tmp_path)
     assert str(error.value) == (
         f"{words} is inf at step 3; last good checkpoint: none was saved before"
@@ -364,7 +367,7 @@ def test_what_is_not_finite_ends_the_run_before_it_is_written(experiment, lab, t
 def test_the_last_good_checkpoint_is_named_also_after_resuming(experiment, lab, tmp_path):
     lab.spoil = lambda step, values: values | ({"loss": math.nan} if step == 8 else {})
     for _ in range(2):
-        with pytest.raises(loop.TrainingError) as error:
+        with pytest.raises(progress.TrainingError) as error:
             lab.train(experiment, tmp_path)
         # Step 8 is not logged, but validated.
         assert str(error.value) == (
@@ -399,21 +402,21 @@ def test_token_files_need_no_tokenizer_and_text_does(experiment, tmp_path, monke
     monkeypatch.setattr("tiktoken.get_encoding", fail)
     gpt2 = dataclasses.replace(experiment.data, tokenizer="gpt2")
     with pytest.raises(ConnectionError, match="tokenizer gpt2 is not on this host"):
-        loop._load_data(dataclasses.replace(experiment, data=gpt2))
+        feed.load_data(gpt2, 260)
     token_file.write(tmp_path / "a.bin", np.arange(200))
     shard = dataclasses.replace(
         gpt2, source=str(tmp_path / "a.bin"), validation_fraction=0.25, validation=""
     )
-    name, source = loop._load_data(dataclasses.replace(experiment, data=shard))
+    name, source = feed.load_data(shard, 260)
     assert name == "gpt2"
     assert source.train[0].tokens.tolist() == list(range(150))
     assert source.validation[0].tokens.tolist() == list(range(150, 200))
     # Another fault of the file is told as itself.
     (tmp_path / "a.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="a.bin is no token file"):
-        loop._load_data(dataclasses.replace(experiment, data=shard))
+        feed.load_data(shard, 260)
     named = dataclasses.replace(experiment.data, validation=experiment.data.source)
-    name, source = loop._load_data(dataclasses.replace(experiment, data=named))
+    name, source = feed.load_data(named, 260)
     assert name == "bytes" and len(source.train[0].tokens) == len(source.validation[0].tokens)
 
 
@@ -426,7 +429,7 @@ def share(parts, rows, process):
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sharding, "named", lambda mesh, *axes: named)
-        return loop.batch_share(None, rows, process)
+        return feed.batch_share(None, rows, process)
 
 
 @dataclasses.dataclass(frozen=True)

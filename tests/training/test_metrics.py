@@ -10,16 +10,8 @@ import pytest
 import tensorboardX
 
 from mlra_jax.config import GroupedConfig, LatentConfig, ModelConfig, preset
-from mlra_jax.training.metrics import (
-    METRICS_FILE,
-    PEAK_FLOPS,
-    MetricsWriter,
-    flops_per_token,
-    format_duration,
-    peak_flops,
-    plot_losses,
-    read_metrics,
-)
+from mlra_jax.costs import PEAK_FLOPS, flops_per_token, peak_flops
+from mlra_jax.training.metrics import METRICS_FILE, MetricsWriter, plot_losses, read_metrics
 
 
 class Board:
@@ -128,24 +120,6 @@ def test_the_curve_shows_both_losses_and_a_uniform_guess(tmp_path, monkeypatch):
     (tmp_path / METRICS_FILE).unlink()
     plot_losses(tmp_path, 260)
     assert len(drawn[1].axes[0].lines) == 1
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [
-        (0, "0:00"),
-        (9.4, "0:09"),
-        (59.4, "0:59"),
-        (59.6, "1:00"),
-        (123, "2:03"),
-        (3599.4, "59:59"),
-        (3599.6, "1:00:00"),
-        (3723, "1:02:03"),
-        (90061, "25:01:01"),
-    ],
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
 
 
 def test_flops_of_a_token_by_hand():

@@ -11,13 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.config import PRESETS, ConfigError, GroupedConfig, ModelConfig, preset
-from mlra_jax.training.settings import (
-    DataSettings,
-    Experiment,
-    MeshSettings,
-    OptimizerSettings,
-    closest,
-)
+from mlra_jax.settings_tree import closest
+from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = ModelConfig(
@@ -57,11 +52,14 @@ def test_each_number_has_its_least_value_and_must_be_one(part, name):
     least, full = LEAST[part][name], f"{part}.{name}" if part else name
     built = Experiment.from_dict(changed(part, name, least))
     assert getattr(getattr(built, part) if part else built, name) == least
-    for value in (least - 1, math.nan, math.inf):
+    whole = isinstance(getattr(getattr(EXPERIMENT, part) if part else EXPERIMENT, name), int)
+    floats, others = (math.nan, math.inf), (True, None, "3")
+    for value in (least - 1, *(() if whole else floats)):
         with pytest.raises(ConfigError, match=f"^{full}={value} must be at least {least}$"):
             Experiment.from_dict(changed(part, name, value))
-    for value in (True, None, "3"):
-        with pytest.raises(ConfigError, match=f"^{full}={value!r} is not a number$"):
+    kind = "whole number" if whole else "number"
+    for value in (*others, *((*floats, 2.0) if whole else ())):
+        with pytest.raises(ConfigError, match=f"^{full}={value!r} is not a {kind}$"):
             Experiment.from_dict(changed(part, name, value))
 
 
@@ -70,6 +68,13 @@ def test_every_number_is_in_the_table_above():
     for part, cls in (parts | {"optimizer": OptimizerSettings}).items():
         numbers = {f.name for f in dataclasses.fields(cls) if f.type in (int, float)}
         assert numbers - {"validation_fraction"} == LEAST[part].keys()
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_moments_must_decay(name):
+    assert Experiment.from_dict(changed("optimizer", name, 0.999))
+    with pytest.raises(ConfigError, match=f"^optimizer.{name}=1 must be below 1$"):
+        Experiment.from_dict(changed("optimizer", name, 1))
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan])
@@ -202,7 +207,11 @@ def experiments(draw):
         accumulate=accumulate,
     )
     optimizer = OptimizerSettings(
-        draw(POSITIVE), draw(st.integers(0, steps - 1)), *(draw(POSITIVE) for _ in range(6))
+        draw(POSITIVE),
+        draw(st.integers(0, steps - 1)),
+        draw(POSITIVE),
+        *(draw(st.floats(0, 0.999)) for _ in range(2)),
+        *(draw(POSITIVE) for _ in range(3)),
     )
     return Experiment(
         preset(draw(st.sampled_from(PRESETS)), remat=draw(st.booleans())),

@@ -98,6 +98,24 @@ def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
         assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
+def test_gradients_of_parts_are_summed_in_float32():
+    """The same row eleven times, each a part: the gradient is the row's, also in bfloat16."""
+    narrow = dict(param_dtype="bfloat16", dtype="bfloat16", num_layers=1)
+    model = dataclasses.replace(EXPERIMENT.model, **narrow)
+    mesh, row = sharding.make_mesh(), {k: v[:1] for k, v in random_batch(0).items()}
+    moments = []
+    for parts in (1, 11):
+        data = dataclasses.replace(EXPERIMENT.data, global_batch=parts, accumulate=parts)
+        experiment = on_mesh(model=model, data=data)
+        batch = {name: np.repeat(array, parts, 0) for name, array in row.items()}
+        state, _ = make_train_step(experiment, mesh)(create_state(experiment, mesh), batch)
+        moments.append([leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim])
+    for alone, together in zip(*moments, strict=True):
+        assert together.dtype == jnp.bfloat16
+        alone, together = (np.asarray(x, np.float32) for x in (alone, together))
+        assert np.linalg.norm(together - alone) <= 2e-4 * np.linalg.norm(alone)
+
+
 def plain_loss(experiment, mesh):
     """The loss over all logits at once, and its gradient."""
     definition, _, _ = model_parts(experiment.model, mesh)

@@ -1,0 +1,132 @@
+"""The shape that all mechanisms share.
+
+A mechanism says which projections read a token (`reads`), how queries and what is kept come of
+them, and how one device attends to what is cached. Training, prefill and decoding follow.
+"""
+
+import abc
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlra_jax import sharding
+from mlra_jax.attention import heads, sharded
+from mlra_jax.config import AttentionConfig, ModelConfig
+from mlra_jax.layers import Projection, output_init
+
+Entries = dict[str, jax.Array]
+
+
+class Attention(nnx.Module):
+    """`[B, T, D]` in and out. Subclasses add their parameters and what is abstract here."""
+
+    reads: ClassVar[tuple[str, ...]]
+    """The projections whose input is the block's; the gate is one more, where there is one."""
+    cache_axes: ClassVar[dict[str, tuple[str | None, ...]]]
+    """Logical axes of what is cached, by name, beginning with "batch" and "cache_length"."""
+
+    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+        a = config.attention
+        self.config, self.mesh, self.rope_base = a, mesh, config.rope_base
+        self.scale = 1 / math.sqrt(a.query_dim)
+        heads.check_heads(a.num_heads, mesh)
+        project = functools.partial(Projection, config=config, rngs=rngs)
+        self._add_parameters(config, project, rngs)
+        D, H, V = config.embed_dim, a.num_heads, a.value_dim
+        if a.gated:
+            self.gate = project((D, H, V), ("embed", "heads", "head_dim"))
+        self.out = project(
+            (H, V, D), ("heads", "head_dim", "embed"), num_in=2, init=output_init(config)
+        )
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The whole sequence attends to itself."""
+        return self.prefill(x_BTD, positions_BT)[0]
+
+    def prefill(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Entries]:
+        """As `__call__`, and what decoding needs to keep: `[B, T, ...]` arrays by name."""
+        y = self.inputs(x_BTD)
+        kept = self._kept(y, positions_BT)
+        o_BTHV = self._whole(self._queries(y, positions_BT), kept)
+        return self._output(y, o_BTHV), self._entries(kept)
+
+    def decode(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Entries, lengths_B: jax.Array
+    ) -> tuple[jax.Array, Entries]:
+        """T new tokens in each row's slots from `lengths[b]` on, over what is cached."""
+        y = self.inputs(x_BTD)
+        o_BTHV, cache = sharded.decode_step(
+            self._attend,
+            self._ask(self._queries(y, positions_BT)),
+            self._entries(self._kept(y, positions_BT)),
+            cache,
+            lengths_B,
+            cache_axes=self.cache_axes,
+            mesh=self.mesh,
+        )
+        return self._output(y, self._answer(o_BTHV)), cache
+
+    def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
+        """Every projection of the block's input, by name."""
+        return {name: getattr(self, name)(x_BTD) for name in self.input_names(self.config)}
+
+    @classmethod
+    def input_names(cls, a: AttentionConfig) -> tuple[str, ...]:
+        """The projections that read the block's input."""
+        return (*cls.reads, "gate") if a.gated else cls.reads
+
+    @classmethod
+    @abc.abstractmethod
+    def cache_shapes(cls, a, batch: int, capacity: int, tensor: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept; what several devices of `tensor` hold is repeated.
+
+        Raises ConfigError when the heads do not divide.
+        """
+
+    @abc.abstractmethod
+    def _add_parameters(
+        self, config: ModelConfig, project: Callable[..., Projection], rngs: nnx.Rngs
+    ) -> None:
+        """Sets the mechanism's own parameters as attributes."""
+
+    @abc.abstractmethod
+    def _queries(self, y: dict[str, jax.Array], positions_BT: jax.Array) -> jax.Array:
+        """`[B, T, H, K]`, rotated, split by head."""
+
+    @abc.abstractmethod
+    def _kept(self, y: dict[str, jax.Array], positions_BT: jax.Array) -> Any:
+        """What attention needs of each token, however the mesh repeats it."""
+
+    @abc.abstractmethod
+    def _whole(self, q_BTHK: jax.Array, kept: Any) -> jax.Array:
+        """`[B, T, H, V]`: causal attention of the sequence to itself."""
+
+    @abc.abstractmethod
+    def _entries(self, kept: Any) -> Entries:
+        """`kept` as it is cached."""
+
+    @abc.abstractmethod
+    def _attend(self, queries: Any, cache: Entries, lengths_BT: jax.Array):
+        """(o_BThV, lse_BTh) of one device's heads over its share of the cache."""
+
+    def _ask(self, q_BTHK: jax.Array) -> Any:
+        """The queries as the cache is asked them."""
+        return q_BTHK
+
+    def _answer(self, o_BTHV: jax.Array) -> jax.Array:
+        """`[B, T, H, V]` from what `_attend` found."""
+        return o_BTHV
+
+    def _output(self, y: dict[str, jax.Array], o_BTHV: jax.Array) -> jax.Array:
+        o_BTHV = self._by_head(o_BTHV)
+        if "gate" in y:
+            o_BTHV = o_BTHV * jax.nn.sigmoid(y["gate"])
+        return self.out(o_BTHV)
+
+    def _by_head(self, x_BTHK: jax.Array) -> jax.Array:
+        return sharding.constrain(x_BTHK, self.mesh, "batch", "length", "heads", "head_dim")

@@ -1,0 +1,106 @@
+"""What `prepare` has finished: a file beside the shards, replaced after each of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mlra_jax.data import token_file
+from mlra_jax.files import whole_file
+
+
+class Journal:
+    """The shards `NAME_train_000000.bin`, … of a folder that are finished, and where to go on.
+
+    Attributes:
+      path: the journal's own file, `NAME_prepare.json`.
+      counts: the number of tokens of each finished shard.
+      position, used: the next token lies `used` tokens after the piece that begins at `position`.
+      complete: nothing is left to do.
+
+    Args:
+      folder: an existing folder.
+      name: what the files' names begin with.
+      settings: JSON values on which the shards depend; `validation_first_shard` among them calls
+        the first shard `NAME_val_000000.bin`.
+
+    Raises:
+      ValueError: it was begun with other settings, it is damaged, or a shard is not as it says.
+      FileExistsError: there are such shards and no journal.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any]):
+        self.path = folder / f"{name}_prepare.json"
+        self.counts: list[int] = []
+        self.position = (0, 0)
+        self.used = 0
+        self.complete = False
+        self._name, self._settings = name, settings
+        if self.path.exists():
+            self._read()
+        else:
+            self._check_free()
+        for path, count in zip(self.shards, self.counts, strict=True):
+            if len(token_file.read(path)) != count:
+                raise ValueError(f"{path} is not the shard that {self.path} tells of; delete both")
+
+    @property
+    def shards(self) -> list[Path]:
+        """The finished shards."""
+        return [self._shard(number) for number in range(len(self.counts))]
+
+    @property
+    def next_shard(self) -> Path:
+        """The shard to write."""
+        return self._shard(len(self.counts))
+
+    def add(self, count: int, position: tuple[int, int], used: int) -> None:
+        """The next shard is finished and has `count` tokens."""
+        self.counts.append(count)
+        self.position, self.used = position, used
+        self.save()
+
+    def finish(self) -> None:
+        """The shards are all there."""
+        self.complete = True
+        self.save()
+
+    def save(self) -> None:
+        """Replaces the file."""
+        state = {
+            "settings": self._settings,
+            "shards": self.counts,
+            "position": self.position,
+            "used": self.used,
+            "complete": self.complete,
+        }
+        with whole_file(self.path) as file:
+            json.dump(state, file, indent=1)
+
+    def _shard(self, number: int) -> Path:
+        part = "val" if self._settings["validation_first_shard"] and number == 0 else "train"
+        return self.path.with_name(f"{self._name}_{part}_{number:06d}.bin")
+
+    def _read(self) -> None:
+        try:
+            saved = json.loads(self.path.read_text())
+            for key, value in self._settings.items():
+                if saved["settings"][key] != value:
+                    raise ValueError(
+                        f"{self.path} was begun with another {key} ({saved['settings'][key]}, now "
+                        f"{value}); take another destination or name"
+                    )
+            self.counts = saved["shards"]
+            self.position = tuple(saved["position"])
+            self.used = saved["used"]
+            self.complete = saved["complete"]
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise ValueError(f"{self.path} is damaged; take another destination or name") from None
+
+    def _check_free(self) -> None:
+        shard = re.compile(re.escape(self._name) + r"_(val|train)_\d+\.bin")
+        for path in sorted(self.path.parent.iterdir()):
+            if shard.fullmatch(path.name):
+                raise FileExistsError(f"{path} is there already; take another destination or name")

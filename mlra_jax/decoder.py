@@ -1,0 +1,284 @@
+"""The decoding form of a model: each layer's weights as a step reads them; prefill and step.
+
+A step is bound by reading weights and cache, so weights lie as they are read: layers apart, in the
+dtype of the products, the MLP's two widening matrices as one, its width a multiple of what hardware
+tiles are, and on one device every projection of an attention's input as one.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+
+from mlra_jax import cache as kv
+from mlra_jax import sharding
+from mlra_jax.attention import MODULES
+from mlra_jax.attention.base import Attention
+from mlra_jax.config import ModelConfig
+from mlra_jax.layers import Projection, RMSNorm
+from mlra_jax.model import Block, Embedding, Model, positions
+
+_TILE = 128
+"""Columns of the MLP on one device are a multiple of this; what is added is zero."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What a checkpoint knows of its tokens."""
+
+    num_tokens: int
+    """Ids from here on are padding: never drawn, and no prompt has them."""
+    tokenizer: str | None = None
+    """The name of the one it was trained with, if known."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights"],
+    meta_fields=["config", "mesh", "vocabulary"],
+)
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model that decodes. A tree of arrays: jitted functions take it as it is."""
+
+    config: ModelConfig
+    mesh: Mesh
+    vocabulary: Vocabulary
+    weights: dict
+    """Nested dict of arrays; `layers` by number."""
+
+    @classmethod
+    def from_model(cls, model: Model, vocabulary: Vocabulary | None = None) -> "Decoder":
+        """The decoding form of `model`, which stays as it is; all its ids mean something if no
+        vocabulary is given."""
+        params = nnx.to_pure_dict(nnx.state(model))
+        return cls.from_params(model.config, model.mesh, params, vocabulary)
+
+    @classmethod
+    def from_params(
+        cls,
+        config: ModelConfig,
+        mesh: Mesh,
+        params: dict,
+        vocabulary: Vocabulary | None = None,
+        *,
+        donate: bool = False,
+    ) -> "Decoder":
+        """From the parameters of the training form, a nested dict of arrays.
+
+        With `donate` they are gone afterwards, and no more than one kind of them is held twice.
+        """
+        vocabulary = vocabulary or Vocabulary(config.vocab_size)
+        return cls(config, mesh, vocabulary, _convert(config, mesh, params, donate))
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
+        """int32 tokens `[B, T]` -> float32 logits `[B, T, V]`; positions count from 0."""
+        return _logits(self, tokens_BT, positions_BT)
+
+    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
+        """The last block's output after the final norm, `[B, T, D]` in the compute dtype."""
+        form = self._form()
+        x_BTD = form.embed(tokens_BT)
+        positions_BT = positions(tokens_BT) if positions_BT is None else positions_BT
+        for block in form.layers:
+            x_BTD = block(x_BTD, positions_BT)
+        return form.final_norm(x_BTD)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32 `[B, T, V]` from `hidden`'s output, split over the vocabulary."""
+        return self._form().embed.logits(x_BTD)
+
+    def prefill(
+        self, tokens_BT: jax.Array, lengths_B: jax.Array, capacity: int
+    ) -> tuple[jax.Array, kv.Cache]:
+        """(logits `[B, V]` after each row's last token, the cache), from right-padded prompts.
+
+        `capacity` is the number of slots, from `cache.round_capacity`.
+        """
+        form, entries = self._form(), []
+        x_BTD, positions_BT = form.embed(tokens_BT), positions(tokens_BT)
+        for block in form.layers:
+            x_BTD, entry = block.prefill(x_BTD, positions_BT)
+            entries.append(self._stored(entry, block.attention.cache_axes, capacity))
+        last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
+        logits_BV = form.embed.logits(form.final_norm(last_B1D))[:, 0]
+        return logits_BV, kv.Cache(tuple(entries), lengths_B.astype(jnp.int32))
+
+    def step(self, tokens_BT: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
+        """T more tokens after those in the cache -> (logits `[B, T, V]`, the cache with them).
+
+        Meant for `jax.jit` with the cache donated, so that it is changed in place.
+        """
+        form, T = self._form(), tokens_BT.shape[1]
+        x_BTD, layers = form.embed(tokens_BT), []
+        positions_BT = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
+        for block, layer in zip(form.layers, cache.layers, strict=True):
+            x_BTD, layer = block.decode(x_BTD, positions_BT, layer, cache.lengths)
+            layers.append(layer)
+        cache = kv.Cache(tuple(layers), cache.lengths + T)
+        return form.embed.logits(form.final_norm(x_BTD)), cache
+
+    def _stored(self, entry, cache_axes, capacity):
+        shares, layer = sharding.size(self.mesh, sharding.CONTEXT), {}
+        for name, axes in cache_axes.items():
+            # Whole along the positions first: each device then picks its share by itself.
+            whole = sharding.constrain(entry[name], self.mesh, axes[0], "length", *axes[2:])
+            stored = kv.from_prompt(whole, capacity, shares)
+            layer[name] = sharding.constrain(stored, self.mesh, *axes)
+        return layer
+
+    def _form(self) -> "_Form":
+        return nnx.merge(_abstract(self.config, self.mesh)[0], self.weights)
+
+
+@jax.jit
+def _logits(decoder, tokens_BT, positions_BT):
+    return decoder.logits(decoder.hidden(tokens_BT, positions_BT))
+
+
+def abstract_decoder(
+    config: ModelConfig, mesh: Mesh, vocabulary: Vocabulary | None = None
+) -> Decoder:
+    """A decoder of sharded shapes, to compile for; costs nothing."""
+    vocabulary = vocabulary or Vocabulary(config.vocab_size)
+    return Decoder(config, mesh, vocabulary, _abstract(config, mesh)[1])
+
+
+class _Form(nnx.Module):
+    """The structure of the weights."""
+
+    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+        attention = MODULES[type(config.attention)]
+        # What splits weights wants each projection by itself.
+        if mesh.size == mesh.shape["data"]:
+            attention = _joined(attention)
+        self.embed = Embedding(config, mesh=mesh, rngs=rngs)
+        self.layers = nnx.List(
+            [
+                Block(config, mesh=mesh, rngs=rngs, attention=attention, mlp=_JoinedSwiGLU)
+                for _ in range(config.num_layers)
+            ]
+        )
+        self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
+
+
+@functools.cache
+def _joined(mechanism: type[Attention]) -> type[Attention]:
+    """The mechanism with all projections of its input in one matrix `[D, N]`."""
+
+    class Joined(mechanism):
+        def __init__(self, config, *, mesh, rngs):
+            super().__init__(config, mesh=mesh, rngs=rngs)
+            names = self.input_names(config.attention)
+            self.outputs = {name: getattr(self, name).kernel.shape[1:] for name in names}
+            for name in self.outputs:
+                delattr(self, name)
+            columns = sum(map(np.prod, self.outputs.values()))
+            self.joined = Projection(
+                (config.embed_dim, int(columns)), ("embed", None), config=config, rngs=rngs
+            )
+
+        def inputs(self, x_BTD):
+            sizes = [int(np.prod(shape)) for shape in self.outputs.values()]
+            parts = jnp.split(self.joined(x_BTD), np.cumsum(sizes)[:-1], axis=-1)
+            return {
+                name: part.reshape(*x_BTD.shape[:2], *shape)
+                for (name, shape), part in zip(self.outputs.items(), parts, strict=True)
+            }
+
+    return Joined
+
+
+class _JoinedSwiGLU(nnx.Module):
+    """`SwiGLU` with gate and up as one kernel `[D, 2, F]`; F padded, which changes nothing."""
+
+    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+        self.mesh, D, F = mesh, config.embed_dim, padded_width(config, mesh)
+        project = functools.partial(Projection, config=config, rngs=rngs)
+        self.gate_up = project((D, 2, F), ("embed", None, "mlp"))
+        self.down = project((F, D), ("mlp", "embed"))
+
+    def __call__(self, x_BTD):
+        y_BT2F = sharding.constrain(self.gate_up(x_BTD), self.mesh, "batch", "length", None, "mlp")
+        return self.down(nnx.silu(y_BT2F[:, :, 0]) * y_BT2F[:, :, 1])
+
+
+def padded_width(config: ModelConfig, mesh: Mesh) -> int:
+    """The MLP's width in the decoding form."""
+    step = _TILE * sharding.size(mesh, sharding.MODEL)
+    return -(-config.mlp_dim // step) * step
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config, mesh):
+    """(graph definition, weights as sharded shapes) of a decoder."""
+    form = nnx.eval_shape(lambda: _Form(config, mesh=mesh, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(form)
+    shardings = nnx.to_pure_dict(sharding.state_shardings(state, mesh))
+
+    def shape(path, x, where):
+        # Norms are computed in float32 and stay as they are stored.
+        dtype = x.dtype if path[-1].key == "scale" else jnp.dtype(config.dtype)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=where)
+
+    return graphdef, jax.tree.map_with_path(shape, nnx.to_pure_dict(state), shardings)
+
+
+def _convert(config, mesh, params, donate):
+    """The weights, from the training form's parameters with their layers stacked."""
+    shapes = _abstract(config, mesh)[1]
+    stacked = traverse_util.flatten_dict(params["layers"])
+    layers = [{} for _ in range(config.num_layers)]
+    for path, like in traverse_util.flatten_dict(shapes["layers"][0]).items():
+        sources, join = _recipe(path, config, like)
+        made = _make([stacked[source] for source in sources], join, [like] * len(layers), donate)
+        for layer, weight in zip(layers, made, strict=True):
+            layer[path] = weight
+    weights = {"layers": {i: traverse_util.unflatten_dict(x) for i, x in enumerate(layers)}}
+    for module in ("embed", "final_norm"):
+        [(name, like)] = shapes[module].items()
+        weights[module] = {name: _make([params[module][name]], lambda x: x, like, donate)}
+    return weights
+
+
+def _recipe(path: tuple[str, ...], config: ModelConfig, like: jax.ShapeDtypeStruct):
+    """(the training form's parameters, the function that makes the weight `path` of them)."""
+
+    def pad(x, axis):
+        missing = [(0, 0)] * x.ndim
+        missing[axis] = (0, like.shape[axis] - x.shape[axis])
+        return jnp.pad(x, missing)
+
+    match path:
+        case ("mlp", "gate_up", "kernel"):
+            sources = [("mlp", "gate", "kernel"), ("mlp", "up", "kernel")]
+            return sources, lambda gate, up: pad(jnp.stack([gate, up], axis=1), 2)
+        case ("mlp", "down", "kernel"):
+            return [path], lambda down: pad(down, 0)
+        case ("attention", "joined", "kernel"):
+            names = MODULES[type(config.attention)].input_names(config.attention)
+            flat = lambda x: x.reshape(x.shape[0], -1)
+            return [
+                ("attention", name, "kernel") for name in names
+            ], lambda *kernels: jnp.concatenate([flat(x) for x in kernels], axis=1)
+    return [path], lambda x: x
+
+
+def _make(sources, join, like, donate):
+    """`join` of the sources in the dtype and place of `like`; of each layer if that is a list."""
+    where = jax.tree.map(lambda x: x.sharding, like)
+
+    def make(sources):
+        if not isinstance(like, list):
+            return join(*sources).astype(like.dtype)
+        return [join(*(x[i] for x in sources)).astype(to.dtype) for i, to in enumerate(like)]
+
+    made = jax.jit(make, out_shardings=where)(sources)
+    if donate:
+        for x in sources:
+            x.delete()
+    return made
