@@ -20,6 +20,7 @@ from mlra_jax.training.step import (
     make_train_step,
     make_validation_step,
 )
+from tests.kernels.jaxprs import equations
 from tests.training.test_optimizer import adamw, rate
 
 BATCH, LENGTH, VOCAB = 16, 24, 96
@@ -224,6 +225,15 @@ def test_the_loss_in_chunks_of_any_size_against_numpy(chunk, weighted):
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     want = np.einsum("btd,btv->dv", x_BTD, weights[..., None] * (chances - right))
     np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_one_chunk_exist_at_a_time_backward_too():
+    B, T, D, V, chunk = 2, 60, 4, 4096, 10
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    table, head = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((V, D), (D, V)))
+    total = lambda table, head, batch: loss_sum(Head(table, head, chunk), batch, chunk)
+    traced = equations(jax.grad(total, (0, 1)), table, head, dict(inputs=tokens, targets=tokens))
+    assert max(np.prod(x.aval.shape) for e in traced for x in e.outvars) == B * chunk * V
 
 
 def test_schedule_is_the_papers():
