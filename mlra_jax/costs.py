@@ -116,7 +116,7 @@ def describe_cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int) -
     line = f"cache: {held:,} bytes per device ({batch} x {capacity} positions)"
     a = config.attention
     if isinstance(a, LatentConfig) and a.num_latents > 1:
-        width = (a.latent_dim + a.rope_dim) * jnp.dtype(config.dtype).itemsize
+        width = (a.latent_dim + a.rope_dim) * jnp.dtype(config.execution.dtype).itemsize
         mla = rows * capacity // ways["context"] * width * config.num_layers
         line += f"; MLA would hold {mla:,}, {mla / held:.2f} times as much"
     return line

@@ -105,3 +105,17 @@ def test_what_is_counted_is_what_the_arrays_hold(name):
     )
     counted = costs.cache_bytes_per_device(config, batch=2, capacity=16, tensor=2, context=2)
     assert counted == 2 * held
+
+
+def test_the_command_prints_the_table_that_was_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["costs", "--tokens=4096", "--batch=3"])
+    costs.main()
+    assert capsys.readouterr().out == costs.table(VARIANTS, tokens=4096, batch=3) + "\n"
+    monkeypatch.setattr("sys.argv", ["costs"])
+    costs.main()
+    assert capsys.readouterr().out == costs.table(VARIANTS, tokens=131072, batch=1) + "\n"
+    for flag in ("--tokens=7", "--batch=0"):
+        monkeypatch.setattr("sys.argv", ["costs", flag])
+        with pytest.raises(SystemExit) as end:
+            costs.main()
+        assert end.value.code == 2 and "at least" in capsys.readouterr().err

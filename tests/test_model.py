@@ -21,6 +21,9 @@ def test_sharded_creation_makes_the_same_weights_in_their_places():
     split = models.create(config, make_mesh(data=2, fsdp=2, tensor=2), seed=5)
     weights = lambda model: jax.device_get(nnx.to_pure_dict(nnx.state(model)))
     chex.assert_trees_all_close(weights(whole), weights(split), rtol=1e-6)
+    drawn = lambda model: weights(model)["embed"]["embedding"]
+    other = drawn(models.create(config, make_mesh(), seed=6))
+    assert abs(np.corrcoef(drawn(whole).ravel(), other.ravel())[0, 1]) < 0.1
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(nnx.state(split)))
     total = sum(x.nbytes for x in jax.tree.leaves(nnx.state(split)))
     assert held < 0.35 * total  # fsdp x tensor is a quarter; norms and small matrices are whole

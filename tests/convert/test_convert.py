@@ -197,6 +197,9 @@ def test_full_disk(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         refuse("GB free", RELEASED / "mha", tmp_path)
+        # Room for what is written beside the weights, and not for all of them.
+        usage = usage._replace(free=(64 << 20) + 1000)
+        refuse("GB free", RELEASED / "mha", tmp_path)
     # A disk that fills up meanwhile: no file may grow beyond some kilobytes.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -398,6 +401,20 @@ def test_command_line(tmp_path, capsys):
         command.main([source])
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_flag_of_the_command_line_arrives(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "convert", lambda *paths, **rest: asked.append((paths, rest)))
+    flags = ["--source=S", "--destination=D"]
+    assert command.main(flags) == 0
+    sizes = ["--variant=mla_no_scale", "--dtype=float16", "--mesh=tensor=4,fsdp=2"]
+    assert command.main([*flags, *sizes]) == 0
+    mesh = dict(data=1, fsdp=2, tensor=4, context=1)
+    assert asked == [
+        (("S", "D"), dict(variant=None, dtype=None, mesh=None)),
+        (("S", "D"), dict(variant="mla_no_scale", dtype="float16", mesh=mesh)),
+    ]
 
 
 def test_hub(tmp_path, monkeypatch):

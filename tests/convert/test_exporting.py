@@ -127,6 +127,36 @@ def test_no_scale_is_said(tmp_path, capsys):
     assert "_no_scale" in capsys.readouterr().out
 
 
+def test_every_flag_of_the_command_line_arrives(monkeypatch):
+    asked = []
+    monkeypatch.setattr(exporting, "export", lambda *paths, **rest: asked.append((paths, rest)))
+    flags = ["--checkpoint=C", "--destination=D"]
+    assert main(flags) == 0
+    assert main([*flags, "--step=3", "--dtype=float16"]) == 0
+    assert asked == [
+        (("C", "D"), dict(step=None, dtype=None)),
+        (("C", "D"), dict(step=3, dtype="float16")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "error, codes, said",
+    [
+        (ValueError("a fault"), (1, 2), "a fault"),
+        (OSError("a fault"), (1, 2), "a fault"),
+        (KeyboardInterrupt(), (130,), "interrupted"),
+    ],
+)
+def test_the_command_ends_in_one_line(monkeypatch, capsys, error, codes, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(exporting, "export", fail)
+    assert main(["--checkpoint=C", "--destination=D"]) in codes
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.strip().count("\n") == 0 and not printed.out
+
+
 def test_command_line(tmp_path, capsys):
     convert(RELEASED / "mqa", tmp_path / "m", quiet=True)
     flags = [f"--checkpoint={tmp_path / 'm'}", f"--destination={tmp_path / 'out'}"]

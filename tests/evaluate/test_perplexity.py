@@ -102,6 +102,26 @@ def test_a_full_disk_leaves_nothing_half_written(checkpoint, files, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
+def test_every_flag_of_the_command_line_arrives(monkeypatch, result):
+    asked = []
+
+    def note(*paths, **rest):
+        asked.append((paths, rest))
+        return result
+
+    monkeypatch.setattr("mlra_jax.evaluate.__main__.evaluate", note)
+    assert main(["--checkpoint=C", "--tokens=a.bin"]) == 0
+    sizes = ["--window=7", "--max_tokens=70", "--batch=6", "--step=3"]
+    places = ["--dtype=float16", "--output=o.json", "--mesh=fsdp=2"]
+    assert main(["--checkpoint=C", "--tokens=a.bin,b.bin", *sizes, *places]) == 0
+    (paths, plain), (more_paths, given) = asked
+    assert paths == ("C", ["a.bin"]) and more_paths == ("C", ["a.bin", "b.bin"])
+    assert (plain.pop("mesh").size, given.pop("mesh").shape["fsdp"]) == (1, 2)
+    nothing = dict(batch=None, step=None, dtype=None, output=None)
+    assert plain == dict(window=2048, max_tokens=100_000_000, **nothing)
+    assert given == dict(window=7, max_tokens=70, batch=6, step=3, dtype="float16", output="o.json")
+
+
 def test_command_line_and_its_limit(checkpoint, files, result, tmp_path, capsys):
     flags = [f"--checkpoint={checkpoint}", f"--window={WINDOW}", "--dtype=float32", "--batch=4"]
     limited = [*flags, f"--tokens={files[0]}", f"--max_tokens={WINDOW * 5 - 1}"]

@@ -1,5 +1,6 @@
 """Sums by window, without a model: which are counted, kept, taken up again, and refused."""
 
+import inspect
 import json
 import math
 import shutil
@@ -7,12 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from mlra_jax import checkpoints
+from mlra_jax import checkpoints, sharding
 from mlra_jax.config import GroupedConfig, ModelConfig
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.evaluate import perplexity
 from mlra_jax.evaluate.perplexity import Tally, evaluate, table
+from mlra_jax.loading import load_model
 from mlra_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(GroupedConfig(2, 2, 4), 50, 1, 8, 8)
@@ -96,6 +98,23 @@ def test_sets_windows_and_the_mean(place, calls):
     assert [len(inputs) for inputs, _ in calls] == [3, 3, 3, 3, 3]
     for inputs, targets in calls:
         np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_what_is_loaded_is_what_was_asked_for(place, calls, monkeypatch):
+    """The step (the latest unless named, as the result says), the mesh and the dtype."""
+    asked, parameters = [], inspect.signature(load_model)
+
+    def load(*arguments, **more):
+        asked.append(parameters.bind(*arguments, **more).arguments)
+        return Model()
+
+    monkeypatch.setattr(perplexity, "load_model", load)
+    mesh = sharding.make_mesh(fsdp=2)
+    assert run(place, output=None)["step"] == 2
+    assert run(place, output=None, step=1, mesh=mesh, dtype="float16")["step"] == 1
+    latest, named = asked
+    assert (latest["step"], latest["mesh"].size, latest["dtype"]) == (2, 1, None)
+    assert named == dict(path=place / "run", step=1, mesh=mesh, dtype="float16")
 
 
 @pytest.mark.parametrize(("limit", "windows"), [(4, 1), (7, 1), (8, 2), (20, 5), (27, 6), (999, 7)])
