@@ -82,10 +82,10 @@ def measure(decoder: Decoder, batch: int, context: int, read: float, profile: bo
     config, mesh = decoder.config, decoder.mesh
     # The caches fill up around the context, which is their mean.
     shapes = cache_shapes(config, mesh, batch, round_capacity(context + _RUNS * _STEPS, mesh))
-    settings = draws(Sampling(), 0, batch)
+    settings, num_tokens = draws(Sampling(), 0, batch), decoder.vocabulary.num_tokens
     tokens = jax.device_put(np.arange(batch, dtype=np.int32), sharding.named(mesh))
     began = time.perf_counter()
-    step = programs.step.lower(decoder, shapes, tokens, settings, np.int32(1)).compile()
+    step = programs.step.lower(decoder, shapes, tokens).compile()
     compiling = time.perf_counter() - began
 
     begin = context - _RUNS * _STEPS // 2
@@ -95,7 +95,8 @@ def measure(decoder: Decoder, batch: int, context: int, read: float, profile: bo
     def run(steps=_STEPS):
         nonlocal cache, tokens
         for n in range(steps):
-            tokens, cache = step(decoder, cache, tokens, settings, np.int32(n))
+            logits, cache = step(decoder, cache, tokens)
+            tokens = programs.draw(logits, settings, np.int32(n), num_tokens=num_tokens)
         return tokens
 
     jax.block_until_ready(run(4))

@@ -7,6 +7,7 @@ tiles are, and on one device every projection of an attention's input as one.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
-from mlra_jax import sharding
+from mlra_jax import layers, sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.attention.base import Attention
 from mlra_jax.attention.parted import PartedLatentAttention, part_columns
@@ -159,22 +160,35 @@ def abstract_decoder(
     return Decoder(config, mesh, vocabulary, _abstract(config, mesh)[1])
 
 
+def product(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
+    """What every product with a weight matrix on one device goes through.
+
+    In a step `x` has a row for each sequence, `[B, T, in dims]`; in a prefill it has many more.
+    """
+    return layers.product(x, kernel, num_in)
+
+
+class _Product(Projection):
+    def __call__(self, x):
+        return product(x, self.kernel[...], self.num_in)
+
+
 class _Form(nnx.Module):
     """The structure of the weights."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+        projection = _Product if mesh.size == 1 else Projection
         attention = MODULES[type(config.attention)]
         # What splits weights wants each projection by itself, but for those that it leaves whole.
         if mesh.size == mesh.shape["data"]:
-            attention = _joined(attention, attention.input_names(config.attention))
+            attention = _joined(attention, attention.input_names(config.attention), projection)
         elif _parted(config, mesh):
-            attention = _joined(PartedLatentAttention, ("q_down", "k_rope"))
+            attention = _joined(PartedLatentAttention, ("q_down", "k_rope"), projection)
+        mlp = functools.partial(_JoinedSwiGLU, projection=projection)
+        block = functools.partial(Block, config, mesh=mesh, rngs=rngs)
         self.embed = Embedding(config, mesh=mesh, rngs=rngs)
         self.layers = nnx.List(
-            [
-                Block(config, mesh=mesh, rngs=rngs, attention=attention, mlp=_JoinedSwiGLU)
-                for _ in range(config.num_layers)
-            ]
+            [block(attention=attention, mlp=mlp) for _ in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
 
@@ -185,23 +199,27 @@ def _parted(config: ModelConfig, mesh: Mesh) -> bool:
 
 
 @functools.cache
-def _joined(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attention]:
+def _joined(
+    mechanism: type[Attention], names: tuple[str, ...], projected: type[Projection]
+) -> type[Attention]:
     """The mechanism with these projections of its input in one matrix `[D, N]`."""
 
     class Joined(mechanism):
+        projection = projected
+
         def __init__(self, config, *, mesh, rngs):
             super().__init__(config, mesh=mesh, rngs=rngs)
             self.outputs = {name: getattr(self, name).kernel.shape[1:] for name in names}
             for name in names:
                 delattr(self, name)
-            columns = sum(map(np.prod, self.outputs.values()))
-            self.joined = Projection(
-                (config.embed_dim, int(columns)), ("embed", None), config=config, rngs=rngs
+            columns = sum(map(math.prod, self.outputs.values()))
+            self.joined = projected(
+                (config.embed_dim, columns), ("embed", None), config=config, rngs=rngs
             )
 
         def inputs(self, x_BTD):
-            sizes = [int(np.prod(shape)) for shape in self.outputs.values()]
-            parts = jnp.split(self.joined(x_BTD), np.cumsum(sizes)[:-1], axis=-1)
+            ends = np.cumsum([math.prod(shape) for shape in self.outputs.values()])
+            parts = jnp.split(self.joined(x_BTD), ends[:-1], axis=-1)
             y = {
                 name: part.reshape(*x_BTD.shape[:2], *shape)
                 for (name, shape), part in zip(self.outputs.items(), parts, strict=True)
@@ -215,9 +233,11 @@ def _joined(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attentio
 class _JoinedSwiGLU(nnx.Module):
     """`SwiGLU` with gate and up as one kernel `[D, 2, F]`; F padded, which changes nothing."""
 
-    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs, projection: type[Projection]
+    ):
         self.mesh, D, F = mesh, config.embed_dim, padded_width(config, mesh)
-        project = functools.partial(Projection, config=config, rngs=rngs)
+        project = functools.partial(projection, config=config, rngs=rngs)
         self.gate_up = project((D, 2, F), ("embed", None, "mlp"))
         self.down = project((F, D), ("mlp", "embed"))
 
@@ -234,17 +254,16 @@ def padded_width(config: ModelConfig, mesh: Mesh) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _abstract(config, mesh):
-    """(graph definition, weights as sharded shapes) of a decoder."""
-    form = nnx.eval_shape(lambda: _Form(config, mesh=mesh, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(form)
-    shardings = nnx.to_pure_dict(sharding.state_shardings(state, mesh))
+    """(definition, weights as sharded shapes) of a decoder."""
+    make = lambda: _Form(config, mesh=mesh, rngs=nnx.Rngs(0))
+    definition, shapes = sharding.abstract(make, mesh)
 
-    def shape(path, x, where):
+    def as_read(path, x):
         # Norms are computed in float32 and stay as they are stored.
         dtype = x.dtype if path[-1].key == "scale" else jnp.dtype(config.dtype)
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=where)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
-    return graphdef, jax.tree.map_with_path(shape, nnx.to_pure_dict(state), shardings)
+    return definition, jax.tree.map_with_path(as_read, shapes)
 
 
 def _convert(config, mesh, params, donate):

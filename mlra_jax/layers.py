@@ -18,7 +18,7 @@ INIT_STDDEV = 0.02
 def param(
     rngs: nnx.Rngs, init, shape: Sequence[int], axes: Sequence[str | None], dtype: str
 ) -> nnx.Param:
-    """A parameter with its logical axis names; `sharding.state_shardings` maps them to a mesh."""
+    """A parameter with its logical axis names; `sharding.abstract` maps them to a mesh."""
     value = init(rngs.params(), tuple(shape), jnp.dtype(dtype))
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
 
@@ -45,13 +45,13 @@ class Projection(nnx.Module):
         self.kernel = param(rngs, init, shape, axes, config.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        return jax.lax.dot_general(
-            x,
-            self.kernel[...].astype(x.dtype),
-            (contract, ((), ())),
-            precision=precision(x.dtype),
-        )
+        return product(x, self.kernel[...].astype(x.dtype), self.num_in)
+
+
+def product(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
+    """The last `num_in` dimensions of `x` contracted with the first of `kernel`, of one dtype."""
+    contract = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
+    return jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision(x.dtype))
 
 
 def output_init(config: ModelConfig):

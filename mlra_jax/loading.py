@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, sharding
@@ -42,14 +41,14 @@ def load_model(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=str(dtype), param_dtype=str(dtype))
     mesh = sharding.make_mesh() if mesh is None else mesh
-    _, state = models.abstract_state(config, mesh)
+    _, shapes = models.structure(config, mesh)
 
     def as_used(path, x):
         # Read in the dtype of the decoder's weights, so that no wider copy is ever held.
         dtype = x.dtype if path[-1].key == "scale" else config.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
-    params = checkpoint.restore("params", jax.tree.map_with_path(as_used, nnx.to_pure_dict(state)))
+    params = checkpoint.restore("params", jax.tree.map_with_path(as_used, shapes))
     vocabulary = Vocabulary(
         _num_tokens(checkpoint.tokenizer, config.vocab_size), checkpoint.tokenizer
     )

@@ -1,5 +1,7 @@
 """The training form of a decoder: embedding, stacked blocks of attention and SwiGLU, tied head."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -142,23 +144,29 @@ def positions(tokens_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
 
-def abstract_state(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graphdef, state): the model's structure and its parameters as sharded shapes; costs nothing.
+@functools.lru_cache(maxsize=64)
+def structure(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict]:
+    """(definition, parameters) of a model; costs nothing, and the devices need not exist here.
+
+    The parameters are a nested dict, as in a checkpoint, of shapes with dtypes and shardings.
+    `nnx.merge(definition, params)` makes the model of such a dict of arrays.
 
     Raises ConfigError when the sizes do not divide over the mesh.
     """
-    model = nnx.eval_shape(lambda: Model(config, mesh=mesh, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    shardings = sharding.state_shardings(state, mesh)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-    )
-    return graphdef, shapes
+    return sharding.abstract(lambda: Model(config, mesh=mesh, rngs=nnx.Rngs(0)), mesh)
+
+
+def fresh_params(config: ModelConfig, mesh: Mesh, seed: int | jax.Array) -> dict:
+    """Fresh parameters, a nested dict; under `jax.jit` with shardings, made in their places.
+
+    `seed` is a whole number or a random key.
+    """
+    return nnx.to_pure_dict(nnx.state(Model(config, mesh=mesh, rngs=nnx.Rngs(seed))))
 
 
 def create(config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> Model:
     """A model with fresh weights made where they belong: no device ever holds a whole one."""
-    graphdef, shapes = abstract_state(config, mesh)
+    definition, shapes = structure(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    fresh = lambda key: nnx.state(Model(config, mesh=mesh, rngs=nnx.Rngs(key)))
-    return nnx.merge(graphdef, jax.jit(fresh, out_shardings=shardings)(jax.random.key(seed)))
+    make = jax.jit(lambda key: fresh_params(config, mesh, key), out_shardings=shardings)
+    return nnx.merge(definition, make(jax.random.key(seed)))

@@ -9,7 +9,7 @@ Nothing outside this file names a mesh axis.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -131,18 +131,22 @@ def constrain(x: jax.Array, mesh: Mesh, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named(mesh, *axes))
 
 
-def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """The same tree as `state` (arrays or shapes) with a NamedSharding for every parameter.
+def abstract(make: Callable[[], nnx.Module], mesh: Mesh) -> tuple[nnx.GraphDef, dict]:
+    """(definition, parameters) of the module that `make` would make; nothing is computed.
 
-    Raises ConfigError naming the parameter, the dimension and the mesh axes that do not divide it.
+    The parameters are a nested dict of shapes, each split as its logical axis names say. Raises
+    ConfigError naming the parameter, the dimension and the mesh axes that do not divide it.
     """
+    definition, state = nnx.split(nnx.eval_shape(make))
 
-    def of(path, variable):
+    def placed(path, variable):
         axes = variable.get_metadata().get("out_sharding") or (None,) * variable.ndim
         check_divides(".".join(map(str, path)), variable.shape, axes, mesh.shape)
-        return variable.replace(named(mesh, *axes))
+        return variable.replace(
+            jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=named(mesh, *axes))
+        )
 
-    return nnx.map_state(of, state)
+    return definition, nnx.to_pure_dict(nnx.map_state(placed, state))
 
 
 def check_divides(

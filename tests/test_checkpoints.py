@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from mlra_jax import checkpoints, sharding
+from mlra_jax import model as models
 from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.config import (
     GroupedConfig,
@@ -24,7 +25,6 @@ from mlra_jax.config import (
     TensorProductConfig,
     TiedConfig,
 )
-from mlra_jax.training.state import model_parts
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -37,11 +37,9 @@ CONFIG = ModelConfig(
 
 
 def abstract_params(mesh, dtype=None):
-    _, shapes, shardings = model_parts(CONFIG, mesh)
+    _, shapes = models.structure(CONFIG, mesh)
     return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=where),
-        shapes,
-        shardings,
+        lambda s: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=s.sharding), shapes
     )
 
 

@@ -51,9 +51,9 @@ def equations(jaxpr, name):
 
 
 def forward_jaxpr(config):
-    graphdef, state = models.abstract_state(config, make_mesh())
-    forward = lambda state, tokens: nnx.merge(graphdef, state)(tokens)
-    return jax.make_jaxpr(forward)(state, TOKENS).jaxpr
+    definition, shapes = models.structure(config, make_mesh())
+    forward = lambda params, tokens: nnx.merge(definition, params)(tokens)
+    return jax.make_jaxpr(forward)(shapes, TOKENS).jaxpr
 
 
 @pytest.mark.parametrize("name", ["mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa"])

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from mlra_jax.config import PRESETS, ConfigError, ModelConfig, preset
-from mlra_jax.model import abstract_state
+from mlra_jax.model import structure
 from mlra_jax.sharding import make_mesh
 
 D, LAYERS, VOCAB = 3072, 24, 50304
@@ -70,8 +70,8 @@ def attention_parameters(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameter_counts(name):
-    _, state = abstract_state(preset(name), make_mesh())
-    counted = sum(x.size for x in jax.tree.leaves(state))
+    _, shapes = structure(preset(name), make_mesh())
+    counted = sum(x.size for x in jax.tree.leaves(shapes))
     base = published_name(name)
     layer = attention_parameters(base) + 3 * D * MLP_WIDTHS[base] + 2 * D
     assert counted == VOCAB * D + LAYERS * layer + D

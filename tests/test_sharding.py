@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 import tiny
-from flax import nnx
+from flax import traverse_util
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -63,12 +63,11 @@ OF_FOUR = {name: LATENT for name in tiny.LATENT} | {
 
 def parameters(config, mesh):
     """{path: (shape, partition spec, bytes on one device)}."""
-    _, state = models.abstract_state(config, mesh)
+    _, shapes = models.structure(config, mesh)
     found = {}
-    for path, variable in nnx.to_flat_state(state):
-        x = variable.get_value()
+    for path, x in traverse_util.flatten_dict(shapes).items():
         held = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        found[".".join(map(str, path))] = (x.shape, x.sharding.spec, held)
+        found[".".join(path)] = (x.shape, x.sharding.spec, held)
     return found
 
 
@@ -199,4 +198,4 @@ def test_a_parameter_that_does_not_divide_is_named():
     config = tiny.config("mlra_4", mlp_dim=54)
     words = r"^mlp=54 \(layers.mlp.\w+.kernel\) does not divide over tensor=2 x context=2; choose"
     with pytest.raises(ConfigError, match=words):
-        models.abstract_state(config, make_mesh(tensor=2, context=2))
+        models.structure(config, make_mesh(tensor=2, context=2))

@@ -60,15 +60,15 @@ def config(attention: AttentionConfig | str, num_layers: int = 1, **changes) -> 
 
 def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> models.Model:
     """The same numbers on every mesh, wide enough that softmaxes are far from uniform."""
-    graphdef, shapes = models.abstract_state(config, mesh)
+    definition, shapes = models.structure(config, mesh)
     # Drawn by NumPy: compiling JAX's generator would take longer than everything else here.
     rng = np.random.default_rng(seed)
-    placed = []
-    for path, x in nnx.to_flat_state(shapes):
-        values = rng.normal(1.0 if path[-1] == "scale" else 0.0, 0.2, x.shape)
-        values = jax.device_put(values.astype(np.float32), x.get_value().sharding)
-        placed.append((path, x.replace(values)))
-    return nnx.merge(graphdef, nnx.from_flat_state(placed))
+
+    def draw(path, x):
+        values = rng.normal(1.0 if path[-1].key == "scale" else 0.0, 0.2, x.shape)
+        return jax.device_put(values.astype(np.float32), x.sharding)
+
+    return nnx.merge(definition, jax.tree.map_with_path(draw, shapes))
 
 
 def relative_error(got, want) -> float:

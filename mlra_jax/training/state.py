@@ -6,12 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
+from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.config import ModelConfig
-from mlra_jax.model import Model
 from mlra_jax.training.optimizer import make_optimizer
 from mlra_jax.training.settings import Experiment
 
@@ -28,23 +26,8 @@ class TrainState:
     optimizer: Any
 
 
-def model_parts(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, dict, dict]:
-    """(definition, shapes, shardings) of a model; the last two are nested dicts of the parameters.
-
-    `nnx.merge(definition, params)` makes the model of a nested dict of arrays. Nothing is computed.
-
-    Raises:
-      ConfigError: the mesh does not divide a parameter.
-    """
-    model = nnx.eval_shape(lambda: Model(config, mesh=mesh, rngs=nnx.Rngs(0)))
-    definition, state = nnx.split(model)
-    shardings = sharding.state_shardings(state, mesh)
-    return definition, nnx.to_pure_dict(state), nnx.to_pure_dict(shardings)
-
-
 def _initial(experiment: Experiment, mesh: Mesh) -> TrainState:
-    model = Model(experiment.model, mesh=mesh, rngs=nnx.Rngs(experiment.seed))
-    params = nnx.to_pure_dict(nnx.state(model))
+    params = models.fresh_params(experiment.model, mesh, experiment.seed)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps).init(params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer)
 
@@ -54,7 +37,8 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
 
     The optimizer's moments lie where their parameters lie; counters are on every device.
     """
-    _, _, param_shardings = model_parts(experiment.model, mesh)
+    _, params = models.structure(experiment.model, mesh)
+    param_shardings = jax.tree.map(lambda x: x.sharding, params)
     shapes = jax.eval_shape(lambda: _initial(experiment, mesh))
     everywhere = sharding.named(mesh)
     shardings = TrainState(

@@ -8,10 +8,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.training.optimizer import make_optimizer, make_schedule
 from mlra_jax.training.settings import Experiment
-from mlra_jax.training.state import TrainState, abstract_state, model_parts
+from mlra_jax.training.state import TrainState, abstract_state
 
 
 def loss_sum(model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
@@ -64,7 +65,7 @@ def make_train_step(experiment: Experiment, mesh: Mesh):
     (before clipping) and `learning_rate`. To compile it for devices that do not exist here, lower
     it with `abstract_state` and `abstract_batch` of a mesh of described devices.
     """
-    definition, _, _ = model_parts(experiment.model, mesh)
+    definition, _ = models.structure(experiment.model, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     schedule = make_schedule(experiment.optimizer, experiment.steps)
     parts = experiment.data.accumulate
@@ -109,7 +110,7 @@ def make_train_step(experiment: Experiment, mesh: Mesh):
 
 def make_validation_step(experiment: Experiment, mesh: Mesh):
     """The jitted `(params, batch) -> (sum of losses, sum of weights)`, float32 scalars."""
-    definition, _, _ = model_parts(experiment.model, mesh)
+    definition, _ = models.structure(experiment.model, mesh)
     chunk = min(experiment.loss_chunk, experiment.model.context_length)
 
     def losses(params, batch):

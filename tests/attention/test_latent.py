@@ -57,7 +57,7 @@ def test_sizes_that_do_not_divide_are_refused(changes, words):
 
 def test_meshes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="4 latent heads and tensor=3"):
-        models.abstract_state(tiny.config(MEMBERS["mlra_4"]), make_mesh(tensor=3))
+        models.structure(tiny.config(MEMBERS["mlra_4"]), make_mesh(tensor=3))
     with pytest.raises(ConfigError, match=r"heads=12 .* does not divide over tensor=4 x context=2"):
         odd = dataclasses.replace(MEMBERS["mlra_4"], num_heads=12)
-        models.abstract_state(tiny.config(odd), make_mesh(tensor=4, context=2))
+        models.structure(tiny.config(odd), make_mesh(tensor=4, context=2))

@@ -167,7 +167,7 @@ def test_heads_that_do_not_divide_over_the_mesh_are_refused_in_one_line(name):
         if hasattr(attention, "num_kv_heads"):
             changes["num_kv_heads"] = math.gcd(attention.num_kv_heads, heads)
         with pytest.raises(ConfigError, match=f"heads={heads} .* does not divide") as error:
-            models.abstract_state(tiny.config(dataclasses.replace(attention, **changes)), mesh)
+            models.structure(tiny.config(dataclasses.replace(attention, **changes)), mesh)
         assert "\n" not in str(error.value)
     module = MODULES[type(VARIANTS[name])]
     with pytest.raises(ConfigError, match="8 .*heads do not divide over tensor=3"):

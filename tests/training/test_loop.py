@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax import checkpoints, costs, sharding
+from mlra_jax import model as models
 from mlra_jax.config import ConfigError
 from mlra_jax.costs import flops_per_token
 from mlra_jax.data import token_file
@@ -28,7 +29,7 @@ from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.training import feed, loop, progress
 from mlra_jax.training.metrics import read_metrics
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
-from mlra_jax.training.state import create_state, model_parts
+from mlra_jax.training.state import create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from tests.training import tiny
 from tests.training.test_optimizer import rate
@@ -230,7 +231,7 @@ def test_validation_is_a_mean_over_tokens_of_the_held_out_windows(experiment, un
     tokens = [256, *Path(experiment.data.source).read_bytes()]
     tail = np.array(tokens[-(len(tokens) // 20) :])
     windows = np.stack([tail[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(WINDOWS)])
-    definition, _, _ = model_parts(experiment.model, sharding.make_mesh())
+    definition, _ = models.structure(experiment.model, sharding.make_mesh())
     for step, line in validated.items():
         logits = nnx.merge(definition, by_hand[step][1])(windows[:, :-1])
         chances = np.asarray(jax.nn.log_softmax(logits), np.float64)
@@ -273,7 +274,7 @@ def test_what_is_saved(experiment, undisturbed, by_hand):
     stored = json.loads((workdir / "experiment.json").read_text())
     assert Experiment.from_dict(stored) == experiment
     mesh = sharding.make_mesh()
-    _, shapes, _ = model_parts(experiment.model, mesh)
+    _, shapes = models.structure(experiment.model, mesh)
     everywhere = sharding.named(mesh)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes

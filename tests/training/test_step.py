@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.config import ConfigError, LatentConfig, ModelConfig
 from mlra_jax.model import Model
 from mlra_jax.training.optimizer import make_schedule
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
-from mlra_jax.training.state import abstract_state, create_state, model_parts
+from mlra_jax.training.state import abstract_state, create_state
 from mlra_jax.training.step import (
     abstract_batch,
     loss_sum,
@@ -118,7 +119,7 @@ def test_gradients_of_parts_are_summed_in_float32():
 
 def plain_loss(experiment, mesh):
     """The loss over all logits at once, and its gradient."""
-    definition, _, _ = model_parts(experiment.model, mesh)
+    definition, _ = models.structure(experiment.model, mesh)
 
     def loss(params, batch):
         logits_BTV = nnx.merge(definition, params)(batch["inputs"])
