@@ -16,8 +16,7 @@ from mlra_jax import sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.decoder import Decoder, abstract_decoder
-from mlra_jax.generation import Sampling, programs
-from mlra_jax.generation.sampling import Draws, draws
+from mlra_jax.generation import programs
 from mlra_jax.sharding import make_mesh
 
 STEPS = 5
@@ -92,16 +91,9 @@ def abstract_cache(config: ModelConfig, mesh: Mesh, batch: int, slots: int) -> k
     return kv.Cache((layer,) * config.num_layers, lengths)
 
 
-def abstract_draws(mesh: Mesh, batch: int) -> Draws:
-    """Settings of sampling as shapes on every device."""
-    where = sharding.named(mesh)
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, draws(Sampling(), 0, batch)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
-
-
 def lower_step(config: ModelConfig, mesh: Mesh, batch: int, slots: int, **vocabulary):
     """The decoding program that users run, lowered for a batch and a cache."""
     scalar = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.named(mesh))
     decoder = abstract_decoder(config, mesh, **vocabulary)
     cache = abstract_cache(config, mesh, batch, slots)
-    return programs.step.lower(decoder, cache, scalar(batch), abstract_draws(mesh, batch), scalar())
+    return programs.step.lower(decoder, cache, scalar(batch))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -38,6 +39,10 @@ class Attention(nnx.Module):
         heads.check_heads(a.num_heads, mesh)
         project = functools.partial(self.projection, config=config, rngs=rngs)
         self._add_parameters(config, project, rngs)
+        self._add_outputs(config, project)
+
+    def _add_outputs(self, config: ModelConfig, project: Callable[..., Projection]) -> None:
+        a = config.attention
         D, H, V = config.embed_dim, a.num_heads, a.value_dim
         if a.gated:
             self.gate = project((D, H, V), ("embed", "heads", "head_dim"))
@@ -59,18 +64,25 @@ class Attention(nnx.Module):
     def decode(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Entries, lengths_B: jax.Array
     ) -> tuple[jax.Array, Entries]:
-        """T new tokens in each row's slots from `lengths[b]` on, over what is cached."""
+        """T new tokens in each row's slots from `lengths[b]` on, over what is cached.
+
+        Rows of `x` beyond those of the cache are computed and mean nothing.
+        """
+        rows = lengths_B.shape[0]
         y = self.inputs(x_BTD)
+        of_cache = lambda tree: jax.tree.map(lambda x: x[:rows], tree)
         o_BTHV, cache = sharded.decode_step(
             self._attend,
-            self._ask(self._queries(y, positions_BT)),
-            self._entries(self._kept(y, positions_BT)),
+            of_cache(self._ask(self._queries(y, positions_BT))),
+            of_cache(self._entries(self._kept(y, positions_BT))),
             cache,
             lengths_B,
             cache_axes=self.cache_axes,
             mesh=self.mesh,
         )
-        return self._output(y, self._answer(o_BTHV)), cache
+        o_BTHV = self._answer(o_BTHV)
+        beyond = [(0, x_BTD.shape[0] - rows)] + [(0, 0)] * (o_BTHV.ndim - 1)
+        return self._output(y, jnp.pad(o_BTHV, beyond)), cache
 
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""

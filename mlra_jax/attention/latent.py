@@ -60,10 +60,12 @@ class LatentAttention(Attention):
 
     def _queries(self, y, positions_BT):
         """`[nope | rotary]` in the last dimension."""
-        down_BTQ = heads.gathered(y["q_down"], "q_latent", self.mesh)
-        q_BTHK = self._by_head(self.q_up(self.q_norm(down_BTQ)))
+        q_BTHK = self._by_head(self.q_up(self.q_norm(self._down(y))))
         q_nope, q_rope = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
         return jnp.concatenate([q_nope, rotate(q_rope, positions_BT, self.rope_base)], axis=-1)
+
+    def _down(self, y):
+        return heads.gathered(y["q_down"], "q_latent", self.mesh)
 
     def _kept(self, y, positions_BT):
         a, (B, T) = self.config, y["kv_down"].shape[:2]

@@ -121,16 +121,17 @@ class Stream:
         yield from self._steps(length)
 
     def _steps(self, length: int | None) -> Iterator[list[int]]:
-        tokens_B, cache = programs.prefill(
-            self.model, self.tokens_BT, self.lengths_B, self.draws, capacity=self.capacity
+        logits_BV, cache = programs.prefill(
+            self.model, self.tokens_BT, self.lengths_B, capacity=self.capacity
         )
         if length is not None:
             cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, length))
-        for n in range(1, self.max_new_tokens):
-            ahead_B, cache = programs.step(self.model, cache, tokens_B, self.draws, np.int32(n))
+        num_tokens = self.model.vocabulary.num_tokens
+        for n in range(self.max_new_tokens):
+            tokens_B = programs.draw(logits_BV, self.draws, np.int32(n), num_tokens=num_tokens)
+            if n < self.max_new_tokens - 1:
+                logits_BV, cache = programs.step(self.model, cache, tokens_B)
             yield np.asarray(tokens_B).tolist()
-            tokens_B = ahead_B
-        yield np.asarray(tokens_B).tolist()
 
 
 def _sampling(rows: int, **settings) -> list[Sampling]:

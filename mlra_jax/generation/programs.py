@@ -1,4 +1,4 @@
-"""What runs on the devices: prefill, and one token a step. Compiled once for each shape."""
+"""What runs on the devices: prefill, one token a step, the draw. Compiled once for each shape."""
 
 import functools
 
@@ -12,22 +12,25 @@ from mlra_jax.generation.sampling import Draws, sample
 
 @functools.partial(jax.jit, static_argnames="capacity")
 def prefill(
-    decoder: Decoder, tokens_BT: jax.Array, lengths_B: jax.Array, draws: Draws, *, capacity: int
+    decoder: Decoder, tokens_BT: jax.Array, lengths_B: jax.Array, *, capacity: int
 ) -> tuple[jax.Array, Cache]:
-    """(each row's first token int32 `[B]`, the cache) from right-padded prompts."""
+    """(logits `[B, V]` after each row's last token, the cache) from right-padded prompts."""
     logits_BV, cache = decoder.prefill(tokens_BT, lengths_B, capacity)
-    return _draw(decoder, logits_BV, draws, 0), cache
+    return _everywhere(logits_BV, decoder), cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def step(
-    decoder: Decoder, cache: Cache, tokens_B: jax.Array, draws: Draws, n: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """(draw `n` of every row, the cache with `tokens_B`); the cache is changed in place."""
+def step(decoder: Decoder, cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array, Cache]:
+    """(logits `[B, V]` after `tokens_B`, the cache with them); the cache is changed in place."""
     logits_BTV, cache = decoder.step(tokens_B[:, None], cache)
-    return _draw(decoder, logits_BTV[:, -1], draws, n), cache
+    return _everywhere(logits_BTV[:, -1], decoder), cache
 
 
-def _draw(decoder, logits_BV, draws, n):
-    tokens_B = sample(logits_BV, draws, n, decoder.vocabulary.num_tokens)
-    return jax.lax.with_sharding_constraint(tokens_B, sharding.named(decoder.mesh))
+@functools.partial(jax.jit, static_argnames="num_tokens")
+def draw(logits_BV: jax.Array, draws: Draws, n: jax.Array, *, num_tokens: int) -> jax.Array:
+    """Draw `n` of every row, int32 `[B]`; a program of its own, small beside a step."""
+    return sample(logits_BV, draws, n, num_tokens)
+
+
+def _everywhere(logits_BV, decoder):
+    return jax.lax.with_sharding_constraint(logits_BV, sharding.named(decoder.mesh))

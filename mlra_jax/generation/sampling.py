@@ -1,6 +1,7 @@
 """The next token from logits; every row has its own settings and its own draws."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -28,7 +29,11 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "keys"],
+    meta_fields=["narrow"],
+)
 @dataclasses.dataclass(frozen=True)
 class Draws:
     """The settings of every row as arrays `[B]`: other values are no other program."""
@@ -38,6 +43,8 @@ class Draws:
     top_p: jax.Array
     keys: jax.Array
     """Random keys; draw `n` of row `b` is made with `fold_in(keys[b], n)`."""
+    narrow: bool
+    """Some row has `top_k` or `top_p`; where none has, nothing is sorted."""
 
 
 def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], rows: int) -> Draws:
@@ -60,34 +67,26 @@ def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], ro
         top_k=column("top_k", np.int32),
         top_p=column("top_p", np.float32),
         keys=keys_B,
+        narrow=any(s.temperature > 0 and (s.top_k > 0 or s.top_p < 1) for s in sampling),
     )
 
 
 def sample(logits_BV: jax.Array, draws: Draws, step: jax.Array, num_tokens: int) -> jax.Array:
     """int32 `[B]`: one token a row from float32 logits; ids from `num_tokens` on are never drawn.
 
-    Row `b` depends on its own logits, settings and key, and on the step's number only. Nothing is
-    drawn where all rows are greedy, and nothing sorted where none has `top_k` or `top_p`.
+    Row `b` depends on its own logits, settings and key, and on the step's number only. There is no
+    branch on a device's value, for which a GPU's queue would have to run empty.
     """
     V = logits_BV.shape[1]
     logits_BV = jnp.where(jnp.arange(V) < num_tokens, logits_BV, -jnp.inf)
+    greedy_B = jnp.argmax(logits_BV, axis=-1)
     warm_B = draws.temperature > 0
-    narrow_B = warm_B & (((draws.top_k > 0) & (draws.top_k < num_tokens)) | (draws.top_p < 1))
-
-    def greedy(logits_BV):
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-    def drawn(logits_BV, keep=lambda x: x):
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(draws.keys, step)
-        heat_B1 = jnp.where(warm_B, draws.temperature, 1.0)[:, None]
-        tokens_B = jax.vmap(jax.random.categorical)(keys_B, keep(logits_BV / heat_B1))
-        return jnp.where(warm_B, tokens_B.astype(jnp.int32), greedy(logits_BV))
-
-    def narrowed(logits_BV):
-        return drawn(logits_BV, lambda x: _likeliest(x, draws, num_tokens))
-
-    kind = jnp.any(warm_B).astype(jnp.int32) + jnp.any(narrow_B)
-    return jax.lax.switch(kind, (greedy, drawn, narrowed), logits_BV)
+    heated_BV = logits_BV / jnp.where(warm_B, draws.temperature, 1.0)[:, None]
+    if draws.narrow:
+        heated_BV = _likeliest(heated_BV, draws, num_tokens)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(draws.keys, step)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, heated_BV)
+    return jnp.where(warm_B, drawn_B, greedy_B).astype(jnp.int32)
 
 
 def _likeliest(logits_BV, draws, num_tokens):
