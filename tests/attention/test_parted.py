@@ -1,0 +1,59 @@
+"""Latent attention decoded over several devices: the same numbers, two exchanges a layer."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from decoding import decoding_error, lower_step
+
+from mlra_jax import sharding
+from mlra_jax.attention.parted import part_heads
+from mlra_jax.config import LatentConfig
+from mlra_jax.sharding import make_mesh
+
+
+@pytest.mark.parametrize(
+    "groups, branches, ways, want",
+    [
+        (1, 4, 2, [range(8), range(8)]),
+        (1, 4, 4, [range(8)] * 4),
+        (2, 2, 4, [range(4), range(4, 8)] * 2),
+        (4, 1, 2, [range(4), range(4, 8)]),
+        (1, 1, 2, [range(4), range(4, 8)]),
+    ],
+)
+def test_each_device_has_the_heads_of_its_latents(groups, branches, ways, want):
+    sizes = dict(num_heads=8, latent_dim=48, q_latent_dim=24, nope_dim=10, rope_dim=6)
+    heads = part_heads(LatentConfig(groups=groups, branches=branches, **sizes), ways)
+    np.testing.assert_array_equal(heads, [list(part) for part in want])
+
+
+def test_heads_of_branches_that_are_cut_elsewhere():
+    sizes = dict(num_heads=6, latent_dim=48, q_latent_dim=24, nope_dim=10, rope_dim=6)
+    heads = part_heads(LatentConfig(groups=1, branches=4, **sizes), 3)
+    np.testing.assert_array_equal(heads[1], [2, 3, 4, 5, 0, 1, 2, 3])
+
+
+def exchanges(name: str, mesh, layers: int) -> dict[str, int]:
+    text = lower_step(tiny.config(name, layers), mesh, batch=2, slots=16).compile().as_text()
+    found = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)\(", text)
+    return {kind: found.count(kind) for kind in found}
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("name", ["mlra_4", "mlra_2_gated", "gla_4"])
+def test_a_layer_exchanges_twice(name, tensor):
+    mesh = make_mesh(tensor=tensor)
+    one, three = (exchanges(name, mesh, layers) for layers in (1, 3))
+    per_layer = {kind: (three[kind] - one.get(kind, 0)) / 2 for kind in three}
+    assert {kind: n for kind, n in per_layer.items() if n} == {"all-reduce": 2}
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1)], ids=["one", "two"])
+def test_rows_that_a_gpu_wants_change_nothing(mesh, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    jax.clear_caches()
+    assert decoding_error(tiny.LATENT["mlra_2"], *mesh, num_layers=2) < 1e-5
+    assert decoding_error(tiny.LATENT["mlra_2"], *mesh, lengths=(7,), queries=2) < 1e-5
