@@ -4,6 +4,18 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mlra_jax"
+# From the ground up; a room imports rooms of lower floors only (CONTRIBUTING.md has the figure).
+FLOORS = (
+    {"files", "settings_tree", "command"},
+    {"config", "data", "kernels"},
+    {"sharding", "checkpoints"},
+    {"layers", "cache"},
+    {"attention"},
+    {"model", "costs"},
+    {"convert", "decoder", "training"},
+    {"loading", "generation", "export"},
+    {"evaluate"},
+)
 
 
 def modules(root: Path = PACKAGE) -> dict[str, Path]:
@@ -45,25 +57,20 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for start in sorted(graph) if (found := walk(start, []))), [])
 
 
+def room(module: str, known: dict[str, Path]) -> str:
+    """The folder or file of the package that a module is in or is."""
+    return known[module].relative_to(PACKAGE).with_suffix("").parts[0]
+
+
 def rooms(known: dict[str, Path]) -> dict[str, set[str]]:
-    """What each room imports: a folder is one room, and so is each file beside the folders.
-
-    `__main__` and the package itself stand above all rooms.
-    """
-
-    def room(module: str) -> str:
-        path = known[module]
-        inside = path.parent.relative_to(PACKAGE).parts
-        return ".".join(inside) if inside else module.removeprefix("mlra_jax.")
-
+    """What each room imports. `__main__` and the package itself stand above all rooms."""
     graph: dict[str, set[str]] = {}
     for module, path in known.items():
-        if module == "mlra_jax" or path.name == "__main__.py":
-            continue
-        graph.setdefault(room(module), set()).update(
-            room(to) for to in imports(path, known) if to != "mlra_jax"
-        )
-    return {name: wanted - {name} for name, wanted in graph.items()}
+        if path.stem != "__main__" and module != "mlra_jax":
+            here = room(module, known)
+            wanted = {room(to, known) for to in imports(path, known) if to != "mlra_jax"}
+            graph.setdefault(here, set()).update(wanted - {here})
+    return graph
 
 
 def test_modules_import_each_other_without_circles():
@@ -75,3 +82,33 @@ def test_modules_import_each_other_without_circles():
         for name, wanted in graph.items()
     }
     assert not circle(graph), " -> ".join(circle(graph))
+
+
+def test_rooms_import_lower_floors_only():
+    floor_of = {room: floor for floor, rooms_of in enumerate(FLOORS) for room in rooms_of}
+    graph = rooms(modules())
+    assert graph.keys() == floor_of.keys(), "a room without a floor, or a floor without its room"
+    upward = [
+        f"{here} -> {to}"
+        for here, wanted in graph.items()
+        for to in wanted
+        if floor_of[to] >= floor_of[here]
+    ]
+    assert not upward, ", ".join(upward)
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_files_and_functions_stay_readable():
+    for path in PACKAGE.rglob("*.py"):
+        kernels, text = "kernels" in path.parts, path.read_text()
+        lines = len(text.splitlines())
+        assert kernels or lines <= 400, f"{path.name} has {lines} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                limit = 120 if kernels else 80
+                assert lines <= limit, f"{path.name}: {node.name} has {lines} lines"
