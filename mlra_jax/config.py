@@ -67,7 +67,8 @@ class LatentConfig:
 class _WholeHeads:
     """Queries, keys and values as wide as a head."""
 
-    gated: ClassVar[bool] = False
+    head_dim: int
+    gated: bool = False
 
     @property
     def query_dim(self) -> int:

@@ -38,9 +38,9 @@ class Sampling:
 class Draws:
     """The settings of every row as arrays `[B]`: other values are no other program."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
     keys: jax.Array
     """Random keys; draw `n` of row `b` is made with `fold_in(keys[b], n)`."""
     narrow: bool
@@ -54,10 +54,10 @@ def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], ro
     own draws, of the seed and the row's place. Raises ValueError where there are more or fewer.
     """
     sampling = [sampling] * rows if isinstance(sampling, Sampling) else list(sampling)
-    if np.ndim(seed) == 0:
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-    else:
+    if isinstance(seed, Sequence | np.ndarray):
         keys_B = jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
+    else:
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
     for name, given in (("sampling settings", len(sampling)), ("seeds", len(keys_B))):
         if given != rows:
             raise ValueError(f"{given} {name} for {rows} prompts: give one, or one for each")
