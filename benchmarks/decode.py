@@ -61,7 +61,7 @@ def cache_shapes(config: ModelConfig, mesh, batch: int, capacity: int) -> Cache:
     sizes = module.cache_shapes(config.attention, batch, capacity, tensor)
     layer = {
         name: jax.ShapeDtypeStruct(
-            size, config.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
+            size, config.execution.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
         )
         for name, size in sizes.items()
     }

@@ -233,10 +233,15 @@ class ModelConfig:
         if kind not in _KINDS:
             raise ConfigError(f"attention.kind={kind!r} is none of {', '.join(_KINDS)}")
         attention = build(_KINDS[kind], attention, "attention.", "model setting")
-        how = {f.name: f for f in dataclasses.fields(Execution)}.keys() & values.keys()
-        execution = Execution(**{name: values.pop(name) for name in how})
-        values = {"attention": attention, "execution": execution, **values}
+        values = {"attention": attention} | _with_execution(values)
         return build(cls, values, what="model setting")
+
+
+def _with_execution(values: dict[str, Any]) -> dict[str, Any]:
+    """The same settings of a model with those of `Execution` gathered in one."""
+    how = {f.name for f in dataclasses.fields(Execution)} & values.keys()
+    execution = {"execution": Execution(**{name: values[name] for name in how})} if how else {}
+    return {name: value for name, value in values.items() if name not in how} | execution
 
 
 GPT2_VOCABULARY = 50304
@@ -287,7 +292,9 @@ PRESETS = (*_PAPER, *(n + _NORMAL for n in _PAPER if "_" not in n or n[-1].isdig
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
-    """The 2.9B model that the paper publishes as `name`, with `changes` to ModelConfig's fields.
+    """The 2.9B model that the paper publishes as `name`.
+
+    `changes` are to ModelConfig's fields, or to those of its `execution` by their own names.
 
     Raises ConfigError naming the nearest preset for an unknown name.
     """
@@ -302,4 +309,4 @@ def preset(name: str, **changes: Any) -> ModelConfig:
         mlp_dim=mlp_dim,
         zero_init=not name.endswith(_NORMAL),
     )
-    return ModelConfig(**sizes | changes)
+    return ModelConfig(**sizes | _with_execution(changes))

@@ -129,7 +129,9 @@ def test_no_scale_is_said(tmp_path, capsys):
 
 def test_every_flag_of_the_command_line_arrives(monkeypatch):
     asked = []
-    monkeypatch.setattr(exporting, "export", lambda *paths, **rest: asked.append((paths, rest)))
+    monkeypatch.setattr(
+        "mlra_jax.export.export", lambda *paths, **rest: asked.append((paths, rest))
+    )
     flags = ["--checkpoint=C", "--destination=D"]
     assert main(flags) == 0
     assert main([*flags, "--step=3", "--dtype=float16"]) == 0
@@ -151,7 +153,7 @@ def test_the_command_ends_in_one_line(monkeypatch, capsys, error, codes, said):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(exporting, "export", fail)
+    monkeypatch.setattr("mlra_jax.export.export", fail)
     assert main(["--checkpoint=C", "--destination=D"]) in codes
     printed = capsys.readouterr()
     assert said in printed.err and printed.err.strip().count("\n") == 0 and not printed.out

@@ -85,7 +85,7 @@ def absorbed_decode(
     if name == "reference":
         kernel = reference.absorbed_decode
     else:
-        kernel = _compiled(name)
+        kernel = _backend(name).absorbed_decode
         config = _config(name, problem) if config is None else config
     return kernel(
         q_BTLHC,
@@ -247,12 +247,6 @@ def _config(name: str, problem: Problem) -> Any:
         except (TypeError, ValueError) as error:  # Saved by a version with other settings.
             _log_once(f"leaves tuned settings of {name} aside: {error}", logging.WARNING)
     return module.heuristic(problem)
-
-
-@functools.cache
-def _compiled(name: str) -> Any:
-    """The kernel as a function of its own in a program, so that all layers compile one."""
-    return jax.jit(_backend(name).absorbed_decode, static_argnames=("scale", "config"))
 
 
 def _backend(name: str) -> Any:

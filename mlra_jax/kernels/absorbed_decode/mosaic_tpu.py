@@ -140,6 +140,8 @@ def vmem_bytes(problem: Problem, config: TpuConfig) -> int:
     return tiles + queries + results + sums + live
 
 
+# A function of its own in a program, so that all layers compile one.
+@functools.partial(jax.jit, static_argnames=("scale", "config"))
 def absorbed_decode(
     q_BTLHC: jax.Array,
     q_rope_BTGHR: jax.Array,

@@ -53,6 +53,8 @@ To change something:
                            of shared memory in `plan.smem_bytes`
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -69,6 +71,8 @@ from mlra_jax.kernels.absorbed_decode.problem import Problem
 __all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "supports"]
 
 
+# A function of its own in a program, so that all layers compile one.
+@functools.partial(jax.jit, static_argnames=("scale", "config"))
 def absorbed_decode(
     q_BTLHC: jax.Array,
     q_rope_BTGHR: jax.Array,
