@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import truth
 from absl import logging
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -37,33 +38,12 @@ def arguments(B=2, T=3, L=4, H=5, C=16, R=8, S=37, G=2, dtype=jnp.float32, seed=
     return tuple(jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in shapes)
 
 
-def visible_to(lengths, starts, T, S):
-    """What each query sees, as `[B][T]` (first, end), straight from the definition."""
-    rows = []
-    for b, length in enumerate(np.asarray(lengths, np.int64)):
-        ends = length if np.ndim(length) else [length - T + 1 + t for t in range(T)]
-        rows.append([(max(0, int(starts[b])), min(S, int(end))) for end in ends])
-    return rows
-
-
-def expected(q, q_rope, latents, k_rope, lengths, starts, scale=SCALE):
-    q, q_rope, latents, k_rope = (np.asarray(x, np.float64) for x in (q, q_rope, latents, k_rope))
-    B, T, L, H, _ = q.shape
-    G = q_rope.shape[2]
-    out, lse = np.zeros(q.shape), np.full((B, T, L, H), -np.inf)
-    for b, row in enumerate(visible_to(lengths, starts, T, latents.shape[1])):
-        for t, (first, end) in enumerate(row):
-            if first >= end:
-                continue
-            for latent in range(L):
-                c, k = latents[b, first:end, latent], k_rope[b, first:end]
-                scores = scale * (q[b, t, latent] @ c.T + q_rope[b, t, latent % G] @ k.T)
-                top = scores.max(axis=-1, keepdims=True)
-                weights = np.exp(scores - top)
-                total = weights.sum(axis=-1, keepdims=True)
-                out[b, t, latent] = weights @ c / total
-                lse[b, t, latent] = (top + np.log(total))[:, 0]
-    return out, lse
+def expected(q, q_rope, latents, k_rope, lengths, starts):
+    T, lengths = q.shape[1], np.asarray(lengths, np.int64)
+    if lengths.ndim == 1:
+        lengths = lengths[:, None] - T + 1 + np.arange(T)
+    q_rope = q_rope if q_rope.ndim == 5 else q_rope[:, :, None]
+    return truth.absorbed_decode(q, q_rope, latents, k_rope, lengths, starts, scale=SCALE)
 
 
 def assert_close(actual, wanted, tolerance):
