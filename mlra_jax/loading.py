@@ -8,10 +8,11 @@ from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
+from mlra_jax.config import GPT2_VOCABULARY
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Decoder, Vocabulary
 
-_GPT2_TOKENS, _GPT2_PADDED = 50257, 50304
+_GPT2_TOKENS = 50257
 
 
 def load_model(
@@ -84,7 +85,7 @@ def with_tokenizer(model: Decoder, tokenizer: tokenizers.Tokenizer) -> Decoder:
 
 def _num_tokens(tokenizer: str | None, vocab_size: int) -> int:
     """Ids below this mean something; the published vocabularies are padded beyond GPT-2's."""
-    if tokenizer == "gpt2" or (tokenizer is None and vocab_size == _GPT2_PADDED):
+    if tokenizer == "gpt2" or (tokenizer is None and vocab_size == GPT2_VOCABULARY):
         return min(_GPT2_TOKENS, vocab_size)
     if tokenizer is not None and (tokenizer == "bytes" or Path(tokenizer).is_file()):
         return min(tokenizers.get_tokenizer(tokenizer).vocab_size, vocab_size)

@@ -79,9 +79,9 @@ def make_mesh(
 def mesh_sizes(text: str) -> dict[str, int]:
     """The size of each axis from a command line's `tensor=4,context=2`; axes not named are 1.
 
-    Raises ConfigError for an unknown axis and a size that is no positive number.
+    Raises ConfigError for an unknown axis, one named twice, and a size that is no positive number.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes = {}
     text = text.replace(" ", "")
     for part in text.split(",") if text else ():
         name, _, value = part.partition("=")
@@ -90,8 +90,10 @@ def mesh_sizes(text: str) -> dict[str, int]:
                 f"--mesh={text}: {part!r} is not one of {', '.join(MESH_AXES)} with a size, "
                 "as in tensor=4,context=2"
             )
+        if name in sizes:
+            raise ConfigError(f"--mesh={text} names {name} twice; give each axis once")
         sizes[name] = int(value)
-    return sizes
+    return dict.fromkeys(MESH_AXES, 1) | sizes
 
 
 def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -199,3 +199,8 @@ def test_a_parameter_that_does_not_divide_is_named():
     words = r"^mlp=54 \(layers.mlp.\w+.kernel\) does not divide over tensor=2 x context=2; choose"
     with pytest.raises(ConfigError, match=words):
         models.structure(config, make_mesh(tensor=2, context=2))
+
+
+def test_a_mesh_that_names_an_axis_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"--mesh=data=2,data=4 names data twice; give each axis"):
+        parse_mesh("data=2, data=4")
