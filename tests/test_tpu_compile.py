@@ -30,12 +30,14 @@ def v5e_16():
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 
 
+D, H, C, Q, V = 3072, 24, 128, 1024, 50304
+QUERIES_AND_OUTPUT = D * Q + Q * H * (128 + 64) + H * 128 * D
+
+
 def parameters_per_device(fsdp: int, split: int, F: int = 9880) -> int:
     """Of the published MLRA-4, by hand: `split` devices share what `tensor` and `context` split."""
-    D, H, C, Q, V = 3072, 24, 128, 1024, 50304
-    query = D * Q + Q * H * (128 + 64)
     latent = D * 4 * C + 2 * (4 * H * C * 128)
-    layer = (query + latent + H * 128 * D + 3 * D * F) // (fsdp * split)
+    layer = (QUERIES_AND_OUTPUT + latent + 3 * D * F) // (fsdp * split)
     layer += D * 64 // fsdp  # the rotary key's projection belongs to all heads
     layer += 2 * D + Q + 4 * C  # norms are whole
     return 24 * layer + V * D // (fsdp * split) + D
@@ -88,6 +90,8 @@ def test_decoding_step(v5e_16, capsys):
     memory = program.memory_analysis()
     # A device's 2470 columns of the MLP take whole tiles.
     given = held + 2 * parameters_per_device(fsdp=1, split=4, F=4 * 2560)
+    # Each of them makes the queries of all heads, and its part of their outputs, by itself.
+    given += 2 * 24 * (QUERIES_AND_OUTPUT - QUERIES_AND_OUTPUT // 4)
     assert 0 <= memory.argument_size_in_bytes - given < ROUNDING
     assert memory.alias_size_in_bytes >= held, "the cache is not changed in place"
     assert memory.temp_size_in_bytes < held / config.num_layers, "a layer's cache is copied"
@@ -95,4 +99,6 @@ def test_decoding_step(v5e_16, capsys):
     assert text.count("tpu_custom_call") >= config.num_layers, "the kernel is not used"
     moved = re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:all-|reduce-scatter|collective)", text)
     assert moved, "no collectives found: has the text form changed?"
-    assert max(math.prod(map(int, dims.split(","))) for dims in moved) < slots
+    sizes = {math.prod(map(int, dims.split(","))) for dims in moved}
+    # The draw wants the logits of all rows; nothing else has the size of a cache or a weight.
+    assert max(sizes - {batch * V, V}) <= batch * D
