@@ -40,7 +40,7 @@ def outcome(fault: Fault, tree: Path) -> str:
     path.write_text(fault.planted(text))
     try:
         for test in fault.tests:
-            pytest = ["-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", test]
+            pytest = ["-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", test]
             try:
                 done = subprocess.run(
                     [sys.executable, *pytest],
@@ -52,6 +52,8 @@ def outcome(fault: Fault, tree: Path) -> str:
                 )
             except subprocess.TimeoutExpired:
                 return f"error: {test} took more than {_SECONDS} s"
+            if done.returncode == _PASSED and " passed" not in done.stdout:
+                return f"error: {test} ran nothing here"
             if done.returncode == _PASSED:
                 return f"survived: {test}"
             if done.returncode != _NOTICED:

@@ -102,7 +102,7 @@ def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
 
 def test_gradients_of_parts_are_summed_in_float32():
     """The same row eleven times, each a part: the gradient is the row's, also in bfloat16."""
-    narrow = dict(param_dtype="bfloat16", dtype="bfloat16", num_layers=1)
+    narrow = dict(param_dtype="bfloat16", execution=Execution(dtype="bfloat16"), num_layers=1)
     model = dataclasses.replace(EXPERIMENT.model, **narrow)
     mesh, row = sharding.make_mesh(), {k: v[:1] for k, v in random_batch(0).items()}
     moments = []
