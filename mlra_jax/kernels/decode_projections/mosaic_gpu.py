@@ -132,8 +132,12 @@ class _Phase:
         return pl.cdiv(self.outputs, self.columns)
 
 
-def _lines(weight_rows: int) -> int:
-    return next(n for n in (8, 4, 2, 1) if weight_rows <= _STAGE_LINES // n)
+def _lines(weight_rows: int, rows: int, heads: Heads | None) -> int:
+    """How many lines of K a stage has for each weight row."""
+    found = (n for n in (8, 4, 2) if weight_rows <= _STAGE_LINES // n)
+    # Rows of a stage take at most 16 KiB, and a run of columns is copied whole.
+    found = (n for n in found if n * rows <= 128 and (not heads or heads.run % (n * _LINE) == 0))
+    return next(found, 1)
 
 
 def _split(outputs: int, gated: bool, heads: Heads | None, ctas: int) -> tuple[int, int]:
@@ -161,11 +165,7 @@ def _phases(problem: Problem, ctas: int) -> list[_Phase]:
         *halves, outputs, inner = weights[step.weight]
         gated = bool(halves)
         columns, passes = _split(outputs, gated, step.heads, ctas)
-        lines = _lines(columns * (2 if gated else 1))
-        # Rows of a stage take at most 16 KiB, and a run of columns is copied whole.
-        lines = min(lines, 128 // _padded(problem.count))
-        while step.heads and step.heads.run % (lines * _LINE):
-            lines //= 2
+        lines = _lines(columns * (2 if gated else 1), _padded(problem.count), step.heads)
         found.append(
             _Phase(
                 step.source,

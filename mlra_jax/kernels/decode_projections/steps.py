@@ -13,6 +13,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Elements of a line of the kernel's shared memory: sizes are multiples of it.
+ALIGN = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -86,6 +89,9 @@ class Problem:
 def prepare(weight_KN: jax.Array, scale_K: jax.Array | None = None) -> jax.Array:
     """A weight as the kernel reads it, `[N, K]`: the factors of one output lie side by side.
 
+    Both sizes are padded with zeros to multiples of 64, so the result of a step may have columns of
+    zeros at its end. Where K is padded, the rows must have as many columns, finite ones.
+
     Args:
       weight_KN: maps rows of K to rows of N; any float dtype.
       scale_K: the scale of the RMSNorm in front of it, multiplied in float32 and rounded once.
@@ -93,7 +99,7 @@ def prepare(weight_KN: jax.Array, scale_K: jax.Array | None = None) -> jax.Array
     if scale_K is not None:
         scaled = weight_KN.astype(jnp.float32) * scale_K.astype(jnp.float32)[:, None]
         weight_KN = scaled.astype(weight_KN.dtype)
-    return weight_KN.T
+    return jnp.pad(weight_KN.T, [(0, -size % ALIGN) for size in weight_KN.shape[::-1]])
 
 
 def prepare_gated(
@@ -101,3 +107,9 @@ def prepare_gated(
 ) -> jax.Array:
     """The two weights of a SwiGLU as one, `[2, N, K]`; arguments as in `prepare`."""
     return jnp.stack([prepare(gate_KN, scale_K), prepare(up_KN, scale_K)])
+
+
+def prepare_heads(weight_HKN: jax.Array) -> jax.Array:
+    """A weight of each head, `[H * N, K]`; for a step with `heads`. K and N in multiples of 64."""
+    heads, inner, outputs = weight_HKN.shape
+    return weight_HKN.swapaxes(1, 2).reshape(heads * outputs, inner)
