@@ -209,7 +209,12 @@ def read_bandwidth(source: Source) -> dict[str, float]:
 
 
 def chained(layer: Layer, how: str, loops: int):
-    """All layers' products in a row, `loops` times; how: chain, ahead, separate or xla."""
+    """All layers' products in a row, `loops` times.
+
+    Args:
+      how: "chain"; "ahead", which also fetches the next layer's first weights into L2; either with
+        another setting, as in "chain@reach=0"; "separate" launches; or "xla".
+    """
     last = layer.steps[-1].into
     width = layer.rows["attended"]
 
@@ -220,9 +225,15 @@ def chained(layer: Layer, how: str, loops: int):
                 found[step.into] = reference._product(step, found, weights[step.weight])
             return found
         if how != "separate":
+            name, *change = how.split("@")
             first = layer.steps[0].weight, "out"
-            ahead = [after[n] for n in dict.fromkeys(first)] if how == "ahead" else []
-            options = dict(ahead=ahead, implementation="mosaic_gpu")
+            options = dict(implementation="mosaic_gpu")
+            if name == "ahead":
+                options["ahead"] = [after[n] for n in dict.fromkeys(first)]
+            if change:
+                field, value = change[0].split("=")
+                change = {field: int(value)}
+                options["config"] = functools.partial(dataclasses.replace, **change)
             return projections.chain(rows, weights, layer.steps, **options)
         found = dict(rows)
         for step in layer.steps:
@@ -288,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="benchmarks/results/projections.json")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all")
     parser.add_argument("--how", default="chain,ahead,separate,xla", help="which layers are timed")
+    parser.add_argument("--layers-only", action="store_true", help="leave out single matrices")
     options = parser.parse_args(argv)
     begin = time.time()
     device = jax.devices()[0]
@@ -338,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
                 jobs[key] = chained(layer, how, loops), arguments
                 about[key] = layer, _LAYERS, loops
     for model, layer in layers.items():
-        for count in counts:
+        for count in [] if options.layers_only else counts:
             for step in layer.steps:
                 single = layer.only(step)
                 copies = copies_of(single)

@@ -40,7 +40,7 @@ def chain(
         before that call they are brought into L2 (50 MB on an H100), which changes no result.
       implementation: "reference" or "mosaic_gpu"; default: the kernel on Hopper GPUs where it can
         serve the call, elsewhere the reference.
-      config: the kernel's Config; default: its heuristic.
+      config: the kernel's Config, or a function that changes the one it would choose.
 
     Returns:
       The result of every step by its name, `[M, N]` in the dtype of the rows, rounded once.
@@ -55,8 +55,10 @@ def chain(
     if name == "reference":
         return reference.chain(rows, weights, problem=problem)
     module = _backend()
-    config = module.heuristic(problem) if config is None else config
-    return module.chain(rows, weights, tuple(ahead), problem=problem, config=config)
+    chosen = module.heuristic(problem)
+    if config is not None:
+        chosen = config(chosen) if callable(config) else config
+    return module.chain(rows, weights, tuple(ahead), problem=problem, config=chosen)
 
 
 def product(

@@ -57,6 +57,8 @@ class Config:
       stages: stages of the weights' ring, 24 KiB each.
       in_flight: KiB of weights that a CTA waits for at a time. More than memory's latency takes
         queues up and delays all else; the rest of the ring is for what came before it was needed.
+      reach: stages beyond the ring that are fetched into L2 once the ring is full of a step's
+        weights, which it is while the CTAs wait for each other.
       row_kib: size of the rows' ring, a multiple of 16.
       overlap: read weights while the launch before drains; they must be older than it.
     """
@@ -64,6 +66,7 @@ class Config:
     ctas: int = 132
     stages: int = 7
     in_flight: int = 64
+    reach: int = 8
     row_kib: int = 48
     overlap: bool = True
 
@@ -310,24 +313,32 @@ def _await(turnstile, ctas: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def wait(ctx, counter):
         i32 = ir.IntegerType.get_signless(32)
-        # Bulk copies read another way than the load that sees the signals; the fence orders them.
+        thread = arith.remui(mgpu.thread_idx(), arith.constant(i32, _LANES))
+        # One thread asks, as more would keep the signals from arriving.
         text = """{
             .reg .pred missing;
             .reg .u32 seen;
+            setp.ne.u32 missing, $2, 0;
+            @missing bra there;
             again:
             ld.acquire.gpu.global.u32 seen, [$0];
             setp.lt.u32 missing, seen, $1;
             @missing bra again;
-            fence.proxy.async.global;
+            there:
         }"""
-        _assembly(text, "l,r", mgpu.utils.memref_ptr(counter), arith.constant(i32, ctas))
+        pointer, all_of_them = mgpu.utils.memref_ptr(counter), arith.constant(i32, ctas)
+        _assembly(text, "l,r,r", pointer, all_of_them, thread)
+        mgpu.utils.warpgroup_barrier()
+        # Bulk copies read another way than the load that saw the signals; the fence orders them.
+        _assembly("fence.proxy.async.global;", "")
 
     wait(turnstile)
 
 
 def _assembly(text: str, constraints: str, *operands) -> None:
     void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, operands, text, constraints + ",~{memory}", has_side_effects=True)
+    constraints = ",".join(filter(None, [constraints, "~{memory}"]))
+    llvm.inline_asm(void, operands, text, constraints, has_side_effects=True)
 
 
 def _kernel(problem: Problem, config: Config):
@@ -382,26 +393,40 @@ def _kernel(problem: Problem, config: Config):
                     plgpu.barrier_wait(full.at[lax.rem(turn, stages)])
                     return turn + 1
 
+                def places(i, most):
+                    """Where the two copies of a stage are in the weight, and in the stage."""
+                    at = first_column(phase, lax.div(i, phase.stages))
+                    inner = lax.rem(i, phase.stages) * phase.width
+                    for half, (first, some) in enumerate(phase.parts):
+                        for k in range(0, phase.width, most):
+                            columns = _at(inner + k, min(most, phase.width), _LINE)
+                            if phase.gated:
+                                source = weight.at[half, _at(at, some), columns]
+                            else:
+                                source = weight.at[_at(at + first, some), columns]
+                            yield source, pl.ds(first, some)
+
                 def load(i, arrived):
                     oldest = position + i - in_flight
                     arrived = lax.while_loop(lambda turn: turn <= oldest, see, arrived)
                     stage = lax.rem(position + i, stages)
                     before = position + i >= stages
                     pl.when(before)(lambda: plgpu.barrier_wait(empty.at[stage]))
-                    at = first_column(phase, lax.div(i, phase.stages))
-                    inner = lax.rem(i, phase.stages) * phase.width
-                    k_at = _at(inner, phase.width, _LINE)
                     # Every stage is two copies, whichever step it is of.
-                    for half, (first, some) in enumerate(phase.parts):
-                        if phase.gated:
-                            source = weight.at[half, _at(at, some), k_at]
-                        else:
-                            source = weight.at[_at(at + first, some), k_at]
-                        place = target.at[stage, pl.ds(first, some)]
-                        plgpu.copy_gmem_to_smem(source, place, full.at[stage])
+                    for source, place in places(i, phase.width):
+                        plgpu.copy_gmem_to_smem(source, target.at[stage, place], full.at[stage])
                     return arrived
 
-                arrived = lax.fori_loop(0, blocks * phase.stages, load, arrived)
+                def fetch(i, _):
+                    for source, _ in places(i, _PREFETCH):
+                        plgpu.async_prefetch(source)
+
+                count = blocks * phase.stages
+                first = jnp.minimum(count, stages)
+                arrived = lax.fori_loop(0, first, load, arrived)
+                if config.reach and phase.passes * phase.stages > stages:
+                    lax.fori_loop(first, jnp.minimum(first + config.reach, count), fetch, None)
+                arrived = lax.fori_loop(first, count, load, arrived)
 
             for_each_phase(visit)
             for k, (outputs, inner) in enumerate(problem.ahead):
