@@ -13,7 +13,6 @@ memory beside the rows holds is multiplied with them, and the results are droppe
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -38,8 +37,6 @@ _STAGE_LINES = 192
 _MOST_ROWS = 64
 # Threads of a warpgroup.
 _LANES = 128
-# Columns of a weight that one instruction brings into L2, at most.
-_PREFETCH = 256
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -55,18 +52,12 @@ class Config:
       ctas: CTAs of the launch. All must run at once, one to a multiprocessor, as they wait for
         each other.
       stages: stages of the weights' ring, 24 KiB each.
-      in_flight: KiB of weights that a CTA waits for at a time. More than memory's latency takes
-        queues up and delays all else; the rest of the ring is for what came before it was needed.
-      reach: stages beyond the ring that are fetched into L2 once the ring is full of a step's
-        weights, which it is while the CTAs wait for each other.
       row_kib: size of the rows' ring, a multiple of 16.
       overlap: read weights while the launch before drains; they must be older than it.
     """
 
     ctas: int = 132
     stages: int = 7
-    in_flight: int = 64
-    reach: int = 8
     row_kib: int = 48
     overlap: bool = True
 
@@ -113,10 +104,6 @@ class _Phase:
         return self.lines * _LINE
 
     @property
-    def stage_bytes(self) -> int:
-        return self.weight_rows * self.width * 2
-
-    @property
     def stages(self) -> int:
         """Stages that a block takes."""
         return pl.cdiv(self.inner, self.width)
@@ -143,7 +130,9 @@ def _lines(weight_rows: int, rows: int, heads: Heads | None) -> int:
     return next(found, 1)
 
 
-def _split(outputs: int, gated: bool, heads: Heads | None, ctas: int) -> tuple[int, int]:
+def _split(
+    outputs: int, inner: int, gated: bool, heads: Heads | None, ctas: int
+) -> tuple[int, int]:
     """Columns of a block and blocks of a CTA, so that the busiest CTA has least to do."""
     halves = 2 if gated else 1
     # A stage of weights is two copies of at least 8 rows each.
@@ -155,9 +144,9 @@ def _split(outputs: int, gated: bool, heads: Heads | None, ctas: int) -> tuple[i
         for passes in range(1, 9):
             found.append(max(_padded(pl.cdiv(outputs, ctas * passes)), fewest))
         found = [c for c in found if c <= most] or [most]
-    # A block's beginning and end cost about as much as four columns.
     passes = lambda columns: pl.cdiv(pl.cdiv(outputs, columns), ctas)
-    columns = min(found, key=lambda c: passes(c) * (c * halves + 4))
+    # A block's beginning and end take as long as 32 KiB of weights.
+    columns = min(found, key=lambda c: passes(c) * (c * halves + 16384 // inner))
     return columns, passes(columns)
 
 
@@ -167,7 +156,7 @@ def _phases(problem: Problem, ctas: int) -> list[_Phase]:
     for step in problem.steps:
         *halves, outputs, inner = weights[step.weight]
         gated = bool(halves)
-        columns, passes = _split(outputs, gated, step.heads, ctas)
+        columns, passes = _split(outputs, inner, gated, step.heads, ctas)
         lines = _lines(columns * (2 if gated else 1), _padded(problem.count), step.heads)
         found.append(
             _Phase(
@@ -353,7 +342,6 @@ def _kernel(problem: Problem, config: Config):
 
     def body(*refs, ring, staging, factors, full, empty, rows_full, rows_empty, **rest):
         names = row_names + weight_names
-        names += [("ahead", k) for k in range(len(problem.ahead))]
         names += [p.into for p in phases] + [("squares", p.into) for p in squared]
         refs = dict(zip(names, refs, strict=True))
         row_rings = dict(zip(widths, ring[: len(widths)], strict=True))
@@ -382,65 +370,27 @@ def _kernel(problem: Problem, config: Config):
                 plgpu.griddepcontrol_launch_dependents()
 
         def load_weights():
-            arrived = jnp.int32(0)  # Stages that were seen to be full.
-
             def visit(k, phase, blocks, position, row_position):
-                nonlocal arrived
                 weight, target = refs[phase.weight], rings[phase.lines]
-                in_flight = min(stages, pl.cdiv(config.in_flight * 1024, phase.stage_bytes))
 
-                def see(turn):
-                    plgpu.barrier_wait(full.at[lax.rem(turn, stages)])
-                    return turn + 1
-
-                def places(i, most):
-                    """Where the two copies of a stage are in the weight, and in the stage."""
-                    at = first_column(phase, lax.div(i, phase.stages))
-                    inner = lax.rem(i, phase.stages) * phase.width
-                    for half, (first, some) in enumerate(phase.parts):
-                        for k in range(0, phase.width, most):
-                            columns = _at(inner + k, min(most, phase.width), _LINE)
-                            if phase.gated:
-                                source = weight.at[half, _at(at, some), columns]
-                            else:
-                                source = weight.at[_at(at + first, some), columns]
-                            yield source, pl.ds(first, some)
-
-                def load(i, arrived):
-                    oldest = position + i - in_flight
-                    arrived = lax.while_loop(lambda turn: turn <= oldest, see, arrived)
+                def load(i, _):
                     stage = lax.rem(position + i, stages)
                     before = position + i >= stages
                     pl.when(before)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                    at = first_column(phase, lax.div(i, phase.stages))
+                    inner = _at(lax.rem(i, phase.stages) * phase.width, phase.width, _LINE)
                     # Every stage is two copies, whichever step it is of.
-                    for source, place in places(i, phase.width):
-                        plgpu.copy_gmem_to_smem(source, target.at[stage, place], full.at[stage])
-                    return arrived
+                    for half, (first, some) in enumerate(phase.parts):
+                        if phase.gated:
+                            source = weight.at[half, _at(at, some), inner]
+                        else:
+                            source = weight.at[_at(at + first, some), inner]
+                        place = target.at[stage, pl.ds(first, some)]
+                        plgpu.copy_gmem_to_smem(source, place, full.at[stage])
 
-                def fetch(i, _):
-                    for source, _ in places(i, _PREFETCH):
-                        plgpu.async_prefetch(source)
-
-                count = blocks * phase.stages
-                first = jnp.minimum(count, stages)
-                arrived = lax.fori_loop(0, first, load, arrived)
-                if config.reach and phase.passes * phase.stages > stages:
-                    lax.fori_loop(first, jnp.minimum(first + config.reach, count), fetch, None)
-                arrived = lax.fori_loop(first, count, load, arrived)
+                lax.fori_loop(0, blocks * phase.stages, load, None)
 
             for_each_phase(visit)
-            for k, (outputs, inner) in enumerate(problem.ahead):
-                prefetch(refs["ahead", k], outputs, inner)
-
-        def prefetch(weight, outputs, inner):
-            """Brings this CTA's share of a weight that the next launch reads first into L2."""
-            some = _padded(pl.cdiv(outputs, config.ctas))
-            width = math.gcd(inner, _PREFETCH)
-
-            @pl.when(cta * some < outputs)
-            def _prefetch():
-                for at in range(0, inner, width):
-                    plgpu.async_prefetch(weight.at[_at(cta * some, some), pl.ds(at, width)])
 
         def load_rows():
             follow_last_launch()
@@ -637,7 +587,6 @@ def _kernel(problem: Problem, config: Config):
 def chain(
     rows: dict[str, jax.Array],
     weights: dict[str, jax.Array],
-    ahead: tuple[jax.Array, ...] = (),
     *,
     problem: Problem,
     config: Config,
@@ -646,6 +595,6 @@ def chain(
     more = _padded(problem.count) - problem.count
     arrays = [jnp.pad(rows[name], ((0, more), (0, 0))) for name, _ in problem.rows]
     arrays += [weights[name] for name, _ in problem.weights]
-    results = _kernel(problem, config)(*arrays, *ahead)
+    results = _kernel(problem, config)(*arrays)
     into = [step.into for step in problem.steps]
     return {name: x[: problem.count] for name, x in zip(into, results, strict=False)}

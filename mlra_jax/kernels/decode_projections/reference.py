@@ -9,7 +9,6 @@ from mlra_jax.kernels.decode_projections.steps import Problem, Step
 def chain(
     rows: dict[str, jax.Array],
     weights: dict[str, jax.Array],
-    ahead: tuple[jax.Array, ...] = (),
     *,
     problem: Problem,
     config: None = None,
@@ -18,7 +17,7 @@ def chain(
 
     Products accumulate in float32, a step's results are rounded once to the dtype of the rows.
     """
-    del ahead, config
+    del config
     known = dict(rows)
     for step in problem.steps:
         known[step.into] = _product(step, known, weights[step.weight])

@@ -74,7 +74,6 @@ class Problem:
       weights: the name and shape of each prepared weight.
       count: M, how many rows there are.
       dtype: of rows and weights, "bfloat16", "float16" or "float32".
-      ahead: the shape of each weight that the next launch reads first.
     """
 
     device_kind: str
@@ -83,7 +82,6 @@ class Problem:
     weights: tuple[tuple[str, tuple[int, ...]], ...]
     count: int
     dtype: str
-    ahead: tuple[tuple[int, int], ...] = ()
 
 
 def prepare(weight_KN: jax.Array, scale_K: jax.Array | None = None) -> jax.Array:
