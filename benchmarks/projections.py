@@ -32,7 +32,7 @@ from jax import lax
 
 from benchmarks.absorbed_decode import poison, streaming_sum
 from mlra_jax.config import LatentConfig, preset
-from mlra_jax.kernels.decode_projections import Heads, Step, reference
+from mlra_jax.kernels.decode_projections import Heads, Step
 from mlra_jax.kernels.decode_projections import api as projections
 from mlra_jax.kernels.decode_projections.steps import ALIGN
 
@@ -212,28 +212,19 @@ def chained(layer: Layer, how: str, loops: int):
     """All layers' products in a row, `loops` times.
 
     Args:
-      how: "chain"; "ahead", which also fetches the next layer's first weights into L2; either with
-        another setting, as in "chain@reach=0"; "separate" launches; or "xla".
+      how: "chain", with another setting as in "chain@stages=5"; "separate", a launch for each
+        step; or "xla".
     """
     last = layer.steps[-1].into
     width = layer.rows["attended"]
 
-    def products(rows, weights, after):
-        if how == "xla":
-            found = dict(rows)
-            for step in layer.steps:
-                found[step.into] = reference._product(step, found, weights[step.weight])
-            return found
+    def products(rows, weights):
         if how != "separate":
             name, *change = how.split("@")
-            first = layer.steps[0].weight, "out"
-            options = dict(implementation="mosaic_gpu")
-            if name == "ahead":
-                options["ahead"] = [after[n] for n in dict.fromkeys(first)]
+            options = dict(implementation="reference" if name == "xla" else "mosaic_gpu")
             if change:
                 field, value = change[0].split("=")
-                change = {field: int(value)}
-                options["config"] = functools.partial(dataclasses.replace, **change)
+                options["config"] = functools.partial(dataclasses.replace, **{field: int(value)})
             return projections.chain(rows, weights, layer.steps, **options)
         found = dict(rows)
         for step in layer.steps:
@@ -244,8 +235,8 @@ def chained(layer: Layer, how: str, loops: int):
 
     def run(rows, weights):
         def turn(_, rows):
-            for k, own in enumerate(weights):
-                found = products(rows, own, weights[(k + 1) % len(weights)])
+            for own in weights:
+                found = products(rows, own)
                 rows = dict(attended=found[last][:, :width], hidden=found["hidden_out"])
             return rows
 
@@ -298,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", default="8,1,32")
     parser.add_argument("--output", default="benchmarks/results/projections.json")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all")
-    parser.add_argument("--how", default="chain,ahead,separate,xla", help="which layers are timed")
+    parser.add_argument("--how", default="chain,separate,xla", help="which layers are timed")
     parser.add_argument("--layers-only", action="store_true", help="leave out single matrices")
     options = parser.parse_args(argv)
     begin = time.time()

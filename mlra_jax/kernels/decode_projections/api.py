@@ -21,7 +21,6 @@ def chain(
     weights: dict[str, jax.Array],
     steps: Sequence[Step],
     *,
-    ahead: Sequence[jax.Array] = (),
     implementation: str | None = None,
     config: Any = None,
 ) -> dict[str, jax.Array]:
@@ -36,10 +35,9 @@ def chain(
         8 (fewer are padded in front of it). Columns in multiples of 64.
       weights: what `prepare`, `prepare_gated` and `prepare_heads` made, by name; dtype of the rows.
       steps: see `Step`.
-      ahead: prepared weights, `[N, K]`, that the next such call reads first. As the memory rests
-        before that call they are brought into L2 (50 MB on an H100), which changes no result.
-      implementation: "reference" or "mosaic_gpu"; default: the kernel on Hopper GPUs where it can
-        serve the call, elsewhere the reference.
+      implementation: "reference", which is XLA's own products, or "mosaic_gpu"; default: the kernel
+        on Hopper GPUs for two steps and more where it can serve them, elsewhere the reference.
+        Alone, XLA's products are as fast there (benchmarks/NOTES_DECODE.md).
       config: the kernel's Config, or a function that changes the one it would choose.
 
     Returns:
@@ -50,15 +48,15 @@ def chain(
         one asked for by name that cannot serve the call.
     """
     steps = tuple(steps)
-    problem = _problem(_target_device().device_kind, rows, weights, steps, ahead)
+    problem = _problem(_target_device().device_kind, rows, weights, steps)
     name = _choose(implementation, problem)
     if name == "reference":
-        return reference.chain(rows, weights, problem=problem)
+        return _by_xla(rows, weights, problem)
     module = _backend()
     chosen = module.heuristic(problem)
     if config is not None:
         chosen = config(chosen) if callable(config) else config
-    return module.chain(rows, weights, tuple(ahead), problem=problem, config=chosen)
+    return module.chain(rows, weights, problem=problem, config=chosen)
 
 
 def product(
@@ -87,11 +85,20 @@ def has_kernel(rows: dict[str, Any], weights: dict[str, Any], steps: Sequence[St
       rows, weights: arrays or `jax.ShapeDtypeStruct`s.
       steps: as in `chain`.
     """
-    problem = _problem(_target_device().device_kind, rows, weights, tuple(steps), ())
+    problem = _problem(_target_device().device_kind, rows, weights, tuple(steps))
     return _choose(None, problem) != "reference"
 
 
-def _problem(device_kind, rows, weights, steps, ahead) -> Problem:
+def _by_xla(rows, weights, problem: Problem) -> dict[str, jax.Array]:
+    """The reference; on GPUs with at least 8 rows, as XLA makes slow reductions of fewer."""
+    more = 8 - problem.count if _target_device().platform in ("gpu", "cuda") else 0
+    if more > 0:
+        rows = {name: jnp.pad(x_MK, ((0, more), (0, 0))) for name, x_MK in rows.items()}
+    results = reference.chain(rows, weights, problem=problem)
+    return {name: x_MN[: problem.count] for name, x_MN in results.items()}
+
+
+def _problem(device_kind, rows, weights, steps) -> Problem:
     if not steps or not rows:
         raise ValueError("a chain needs rows and at least one step")
     first = next(iter(rows.values()))
@@ -115,7 +122,6 @@ def _problem(device_kind, rows, weights, steps, ahead) -> Problem:
         weights=tuple((name, array.shape) for name, array in weights.items()),
         count=first.shape[0],
         dtype=first.dtype.name,
-        ahead=tuple(array.shape for array in ahead),
     )
 
 
@@ -174,6 +180,8 @@ def _choose(implementation: str | None, problem: Problem) -> str:
         if reason:
             raise ValueError(f"implementation={implementation} cannot serve this call: {reason}")
         return implementation
+    if len(problem.steps) == 1:
+        return "reference"
     hopper = any(chip in problem.device_kind for chip in ("H100", "H200", "H800", "H20", "GH200"))
     reason = _why_not(problem) if hopper else f"there is no kernel for {problem.device_kind}"
     if reason:

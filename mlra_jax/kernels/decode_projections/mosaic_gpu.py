@@ -1,10 +1,9 @@
-"""Products of a few rows with large weights on Hopper GPUs, at the rate of device memory.
+"""Products of a few rows with large weights on Hopper GPUs, a chain of them in one launch.
 
-One launch does a chain of products, each from the results of those before. In every CTA one
-warpgroup copies weights by TMA into a ring of shared-memory stages, one copies rows, and one
-multiplies. The weights depend on nothing, so their copies run on into the next step as far as the
-ring reaches, while the CTAs wait for each other (all of them between two steps) and for the rows.
-Device memory so never rests until the chain is done.
+In every CTA one warpgroup copies weights by TMA into a ring of shared-memory stages, one copies
+rows, and one multiplies. The weights depend on nothing, so their copies run on into the next step
+as far as the ring reaches, while the CTAs wait for each other (all of them between two steps) and
+for the rows.
 
 Each CTA has some output columns of a step and multiplies all of K, so nothing is joined and the
 result does not depend on timing. A product is wgmma with the rows, padded to 64, on the left: what
