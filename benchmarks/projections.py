@@ -20,11 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-# Joining weights that share their input would copy them in every step.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_dot_merger_threshold_mb=0"
-).strip()
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -293,6 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers-only", action="store_true", help="leave out single matrices")
     options = parser.parse_args(argv)
     begin = time.time()
+    # Joining weights that share their input would copy them in every step.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_dot_merger_threshold_mb=0".strip()
     device = jax.devices()[0]
     if device.platform != "gpu" or str(getattr(device, "compute_capability", "")) != "9.0":
         print(f"projections: needs a Hopper GPU, found {device.device_kind}", file=sys.stderr)
