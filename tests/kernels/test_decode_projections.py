@@ -111,14 +111,10 @@ def test_prepared_weights_are_padded_with_zeros():
 
 
 def test_results_are_rounded_once():
-    x, w = jnp.ones((1, 64), jnp.bfloat16), jnp.full((64, 64), 1.0, jnp.bfloat16)
-    h = jnp.full((1, 64), 2.0**-7, jnp.bfloat16)
-    # 64 + 2^-7 is no bfloat16, and neither are half the products' sums on the way.
-    assert product(x, prepare(w), add_MN=h)[0, 0] == jnp.bfloat16(64 + 2.0**-7)
-    third = jnp.full((1, 64), 1 / 3, jnp.bfloat16)
-    wanted = wide(third) @ wide(w) - 21
-    h = jnp.full((1, 64), -21, jnp.bfloat16)
-    close(product(third, prepare(w), add_MN=h), wanted, 2**-8)
+    # 1 + 2^-8 lies between two numbers of bfloat16 and would become 1 before 2^-9 is added.
+    x = jnp.zeros((1, 64), jnp.bfloat16).at[0, :2].set(jnp.array([1, 2.0**-8]))
+    found = product(x, jnp.ones((64, 64), jnp.bfloat16), add_MN=jnp.full_like(x, 2.0**-9))
+    assert (found == 1 + 2.0**-7).all()
 
 
 def test_under_jit_and_inside_shard_map():
