@@ -176,7 +176,8 @@ def problem_for(kind, steps=2, **changes):
     steps = [Step(names[k], "w", names[k + 1]) for k in range(steps)]
     rows = dict(x=jax.ShapeDtypeStruct((2, 64), "bfloat16"))
     weights = dict(w=jax.ShapeDtypeStruct((64, 64), "bfloat16"))
-    return dataclasses.replace(api._problem(kind, rows, weights, tuple(steps)), **changes)
+    device = types.SimpleNamespace(device_kind=kind)
+    return dataclasses.replace(api._problem(device, rows, weights, tuple(steps)), **changes)
 
 
 def test_the_kernel_is_chosen_for_chains_on_hopper():

@@ -109,6 +109,23 @@ def test_norms_take_the_sums_of_the_step_before_where_they_can():
     assert alone.norm is not None and alone.squares is None
 
 
+def test_no_more_ctas_than_run_at_once():
+    p = problem(layer_of("gqa"))
+    for kind, count in (
+        (H100, 132),
+        ("NVIDIA H200", 132),
+        ("NVIDIA H100 PCIe", 114),
+        ("NVIDIA H20", 78),
+        ("NVIDIA H20-3e", 78),
+    ):
+        assert mosaic_gpu.heuristic(dataclasses.replace(p, device_kind=kind)).ctas == count
+    part = dataclasses.replace(p, device_kind=H100 + " MIG 3g.40gb")
+    assert "slice" in mosaic_gpu.supports(part)
+    known = dataclasses.replace(part, multiprocessors=60)
+    assert mosaic_gpu.supports(known) is None and mosaic_gpu.heuristic(known).ctas == 60
+    assert mosaic_gpu._smem_bytes(known, mosaic_gpu.heuristic(known)) <= 227 * 1024
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -48,7 +48,7 @@ def chain(
         one asked for by name that cannot serve the call.
     """
     steps = tuple(steps)
-    problem = _problem(_target_device().device_kind, rows, weights, steps)
+    problem = _problem(_target_device(), rows, weights, steps)
     name = _choose(implementation, problem)
     if name == "reference":
         return _by_xla(rows, weights, problem)
@@ -85,7 +85,7 @@ def has_kernel(rows: dict[str, Any], weights: dict[str, Any], steps: Sequence[St
       rows, weights: arrays or `jax.ShapeDtypeStruct`s.
       steps: as in `chain`.
     """
-    problem = _problem(_target_device().device_kind, rows, weights, tuple(steps))
+    problem = _problem(_target_device(), rows, weights, tuple(steps))
     return _choose(None, problem) != "reference"
 
 
@@ -98,7 +98,7 @@ def _by_xla(rows, weights, problem: Problem) -> dict[str, jax.Array]:
     return {name: x_MN[: problem.count] for name, x_MN in results.items()}
 
 
-def _problem(device_kind, rows, weights, steps) -> Problem:
+def _problem(device, rows, weights, steps) -> Problem:
     if not steps or not rows:
         raise ValueError("a chain needs rows and at least one step")
     first = next(iter(rows.values()))
@@ -116,12 +116,13 @@ def _problem(device_kind, rows, weights, steps) -> Problem:
     for step in steps:
         columns[step.into] = _check_step(step, columns, weights)
     return Problem(
-        device_kind=device_kind,
+        device_kind=device.device_kind,
         steps=steps,
         rows=tuple((name, array.shape[1]) for name, array in rows.items()),
         weights=tuple((name, array.shape) for name, array in weights.items()),
         count=first.shape[0],
         dtype=first.dtype.name,
+        multiprocessors=getattr(device, "core_count", None),
     )
 
 

@@ -209,6 +209,8 @@ def supports(problem: Problem) -> str | None:
     """None if the kernel can serve the problem, otherwise why not, in one phrase."""
     if problem.dtype not in ("bfloat16", "float16"):
         return f"dtype {problem.dtype} is neither bfloat16 nor float16"
+    if len(problem.steps) > 1 and not problem.multiprocessors and "MIG" in problem.device_kind:
+        return "how many multiprocessors this slice of a GPU has is not known"
     if problem.count > _MOST_ROWS:
         return f"{problem.count} rows are more than {_MOST_ROWS}"
     weights = dict(problem.weights)
@@ -228,16 +230,20 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def _multiprocessors(device_kind: str) -> int:
-    return {"H20": 78, "H800 PCIe": 114, "H100 PCIe": 114}.get(
-        device_kind.removeprefix("NVIDIA "), 132
-    )
+def _multiprocessors(problem: Problem) -> int:
+    """How many CTAs run at once; more would wait for each other for ever."""
+    if problem.multiprocessors:
+        return problem.multiprocessors
+    name = problem.device_kind.removeprefix("NVIDIA ")
+    if name.split()[0] in ("H20", "H20-3e"):
+        return 78
+    return 114 if "PCIe" in name else 132
 
 
 def heuristic(problem: Problem) -> Config:
     """The Config for a problem that nobody measured."""
     row_kib = 32 if problem.count <= _ALIGN else 48
-    config = Config(ctas=_multiprocessors(problem.device_kind), row_kib=row_kib)
+    config = Config(ctas=_multiprocessors(problem), row_kib=row_kib)
     for stages in range(7, 1, -1):
         config = dataclasses.replace(config, stages=stages)
         if _smem_bytes(problem, config) <= _SMEM_BYTES:

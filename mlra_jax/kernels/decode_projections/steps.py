@@ -74,6 +74,7 @@ class Problem:
       weights: the name and shape of each prepared weight.
       count: M, how many rows there are.
       dtype: of rows and weights, "bfloat16", "float16" or "float32".
+      multiprocessors: of the device, a slice of a GPU perhaps; None where only its kind is known.
     """
 
     device_kind: str
@@ -82,6 +83,7 @@ class Problem:
     weights: tuple[tuple[str, tuple[int, ...]], ...]
     count: int
     dtype: str
+    multiprocessors: int | None = None
 
 
 def prepare(weight_KN: jax.Array, scale_K: jax.Array | None = None) -> jax.Array:
