@@ -112,7 +112,7 @@ def test_prepared_weights_are_padded_with_zeros():
 
 def test_results_are_rounded_once():
     # 1 + 2^-8 lies between two numbers of bfloat16 and would become 1 before 2^-9 is added.
-    x = jnp.zeros((1, 64), jnp.bfloat16).at[0, :2].set(jnp.array([1, 2.0**-8]))
+    x = jnp.zeros((1, 64), jnp.bfloat16).at[0, :2].set(jnp.array([1, 2.0**-8], jnp.bfloat16))
     found = product(x, jnp.ones((64, 64), jnp.bfloat16), add_MN=jnp.full_like(x, 2.0**-9))
     assert (found == 1 + 2.0**-7).all()
 
