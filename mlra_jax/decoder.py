@@ -16,7 +16,7 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
-from mlra_jax import layers, sharding
+from mlra_jax import sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.attention.base import Attention
 from mlra_jax.attention.parted import PartedLatentAttention, part_columns
@@ -160,35 +160,20 @@ def abstract_decoder(
     return Decoder(config, mesh, vocabulary, _abstract(config, mesh)[1])
 
 
-def product(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
-    """What every product with a weight matrix on one device goes through.
-
-    In a step `x` has a row for each sequence, `[B, T, in dims]`; in a prefill it has many more.
-    """
-    return layers.product(x, kernel, num_in)
-
-
-class _Product(Projection):
-    def __call__(self, x):
-        return product(x, self.kernel[...], self.num_in)
-
-
 class _Form(nnx.Module):
     """The structure of the weights."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        projection = _Product if mesh.size == 1 else Projection
         attention = MODULES[type(config.attention)]
         # What splits weights wants each projection by itself, but for those that it leaves whole.
         if mesh.size == mesh.shape["data"]:
-            attention = _joined(attention, attention.input_names(config.attention), projection)
+            attention = _joined(attention, attention.input_names(config.attention))
         elif _parted(config, mesh):
-            attention = _joined(PartedLatentAttention, ("q_down", "k_rope"), projection)
-        mlp = functools.partial(_JoinedSwiGLU, projection=projection)
+            attention = _joined(PartedLatentAttention, ("q_down", "k_rope"))
         block = functools.partial(Block, config, mesh=mesh, rngs=rngs)
         self.embed = Embedding(config, mesh=mesh, rngs=rngs)
         self.layers = nnx.List(
-            [block(attention=attention, mlp=mlp) for _ in range(config.num_layers)]
+            [block(attention=attention, mlp=_JoinedSwiGLU) for _ in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
 
@@ -199,21 +184,17 @@ def _parted(config: ModelConfig, mesh: Mesh) -> bool:
 
 
 @functools.cache
-def _joined(
-    mechanism: type[Attention], names: tuple[str, ...], projected: type[Projection]
-) -> type[Attention]:
+def _joined(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attention]:
     """The mechanism with these projections of its input in one matrix `[D, N]`."""
 
     class Joined(mechanism):
-        projection = projected
-
         def __init__(self, config, *, mesh, rngs):
             super().__init__(config, mesh=mesh, rngs=rngs)
             self.outputs = {name: getattr(self, name).kernel.shape[1:] for name in names}
             for name in names:
                 delattr(self, name)
             columns = sum(map(math.prod, self.outputs.values()))
-            self.joined = projected(
+            self.joined = Projection(
                 (config.embed_dim, columns), ("embed", None), config=config, rngs=rngs
             )
 
@@ -233,11 +214,9 @@ def _joined(
 class _JoinedSwiGLU(nnx.Module):
     """`SwiGLU` with gate and up as one kernel `[D, 2, F]`; F padded, which changes nothing."""
 
-    def __init__(
-        self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs, projection: type[Projection]
-    ):
+    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         self.mesh, D, F = mesh, config.embed_dim, padded_width(config, mesh)
-        project = functools.partial(projection, config=config, rngs=rngs)
+        project = functools.partial(Projection, config=config, rngs=rngs)
         self.gate_up = project((D, 2, F), ("embed", None, "mlp"))
         self.down = project((F, D), ("mlp", "embed"))
 

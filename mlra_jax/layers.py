@@ -45,13 +45,10 @@ class Projection(nnx.Module):
         self.kernel = param(rngs, init, shape, axes, config.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return product(x, self.kernel[...].astype(x.dtype), self.num_in)
-
-
-def product(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
-    """The last `num_in` dimensions of `x` contracted with the first of `kernel`, of one dtype."""
-    contract = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
-    return jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision(x.dtype))
+        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
+        return jax.lax.dot_general(
+            x, self.kernel[...].astype(x.dtype), (contract, ((), ())), precision=precision(x.dtype)
+        )
 
 
 def output_init(config: ModelConfig):

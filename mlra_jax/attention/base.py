@@ -30,14 +30,13 @@ class Attention(nnx.Module):
     """The projections whose input is the block's; the gate is one more, where there is one."""
     cache_axes: ClassVar[dict[str, tuple[str | None, ...]]]
     """Logical axes of what is cached, by name, beginning with "batch" and "cache_length"."""
-    projection: ClassVar[type[Projection]] = Projection
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         a = config.attention
         self.config, self.mesh, self.rope_base = a, mesh, config.rope_base
         self.scale = 1 / math.sqrt(a.query_dim)
         heads.check_heads(a.num_heads, mesh)
-        project = functools.partial(self.projection, config=config, rngs=rngs)
+        project = functools.partial(Projection, config=config, rngs=rngs)
         self._add_parameters(config, project, rngs)
         self._add_outputs(config, project)
 
