@@ -73,9 +73,9 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """`[B, T, D]` in the compute dtype."""
         # Gathered over the devices that split the batch: their tokens' vectors would be far more.
-        table_VD = self.embedding[...].astype(self.dtype)
-        table_VD = sharding.constrain(table_VD, self.mesh, "vocab", None)
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        table_VD = sharding.constrain(self.embedding[...], self.mesh, "vocab", None)
+        # Cast after the look-up: else gradients of a token seen often are summed in that dtype.
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -118,6 +118,24 @@ def test_gradients_of_parts_are_summed_in_float32():
         assert np.linalg.norm(together - alone) <= 2e-4 * np.linalg.norm(alone)
 
 
+def test_gradient_of_a_token_seen_often_is_summed_in_float32():
+    """Half of 4,096 tokens are one: a sum in bfloat16 would stop growing long before."""
+    mesh, rng = sharding.make_mesh(), np.random.default_rng(0)
+    tokens = np.where(rng.random((64, 65)) < 0.5, 7, rng.integers(0, VOCAB, (64, 65)))
+    batch = {"inputs": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        model = dataclasses.replace(EXPERIMENT.model, execution=Execution(dtype), num_layers=1)
+        definition, _ = models.structure(model, mesh)
+        loss = lambda params, definition=definition: loss_sum(
+            nnx.merge(definition, params), batch, chunk=64
+        )
+        params = create_state(on_mesh(model=model), mesh).params
+        gradients.append(np.asarray(jax.jit(jax.grad(loss))(params)["embed"]["embedding"]))
+    exact, narrow = gradients
+    assert np.linalg.norm(narrow - exact) < 1e-2 * np.linalg.norm(exact)
+
+
 def plain_loss(experiment, mesh):
     """The loss over all logits at once, and its gradient."""
     definition, _ = models.structure(experiment.model, mesh)
