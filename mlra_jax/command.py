@@ -7,6 +7,7 @@ with 130, each in one line on stderr. `--help` lists the flags and ends with 0.
 import argparse
 import contextlib
 import difflib
+import io
 import signal
 import sys
 import threading
@@ -70,13 +71,15 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
     """Runs `work` and returns the exit code of the command.
 
     ValueError and OSError are what the package raises with one line for the user; one of several
-    lines comes from elsewhere, and passes with its traceback.
+    lines comes from elsewhere, and passes with its traceback. Characters that the terminal or file
+    has no bytes for are printed as `?`, on stderr as their escape; printing never fails for them.
 
     Args:
       parser: of the command, for its name.
       work: without arguments; prints what there is to say.
       interrupted: what an interruption leaves.
     """
+    _print_anything()
     # The checkpoint library says much.
     logging.set_verbosity(logging.ERROR)
     try:
@@ -147,6 +150,14 @@ def progress_bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int],
             signal.signal(number, handler)
     if asked:
         raise KeyboardInterrupt
+
+
+def _print_anything() -> None:
+    """Text is not always printable: an ASCII terminal, prompt bytes that are not UTF-8."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        # What stands in for them, as in notebooks, may be no stream of bytes.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _fail(parser: Parser, message: str, code: int) -> int:

@@ -449,3 +449,30 @@ def test_accelerators_decode_in_bfloat16(monkeypatch, platform, flags, dtype):
     monkeypatch.setattr(decoding.sharding, "platform", lambda mesh: platform)
     assert ended(decoding.main, "--checkpoint=a", "--prompt=x", *flags)[0] == 1
     assert seen == [("a", dtype)]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_has_no_bytes_there_is_printed_as_something_else(encoding, monkeypatch):
+    """Another script, a lone surrogate (a byte of the command line that is no UTF-8), an emoji."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def work():
+        print("\u00c4 \u6f22 \udcff \U0001f600.")
+        raise ValueError("\u00c4 \u6f22 \udcff.")
+
+    assert run(Parser("x", ""), work) == 1
+    for stream in (out, err):
+        stream.flush()
+    printed, said = out.buffer.getvalue(), err.buffer.getvalue()
+    shown = {
+        "ascii": (b"? ? ? ?.\n", rb"\xc4 \u6f22 \udcff."),
+        "latin-1": (b"\xc4 ? ? ?.\n", b"\xc4 " + rb"\u6f22 \udcff."),
+        "utf-8": (
+            "\u00c4 \u6f22 ? \U0001f600.\n".encode(),
+            "\u00c4 \u6f22 ".encode() + rb"\udcff.",
+        ),
+    }
+    assert printed == shown[encoding][0]
+    assert said == b"python -m x: " + shown[encoding][1] + b"\n"
