@@ -20,7 +20,7 @@ def write(
     # Slots of other shares are sent beyond the end, where nothing is written.
     nowhere_T = capacity + jnp.arange(T, dtype=jnp.int32)
     local_BT = jnp.where(slots_BT % num_shares == share, slots_BT // num_shares, nowhere_T)
-    return cache_BS.at[jnp.arange(B)[:, None], local_BT].set(
+    return cache_BS.at[jnp.arange(B, dtype=jnp.int32)[:, None], local_BT].set(
         new_BT.astype(cache_BS.dtype), mode="drop", unique_indices=True
     )
 

@@ -5,6 +5,7 @@ mlra-decode --checkpoint=DIR --prompt_file=prompts.txt --mesh=tensor=4,context=2
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder that training or conversion wrote")
     add("--prompt", action="append", default=[], help="text to continue; several are a batch")
-    add("--prompt_file", help="file with one prompt a line")
+    add("--prompt_file", help="UTF-8 file with one prompt a line; blank ones skipped")
     add("--max_new_tokens", type=int, default=128, help="tokens to add to each prompt")
     add("--temperature", type=float, default=0.0, help="0 is greedy, 1 the model's distribution")
     add("--top_k", type=int, default=0, help="sample among the k most likely tokens; 0 for all")
@@ -86,19 +87,42 @@ def decode(flags: argparse.Namespace) -> None:
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     """Those of the command line, then the file's lines; raises ValueError for an empty one."""
     prompts = list(prompts)
-    if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise ValueError(f"--prompt_file={path} is not a file")
-        try:
-            prompts += path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt_file={path} is not UTF-8 text ({error})") from None
-    if not prompts:
-        raise ValueError("nothing to continue: give --prompt=TEXT or --prompt_file=FILE")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty: give it at least one character")
+    if file is not None:
+        prompts += _lines(Path(file))
+    if not prompts:
+        raise ValueError("nothing to continue: give --prompt=TEXT or --prompt_file=FILE")
+    return prompts
+
+
+_LINE_END = re.compile(r"\r\n|\n|\r")
+"""And nothing else: form feeds and U+2028 are part of a prompt."""
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that are not blank, without a byte-order mark."""
+    if not path.is_file():
+        raise ValueError(f"--prompt_file={path} is not a file")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Positions count from behind the mark.
+        before = error.object[: error.start].decode("utf-8")
+        line = len(_LINE_END.findall(before)) + 1
+        raise ValueError(
+            f"--prompt_file={path} is not UTF-8 text (line {line}: {error.reason})"
+        ) from None
+    lines = _LINE_END.split(text)
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        # What follows the last end of a line is no line if it is empty.
+        last = len(lines) - (len(lines) > 1 and not lines[-1])
+        raise ValueError(
+            f"--prompt_file={path} has no prompt: it is blank from line 1 to line {last}"
+        )
     return prompts
 
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import os
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from flax import nnx
@@ -13,9 +16,10 @@ import mlra_jax
 from mlra_jax import checkpoints
 from mlra_jax import model as models
 from mlra_jax.config import Execution, LatentConfig, ModelConfig
-from mlra_jax.generation.__main__ import main
+from mlra_jax.generation.__main__ import main, read_prompts
 from mlra_jax.sharding import make_mesh
 
+ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(
     LatentConfig(
         num_heads=8,
@@ -140,6 +144,80 @@ def test_prompts_from_a_file_on_a_data_mesh(checkpoint, tmp_path):
     # Half of the rows on each device, with 128 slots of 36 values, in 2 layers of 4 bytes.
     assert f"cache: {3 * 128 * (32 + 4) * 2 * 4:,} bytes per device (6 x 128 positions)" in split[1]
     assert "; MLA would hold" in split[1] and ", 1.00 times as much" in split[1]
+
+
+@pytest.mark.parametrize(
+    "data, prompts",
+    [
+        (
+            "one\u2028still\ntwo\x0cstill\x0b\x85\x1c\n",
+            ["one\u2028still", "two\x0cstill\x0b\x85\x1c"],
+        ),
+        ("\ufeffOnce\r\nIn the\r\n", ["Once", "In the"]),
+        ("old\rMac\r\n\rend", ["old", "Mac", "end"]),
+        ("\none\n\n \t\n two \n\n", ["one", " two "]),
+        ("a\ufeffb", ["a\ufeffb"]),
+    ],
+)
+def test_only_ends_of_lines_end_a_prompt(data, prompts, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(data.encode())
+    assert read_prompts([], str(file)) == prompts
+    assert read_prompts(["first"], str(file)) == ["first", *prompts]
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "has no prompt: it is blank from line 1 to line 1"),
+        (b"\xef\xbb\xbf\r\n \r\n", "has no prompt: it is blank from line 1 to line 2"),
+        (b"\n\x0c\n\t", "has no prompt: it is blank from line 1 to line 3"),
+        (b"\xef\xbb\xbfone\r\ntwo\rthr\xffee\n", "is not UTF-8 text (line 3: invalid start byte)"),
+        ("one\ntwo".encode("utf-16"), "is not UTF-8 text (line 1: invalid start byte)"),
+        (b"one\xe2\x82", "is not UTF-8 text (line 1: unexpected end of data)"),
+    ],
+)
+def test_a_prompt_file_without_prompts_is_named_with_its_line(data, words, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(f"--prompt_file={file} {words}")):
+        read_prompts(["first"], str(file))
+
+
+def in_a_process(*arguments: str | bytes, **environment: str) -> tuple[bytes, bytes, int]:
+    """(standard output, standard error, exit code) of the command in one of its own."""
+    command = [sys.executable, "-m", "mlra_jax.generation", *arguments]
+    given = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    given |= {"JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run(command, capture_output=True, env=given, cwd=ROOT, timeout=120)
+    return done.stdout, done.stderr, done.returncode
+
+
+@pytest.mark.parametrize(
+    "environment, first",
+    [
+        ({"PYTHONIOENCODING": "ascii"}, b"? ?"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, None),
+        ({"PYTHONUTF8": "1"}, "\u00c4 ?".encode()),
+    ],
+)
+def test_no_text_and_no_terminal_ends_in_a_codec_error(checkpoint, environment, first):
+    prompt = "--prompt=\u00c4 ".encode() + b"\xff|"
+    out, err, code = in_a_process(
+        f"--checkpoint={checkpoint}", prompt, "--max_new_tokens=4", **environment
+    )
+    assert code == 0, err
+    printed, end, _ = out.partition(b"|")
+    assert end and (printed == first if first else printed.isascii())
+
+
+def test_64_bit_mode_gives_the_same_text(checkpoint):
+    arguments = [f"--checkpoint={checkpoint}", "--max_new_tokens=6"]
+    arguments += ["--prompt=abc", "--prompt=A longer one", "--temperature=0.5", "--top_k=9"]
+    meshes = ["--mesh=tensor=2,context=2", "--virtual_cpu_devices=4"]
+    out, err, code = in_a_process(*arguments, *meshes, JAX_ENABLE_X64="1")
+    assert code == 0, err
+    assert out.decode() == run(*arguments, "--mesh=tensor=2,context=2")[0]
 
 
 def test_the_end_of_text_token_ends_a_prompt_unless_told_otherwise(checkpoint):
