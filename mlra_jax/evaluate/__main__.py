@@ -1,6 +1,6 @@
 """Perplexity of a checkpoint on token files.
 
-`mlra-evaluate --checkpoint=DIR --tokens=FILE.bin[,FILE.bin...] --output=FILE.json`
+`mlra-evaluate --checkpoint=DIR --tokens=FILE.bin[,'*.bin'...] --output=FILE.json`
 """
 
 import sys
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluates as the flags say; see `command.run` for the exit codes."""
     parser = Parser("mlra_jax.evaluate", "Perplexity of a checkpoint on token files.")
     parser.add_argument("--checkpoint", required=True, help="training run or converted checkpoint")
-    parser.add_argument("--tokens", required=True, help="token files, joined by commas")
+    parser.add_argument("--tokens", required=True, help="token files or patterns, joined by commas")
     parser.add_argument("--window", type=int, default=WINDOW, help="tokens the model sees at once")
     parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, help="of each file")
     parser.add_argument("--output", help="JSON file; interrupted runs go on from beside it")

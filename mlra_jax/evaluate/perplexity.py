@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import time
@@ -108,7 +109,8 @@ def evaluate(
 
     Args:
       checkpoint: folder of a training run or a conversion.
-      tokens: `.bin` files, each a set by itself.
+      tokens: `.bin` files, each a set by itself, or patterns of them as in `c4/*.bin` (`**` is any
+        folders), whose files are taken in the order of their names.
       window: tokens that the model sees at once.
       max_tokens: of each set; whole windows only.
       output: JSON file for the result.
@@ -127,7 +129,7 @@ def evaluate(
         `output` or its partial sums are of another evaluation.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    files = [str(path) for path in tokens]
+    files = _expand(tokens)
     _check(files, window, max_tokens)
     opened = checkpoints.open_checkpoint(checkpoint, step)
     sets = {}
@@ -270,6 +272,19 @@ def _shown(
             yield tally
             bar.set_postfix_str(f"perplexity {tally.perplexity:.4f}", refresh=False)
             bar.update(tally.tokens - bar.n)
+
+
+def _expand(tokens: Sequence[str | Path]) -> list[str]:
+    """The files that names and patterns say; the name of a file that is there is no pattern."""
+    files = []
+    for name in map(str, tokens):
+        pattern = glob.escape(name) != name and not Path(name).exists()
+        found = sorted(glob.glob(name, recursive=True)) if pattern else [name]
+        found = [file for file in found if Path(file).is_file()] if pattern else found
+        if not found:
+            raise FileNotFoundError(f"--tokens={name} matches no file")
+        files += found
+    return files
 
 
 def _check(files: Sequence[str], window: int, max_tokens: int) -> None:

@@ -134,9 +134,38 @@ def test_command_line_and_its_limit(checkpoint, files, result, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
+    "tokens, wanted",
+    [
+        (["e*.bin"], ["e1.bin", "e2.bin", "e[1].bin"]),
+        (["e[1].bin"], ["e[1].bin"]),
+        (["e[12].bin", "d/f?.bin"], ["e1.bin", "e2.bin", "d/f3.bin"]),
+        (["**/*.bin"], ["d/e4.bin", "d/f3.bin", "e1.bin", "e2.bin", "e[1].bin"]),
+        (["d/e4.bin", "e?.bin"], ["d/e4.bin", "e1.bin", "e2.bin"]),
+    ],
+)
+def test_patterns_are_the_files_that_they_match(tokens, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("e2.bin", "e1.bin", "e[1].bin", "d/e4.bin", "d/f3.bin", "e3.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "e_folder.bin").mkdir()
+    assert perplexity._expand(tokens) == wanted
+
+
+def test_a_pattern_on_the_command_line(checkpoint, files, result, capsys):
+    pattern = str(Path(files[0]).with_name("set_*.bin"))
+    flags = [f"--window={WINDOW}", "--dtype=float32", "--batch=4", f"--tokens={pattern}"]
+    assert main([f"--checkpoint={checkpoint}", *flags]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == perplexity.table(result)
+
+
+@pytest.mark.parametrize(
     "flags, message",
     [
         ("--tokens=absent.bin", "no token file absent.bin"),
+        ("--tokens=absent*.bin", "--tokens=absent*.bin matches no file"),
+        ("--tokens={file},{file}?", "--tokens={file}? matches no file"),
+        ("--tokens={file},{file}*", "names a file twice"),
         ("--tokens={file},{file}", "names a file twice"),
         ("--tokens={file} --window=4000", "too little evaluation data"),
         ("--tokens={file} --window=24 --max_tokens=3", "at least one window"),
@@ -156,5 +185,5 @@ def test_mistakes_are_one_line(checkpoint, files, flags, message, capsys):
         code = end.code
     error = capsys.readouterr().err
     assert code == (2 if "--window=x" in flags else 1)
-    assert message in error and error.count("\n") == 1
+    assert message.format(file=files[0]) in error and error.count("\n") == 1
     assert Path(files[0]).read_bytes() == before
