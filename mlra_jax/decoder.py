@@ -115,8 +115,13 @@ class Decoder:
     def step(self, tokens_BT: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
         """T more tokens after those in the cache -> (logits `[B, T, V]`, the cache with them).
 
-        Meant for `jax.jit` with the cache donated, so that it is changed in place.
+        Meant for `jax.jit` with the cache donated, so that it is changed in place. There lengths
+        are not known and nothing can be refused: what is beyond a row's last slot is dropped (see
+        `Cache`), and the logits of such tokens mean nothing. Outside, ValueError if a row has too
+        few free slots.
         """
+        if not isinstance(cache.lengths, jax.core.Tracer):
+            _check_room(cache, tokens_BT.shape[1])
         form, (B, T), layers = self._form(), tokens_BT.shape, []
         positions_BT = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
         beyond = ((0, self._rows(B, T) - B), (0, 0))
@@ -145,6 +150,16 @@ class Decoder:
 
     def _form(self) -> "_Form":
         return nnx.merge(_abstract(self.config, self.mesh)[0], self.weights)
+
+
+def _check_room(cache: kv.Cache, new: int) -> None:
+    # The maximum is known to every process, the lengths may not be.
+    longest = int(jnp.max(cache.lengths))
+    if longest + new > cache.capacity:
+        raise ValueError(
+            f"the cache has {cache.capacity} slots and a row fills {longest}: no room for {new} "
+            "more token(s); prefill with a larger capacity"
+        )
 
 
 @jax.jit

@@ -158,3 +158,28 @@ def test_settings_of_another_number_than_the_prompts_are_refused(settings, words
     model = Decoder.from_model(random_model(tiny.config("mha"), make_mesh()))
     with pytest.raises(ValueError, match=words):
         mlra_jax.generate(model, [[1], [2]], max_new_tokens=1, **settings)
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("mlra_2", {}), ("mlra_4", dict(tensor=2, context=2)), ("gqa", dict(data=2)), ("tpa", {})],
+)
+def test_a_full_row_is_refused_and_where_it_is_traced_stays_as_it_is(name, sizes):
+    decoder = Decoder.from_model(random_model(tiny.config(name, 2), make_mesh(**sizes)))
+    lengths = np.array([9, 7], np.int32)
+    _, cache = decoder.prefill(TOKENS[:2], lengths, 16)
+    assert cache.capacity == 16
+    # The longer row has 7 free slots.
+    _, full = decoder.step(TOKENS[:2, :7], cache)
+    with pytest.raises(ValueError, match=r"the cache has 16 slots and a row fills 16: no room for"):
+        decoder.step(TOKENS[:2, :1], full)
+    with pytest.raises(ValueError, match=r"a row fills 9: no room for 8 more token"):
+        decoder.step(TOKENS[:2, :8], cache)
+    step = jax.jit(Decoder.step)
+    _, after = step(decoder, TOKENS[2:, :1], full)
+    assert (after.lengths > after.capacity).tolist() == [True, False]
+    for before, now in zip(full.layers, after.layers, strict=True):
+        for entry in before:
+            np.testing.assert_array_equal(now[entry][0], before[entry][0])
+            changed = (np.asarray(now[entry][1]) != np.asarray(before[entry][1])).reshape(16, -1)
+            assert changed.any(-1).sum() == 1, "the row that has room gets its one entry"

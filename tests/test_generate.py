@@ -142,6 +142,9 @@ def test_a_filled_context_is_zeros_beyond_the_prompt(model):
     # Fifty positions of zeros take most of the weight from the prompt.
     assert len(list(stream.from_filled(56))) == 4
     assert list(stream.from_filled(56))[1:] != list(stream)[1:]
+    assert len(list(stream.from_filled(61))) == 4
+    with pytest.raises(ValueError, match="62 tokens and 4 new ones need 65 cache slots and there"):
+        stream.from_filled(62)
 
 
 def test_every_step_draws_anew(model):

@@ -18,10 +18,19 @@ from mlra_jax import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One dict of `[B, S, ...]` arrays per layer, and the slots that each row fills, int32 [B]."""
+    """One dict of `[B, S, ...]` arrays per layer, and the slots that each row fills, int32 [B].
+
+    A full row stays as it is: entries beyond its last slot are dropped. Its length goes on
+    counting, so that `lengths > capacity` says of a row that some were.
+    """
 
     layers: tuple[dict[str, jax.Array], ...]
     lengths: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """S, the slots of each row."""
+        return next(iter(self.layers[0].values())).shape[1]
 
 
 def round_capacity(slots: int, mesh: Mesh) -> int:

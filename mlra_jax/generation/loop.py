@@ -116,9 +116,16 @@ class Stream:
     def from_filled(self, length: int) -> Iterator[list[int]]:
         """As if `length` tokens came before: for measuring at a context without prefilling it.
 
-        The cache must have room; what it holds beyond the prompts is padding and zeros.
+        What the cache holds beyond the prompts is padding and zeros. Raises ValueError if it has no
+        room for the new tokens after so many.
         """
-        yield from self._steps(length)
+        if length + self.max_new_tokens - 1 > self.capacity:
+            raise ValueError(
+                f"{length} tokens and {self.max_new_tokens} new ones need "
+                f"{length + self.max_new_tokens - 1} cache slots and there are {self.capacity}: "
+                "raise cache_length"
+            )
+        return self._steps(length)
 
     def _steps(self, length: int | None) -> Iterator[list[int]]:
         logits_BV, cache = programs.prefill(
