@@ -11,13 +11,13 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
-from mlra_jax.config import DTYPES, GPT2_VOCABULARY, ConfigError, ModelConfig
+from mlra_jax.config import DTYPES, GPT2_VOCABULARY, ConfigError, Execution, ModelConfig
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.lazy import cast
 from mlra_jax.convert.recognise import check_tensors, recognise
-from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, Leaf, layout
+from mlra_jax.convert.released import COMPUTE_DTYPE, EMBEDDING, HEAD, LAYER, Leaf, layout
 from mlra_jax.convert.weights import Weights
 from mlra_jax.files import check_absent, whole_folder
 
@@ -66,9 +66,12 @@ def convert(
         try:
             config, notes = recognise(shapes, weights.config, variant, folder.name)
             stored = check_tensors(config, weights.specs, weights.complete)
+            compute = _compute_dtype(weights.config)
         except (CheckpointFileError, ConfigError) as error:
             raise CheckpointFileError(f"{folder}: {error}") from None
-        config = dataclasses.replace(config, param_dtype=dtype or stored.name)
+        config = dataclasses.replace(
+            config, param_dtype=dtype or stored.name, execution=Execution(compute)
+        )
         arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
         for line in notes:
             note(line)
@@ -87,6 +90,15 @@ def convert(
             with progress_bar("reading back", total, quiet) as progress:
                 _verify(partial, sums, progress)
     return config
+
+
+def _compute_dtype(values: Mapping) -> str:
+    found = values.get(COMPUTE_DTYPE, Execution().dtype)
+    if found not in DTYPES:
+        raise CheckpointFileError(
+            f"config.json: {COMPUTE_DTYPE}={found!r:.40} is none of {', '.join(DTYPES)}"
+        )
+    return found
 
 
 def _arrays(

@@ -12,10 +12,11 @@ import numpy as np
 
 from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
-from mlra_jax.config import DTYPES, LatentConfig, ModelConfig
+from mlra_jax.config import DTYPES, Execution, LatentConfig, ModelConfig
 from mlra_jax.convert import lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.released import (
+    COMPUTE_DTYPE,
     EMBEDDING,
     HEAD,
     LAYER,
@@ -95,7 +96,11 @@ def export(
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(partial / "model.safetensors.index.json", index)
-        _write_json(partial / "config.json", released_values(opened.model, dtype))
+        values = released_values(opened.model, dtype)
+        # Of the products, as torch_dtype is of the tensors; the released code knows one only.
+        if opened.model.execution.dtype != Execution().dtype:
+            values[COMPUTE_DTYPE] = opened.model.execution.dtype
+        _write_json(partial / "config.json", values)
 
 
 Source = tuple[str, lazy.Slices, Part]

@@ -29,6 +29,8 @@ View = Callable[[np.ndarray], np.ndarray]
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 LAYER = "transformer.h.{}."
+COMPUTE_DTYPE = "compute_dtype"
+"""Our own key of config.json: the dtype of activations and products, where it is not bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -323,3 +323,36 @@ def test_numbers_too_large_for_the_type_are_refused(tmp_path):
     export(tmp_path / "run", tmp_path / "out", dtype="bfloat16", quiet=True)
     with pytest.raises(CheckpointFileError, match="--dtype=int8 is none of"):
         export(tmp_path / "run", tmp_path / "none", dtype="int8", quiet=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_dtype_of_the_products_comes_back(dtype, tmp_path):
+    """Whatever that of the tensors is; the released files have none, which is bfloat16."""
+    source = tmp_path / "source"
+    shutil.copytree(RELEASED / "gqa", source)
+    described = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(described | {"compute_dtype": dtype}))
+    convert(source, tmp_path / "run", quiet=True)
+    assert checkpoints.open_checkpoint(tmp_path / "run").model.execution.dtype == dtype
+    for stored in ("float32", "bfloat16"):
+        out, again = tmp_path / f"out_{stored}", tmp_path / f"again_{stored}"
+        export(tmp_path / "run", out, dtype=stored, quiet=True)
+        exported = json.loads((out / "config.json").read_text())
+        assert exported["torch_dtype"] == stored
+        assert exported.get("compute_dtype") == (None if dtype == "bfloat16" else dtype)
+        convert(out, again, quiet=True)
+        config = checkpoints.open_checkpoint(again).model
+        assert (config.execution.dtype, config.param_dtype) == (dtype, stored)
+
+
+@pytest.mark.parametrize("value", ["int8", None, ["float32"]])
+def test_an_unknown_dtype_of_the_products_is_refused(value, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(RELEASED / "gqa", source)
+    described = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(described | {"compute_dtype": value}))
+    with pytest.raises(
+        CheckpointFileError, match="source: config.json: compute_dtype=.* is none"
+    ) as caught:
+        convert(source, tmp_path / "never", quiet=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "never").exists()
