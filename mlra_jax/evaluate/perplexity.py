@@ -109,8 +109,7 @@ def evaluate(
 
     Args:
       checkpoint: folder of a training run or a conversion.
-      tokens: `.bin` files, each a set by itself, or patterns of them as in `c4/*.bin` (`**` is any
-        folders), whose files are taken in the order of their names.
+      tokens: `.bin` files, each a set by itself, or patterns (`c4/**/*.bin`) of them.
       window: tokens that the model sees at once.
       max_tokens: of each set; whole windows only.
       output: JSON file for the result.
