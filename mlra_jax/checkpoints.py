@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mlra_jax.config import ConfigError, ModelConfig
@@ -57,9 +58,14 @@ class Checkpoint:
         with _one_line(self.folder, item):
             stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / item).tree
             _check_same_arrays(self.folder / item, stored, abstract)
-            # A read that is larger than the limit is refused, so it is that of the largest array.
+            # A read that is larger than the limit is refused, so it is that of the largest array,
+            # which is counted in the wider of its two dtypes: as stored or as asked for.
             # Without one, all arrays are in memory as stored before the first of them is cast.
-            largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(stored))
+            asked = _by_name(abstract)
+            largest = max(
+                math.prod(x.shape) * max(np.dtype(d).itemsize for d in (x.dtype, asked[name].dtype))
+                for name, x in _by_name(stored).items()
+            )
             handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1.1 * largest / 1e9)
             with ocp.Checkpointer(handler) as reader:
                 return reader.restore(self.folder / item, abstract)
@@ -171,17 +177,17 @@ def check_same_model(
             )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _by_name(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree.flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _check_same_arrays(path: Path, stored: Any, abstract: Any) -> None:
     """Orbax's own complaint runs over many lines; this one names the first array that differs."""
-    have, want = _shapes(stored), _shapes(abstract)
+    have, want = (
+        {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
+        for tree in (stored, abstract)
+    )
     for name in sorted(have.keys() | want.keys()):
         if name not in want:
             raise CheckpointError(f"{path} has an array {name} that the model does not have")
