@@ -12,7 +12,7 @@ from flax import nnx
 from tiny import relative_error
 
 from mlra_jax import checkpoints, loading
-from mlra_jax.config import DTYPES
+from mlra_jax.config import DTYPES, ConfigError
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Vocabulary
 from mlra_jax.sharding import make_mesh
@@ -83,6 +83,21 @@ def test_every_stored_dtype_loads_in_every_other(kept_in, stored, asked):
     assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {asked}
     expected = np.asarray(params["embed"]["embedding"].astype(stored).astype(asked))
     np.testing.assert_array_equal(model.weights["embed"]["embedding"], expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float16, np.float16, np.dtype("float16"), jnp.zeros(1, "float16").dtype]
+)
+def test_a_dtype_as_numpy_and_jax_write_it(kept_in, dtype):
+    model = loading.load_model(str(kept_in[0]["float32"]), dtype=dtype)
+    assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float16"}
+    assert model.config.execution.dtype == model.config.param_dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8", np.float64, jnp.int32, float, 7])
+def test_other_dtypes_are_refused(kept_in, dtype):
+    with pytest.raises(ConfigError, match="^dtype=.* is none of float32, bfloat16, float16$"):
+        loading.load_model(kept_in[0]["float32"], dtype=dtype)
 
 
 @pytest.mark.parametrize(

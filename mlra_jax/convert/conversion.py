@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
-from mlra_jax.config import DTYPES, GPT2_VOCABULARY, ConfigError, ModelConfig
+from mlra_jax.config import GPT2_VOCABULARY, ConfigError, DTypeLike, ModelConfig, dtype_name
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.hub import find_source
@@ -29,7 +29,7 @@ def convert(
     destination: str | Path,
     *,
     variant: str | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
     note: Callable[[str], object] = print,
     quiet: bool = False,
@@ -55,8 +55,7 @@ def convert(
     Raises:
       CheckpointFileError, ConfigError: one line naming the fault and the file.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    dtype = None if dtype is None else dtype_name(dtype)
     destination = Path(destination)
     with in_one_line(destination):
         check_absent(destination)
