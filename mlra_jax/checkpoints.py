@@ -26,6 +26,8 @@ from mlra_jax.settings_tree import flatten
 
 FORMAT_VERSION = 1
 SUBFOLDER = "checkpoints"
+# Orbax takes these in a path for patterns: what it wrote is not found again, or is a neighbour's.
+_PATTERN_CHARACTERS = "[]*?\\"
 
 
 class CheckpointError(ValueError):
@@ -84,14 +86,31 @@ def describe(model: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "model": model.to_dict(), "tokenizer": tokenizer}
 
 
+def writable_path(folder: str | Path) -> Path:
+    """The absolute path of a folder in which a checkpoint can be written and found again.
+
+    Raises CheckpointError if it has a character that file patterns are made of. Reading is not
+    affected: a folder may be renamed afterwards.
+    """
+    path = Path(folder).absolute()
+    found = next((c for c in _PATTERN_CHARACTERS if c in str(path)), None)
+    if found:
+        raise CheckpointError(
+            f"checkpoints cannot be written to {path}: the path has a {found}; choose one "
+            f"without {' '.join(_PATTERN_CHARACTERS)}"
+        )
+    return path
+
+
 def make_manager(folder: str | Path, *, keep: int | None = None) -> ocp.CheckpointManager:
     """The Orbax manager that writes `folder`'s checkpoints asynchronously, the last `keep` kept.
 
-    Creates the folder; removes what an interrupted save left behind.
+    Creates the folder; removes what an interrupted save left behind. Raises as `writable_path`
+    does, before anything is written.
     """
     policy = ocp.checkpoint_managers.LatestN(keep) if keep else None
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-    path = Path(folder).absolute() / SUBFOLDER
+    path = writable_path(folder) / SUBFOLDER
     path.parent.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(path, options=options)
 

@@ -53,10 +53,11 @@ def convert(
       The model's config.
 
     Raises:
-      CheckpointFileError, ConfigError: one line naming the fault and the file.
+      CheckpointFileError, CheckpointError, ConfigError: one line naming the fault and the file.
     """
     dtype = None if dtype is None else dtype_name(dtype)
     destination = Path(destination)
+    checkpoints.writable_path(destination)
     with in_one_line(destination):
         check_absent(destination)
     folder = find_source(source)

@@ -18,6 +18,7 @@ import pytest
 
 import mlra_jax
 from mlra_jax import checkpoints
+from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import CheckpointFileError, convert
 from mlra_jax.convert import __main__ as command
@@ -316,6 +317,14 @@ def test_tree_is_the_models(converted):
         ),
         vocab_size=96, num_layers=2, embed_dim=48, mlp_dim=64, context_length=64,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["conv[1]", "a[b]/conv", "conv\\1", "conv*"])
+def test_a_destination_that_is_a_pattern_is_refused(tmp_path, name):
+    """At once: the source is not even looked for."""
+    with pytest.raises(CheckpointError, match="cannot be written to .*; choose one without"):
+        convert(tmp_path / "absent", tmp_path / name, quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_dtypes(mha, tmp_path):
