@@ -70,7 +70,7 @@ def convert(
             raise CheckpointFileError(f"{folder}: {error}") from None
         config = dataclasses.replace(config, param_dtype=dtype or stored.name)
         arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
-        for line in notes:
+        for line in (*weights.notes, *notes):
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
             weights.verify(progress)

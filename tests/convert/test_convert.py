@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import save_file
 
 import mlra_jax
 from mlra_jax import checkpoints
@@ -317,6 +319,71 @@ def test_tree_is_the_models(converted):
         ),
         vocab_size=96, num_layers=2, embed_dim=48, mlp_dim=64, context_length=64,
     )  # fmt: skip
+
+
+def frequencies(base):
+    return (base ** -(np.arange(8) / 8)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(mha, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    convert(RELEASED / "mha", folder, quiet=True)
+    return params_of(folder)
+
+
+TRAINERS = {
+    "compiled": (lambda a: {f"_orig_mod.{n}": x for n, x in a.items()}, "begins with _orig_mod.;"),
+    "parallel": (lambda a: {f"module.{n}": x for n, x in a.items()}, "begins with module.;"),
+    "both": (
+        lambda a: {f"module._orig_mod.{n}": x for n, x in a.items()},
+        "begins with module._orig_mod.;",
+    ),
+    "frequencies": (
+        lambda a: a | {"transformer.h.0.attn.rotary.inv_freq": frequencies(1e4)},
+        "left out: transformer.h.0.attn.rotary.inv_freq$",
+    ),
+    "tables": (
+        lambda a: a | {f"transformer.rotary_emb.{n}": np.ones((9, 8)) for n in ("cos", "sin")},
+        "left out: transformer.rotary_emb.cos and 1 more$",
+    ),
+    "masks": (
+        lambda a: a | {"transformer.h.0.attn.bias": np.tril(np.ones((1, 1, 9, 9), np.bool_))},
+        "left out: transformer.h.0.attn.bias$",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_trainers_leave_around_the_weights(kind, suffix, mha, plain, tmp_path):
+    arrays, config = mha
+    change, said = TRAINERS[kind]
+    source = write_folder(tmp_path / "mha", change(dict(arrays)), config)
+    if suffix == "safetensors":
+        (source / "pytorch_model.bin").unlink()
+        save_file(change(dict(arrays)), source / "model.safetensors")
+    notes = []
+    convert(source, tmp_path / "out", quiet=True, note=notes.append)
+    assert len(notes) == 1 and re.search(said, notes[0])
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "out"), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda a: a | {"rotary.inv_freq": frequencies(5e5)},
+            "rotary.inv_freq: rotary frequencies",
+        ),
+        (lambda a: a | {"rotary.proj.weight": np.ones(3, np.float32)}, "weight is no tensor of"),
+        # A prefix of one name is no wrapper's.
+        (lambda a: without(a, QUERY) | {f"module.{QUERY}": a[QUERY]}, f"{QUERY} is missing"),
+    ],
+)
+def test_what_may_do_harm_is_refused(change, match, mha, tmp_path):
+    source = write_folder(tmp_path / "mha", change(dict(mha[0])), mha[1])
+    refuse(match, source, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["conv[1]", "a[b]/conv", "conv\\1", "conv*"])
