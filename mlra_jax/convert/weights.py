@@ -43,6 +43,7 @@ class SafetensorsFile:
     """One .safetensors file behind the interface of `TorchFile`. It carries no checksums."""
 
     size = 0
+    inside = None
 
     def __init__(self, path: Path):
         self._path = path
@@ -124,7 +125,8 @@ class Weights:
         self._where: dict[str, TorchFile | SafetensorsFile] = {}
         try:
             self._open(names, index)
-            self._stored, self.notes = foreign.plain_names(self._where)
+            self._stored, notes = foreign.plain_names(self._where)
+            self.notes = self._training_dictionaries() + notes
             self._leave_out_buffers()
         except BaseException:
             self.close()
@@ -158,6 +160,13 @@ class Weights:
                 raise CheckpointFileError(
                     f"{self.folder / name}: {tensor!r} is in the index and not there"
                 )
+
+    def _training_dictionaries(self) -> list[str]:
+        inside = {name: file.inside for name, file in self._files.items() if file.inside}
+        return [
+            f"{name} is of a training run; its {key!r} is read and the rest left out"
+            for name, key in inside.items()
+        ]
 
     def _leave_out_buffers(self) -> None:
         buffers = [name for name in self._stored if foreign.is_buffer(name)]

@@ -1,5 +1,6 @@
 """Conversion: what it refuses, what it leaves behind, and what lies on disk afterwards."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import sys
 import types
+import zipfile
 
 import jax
 import ml_dtypes
@@ -26,10 +28,11 @@ from mlra_jax.convert import CheckpointFileError, convert
 from mlra_jax.convert import __main__ as command
 from mlra_jax.convert.lazy import open_arrays
 from mlra_jax.convert.released import EMBEDDING, HEAD
+from mlra_jax.convert.torch_format.reader import TorchFile
 from mlra_jax.convert.weights import read_json
 from mlra_jax.sharding import mesh_sizes
 
-from .files import RELEASED, read_folder, write_folder
+from .files import RELEASED, archive, read_folder, training_pickle, write_folder
 
 SHARDS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
 INDEX = "pytorch_model.bin.index.json"
@@ -384,6 +387,28 @@ def test_what_trainers_leave_around_the_weights(kind, suffix, mha, plain, tmp_pa
 def test_what_may_do_harm_is_refused(change, match, mha, tmp_path):
     source = write_folder(tmp_path / "mha", change(dict(mha[0])), mha[1])
     refuse(match, source, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_a_model_inside_a_training_dictionary(key, mha, plain, tmp_path):
+    """As a compiled model is saved while it is trained: with prefixes, too."""
+    arrays, config = mha
+    arrays = {f"_orig_mod.{name}": array for name, array in arrays.items()}
+    source = write_folder(tmp_path / "mha", arrays, config)
+    path = source / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    with contextlib.closing(TorchFile(path)) as file:
+        state = {"param_groups": [{"lr": 1e-4, "params": [0, 1]}], "state": {0: {"step": 3.0}}}
+        pickled = training_pickle(file._tensors, key, optimizer=state, iter_num=7)
+    path.write_bytes(archive(entries | {"pytorch_model/data.pkl": pickled}))
+    notes = []
+    convert(source, tmp_path / "out", quiet=True, note=notes.append)
+    assert len(notes) == 2 and "begins with _orig_mod." in notes[1]
+    assert notes[0] == (
+        f"pytorch_model.bin is of a training run; its {key!r} is read and the rest left out"
+    )
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "out"), plain)
 
 
 @pytest.mark.parametrize("name", ["conv[1]", "a[b]/conv", "conv\\1", "conv*"])
