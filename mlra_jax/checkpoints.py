@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mlra_jax.config import ConfigError, ModelConfig
@@ -25,6 +26,8 @@ from mlra_jax.settings_tree import flatten
 
 FORMAT_VERSION = 1
 SUBFOLDER = "checkpoints"
+# Orbax takes these in a path for patterns: what it wrote is not found again, or is a neighbour's.
+_PATTERN_CHARACTERS = "[]*?\\"
 
 
 class CheckpointError(ValueError):
@@ -57,9 +60,14 @@ class Checkpoint:
         with _one_line(self.folder, item):
             stored = ocp.PyTreeCheckpointHandler().metadata(self.folder / item).tree
             _check_same_arrays(self.folder / item, stored, abstract)
-            # A read that is larger than the limit is refused, so it is that of the largest array.
+            # A read that is larger than the limit is refused, so it is that of the largest array,
+            # which is counted in the wider of its two dtypes: as stored or as asked for.
             # Without one, all arrays are in memory as stored before the first of them is cast.
-            largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(stored))
+            asked = _by_name(abstract)
+            largest = max(
+                math.prod(x.shape) * max(np.dtype(d).itemsize for d in (x.dtype, asked[name].dtype))
+                for name, x in _by_name(stored).items()
+            )
             handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1.1 * largest / 1e9)
             with ocp.Checkpointer(handler) as reader:
                 return reader.restore(self.folder / item, abstract)
@@ -78,14 +86,31 @@ def describe(model: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "model": model.to_dict(), "tokenizer": tokenizer}
 
 
+def writable_path(folder: str | Path) -> Path:
+    """The absolute path of a folder in which a checkpoint can be written and found again.
+
+    Raises CheckpointError if it has a character that file patterns are made of. Reading is not
+    affected: a folder may be renamed afterwards.
+    """
+    path = Path(folder).absolute()
+    found = next((c for c in _PATTERN_CHARACTERS if c in str(path)), None)
+    if found:
+        raise CheckpointError(
+            f"checkpoints cannot be written to {path}: the path has a {found}; choose one "
+            f"without {' '.join(_PATTERN_CHARACTERS)}"
+        )
+    return path
+
+
 def make_manager(folder: str | Path, *, keep: int | None = None) -> ocp.CheckpointManager:
     """The Orbax manager that writes `folder`'s checkpoints asynchronously, the last `keep` kept.
 
-    Creates the folder; removes what an interrupted save left behind.
+    Creates the folder; removes what an interrupted save left behind. Raises as `writable_path`
+    does, before anything is written.
     """
     policy = ocp.checkpoint_managers.LatestN(keep) if keep else None
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-    path = Path(folder).absolute() / SUBFOLDER
+    path = writable_path(folder) / SUBFOLDER
     path.parent.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(path, options=options)
 
@@ -171,17 +196,17 @@ def check_same_model(
             )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _by_name(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree.flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _check_same_arrays(path: Path, stored: Any, abstract: Any) -> None:
     """Orbax's own complaint runs over many lines; this one names the first array that differs."""
-    have, want = _shapes(stored), _shapes(abstract)
+    have, want = (
+        {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
+        for tree in (stored, abstract)
+    )
     for name in sorted(have.keys() | want.keys()):
         if name not in want:
             raise CheckpointError(f"{path} has an array {name} that the model does not have")

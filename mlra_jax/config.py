@@ -1,8 +1,11 @@
 """Sizes of a model, and the presets of the paper. The only place that validates sizes."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Any, ClassVar
+
+import numpy as np
 
 from mlra_jax.settings_tree import ConfigError, at_least, build, closest
 from mlra_jax.settings_tree import require as _require
@@ -159,9 +162,27 @@ _KINDS = {
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _require_dtype(config, name: str) -> None:
-    value = getattr(config, name)
-    _require(value in DTYPES, f"{name}={value!r} is none of {', '.join(DTYPES)}")
+DTypeLike = str | type | np.dtype
+"""A dtype as people pass it: "float32", np.float32, jnp.float32, np.dtype(...), x.dtype."""
+
+
+def dtype_name(value: DTypeLike, what: str = "dtype") -> str:
+    """The name, one of `DTYPES`, of a dtype however NumPy or JAX write it.
+
+    Raises ConfigError, which calls the setting `what`, for all others.
+    """
+    if isinstance(value, str) and value in DTYPES:
+        return value  # also bfloat16, which NumPy knows by this name only beside ml_dtypes
+    name = None
+    with contextlib.suppress(TypeError, ValueError, SyntaxError):
+        name = np.dtype(value).name
+    shown = " ".join(repr(value).split())[:100]
+    _require(name in DTYPES, f"{what}={shown} is none of {', '.join(DTYPES)}")
+    return name
+
+
+def _normalise_dtype(config, name: str) -> None:
+    object.__setattr__(config, name, dtype_name(getattr(config, name), name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +190,13 @@ class Execution:
     """How a model is computed. Another one computes the same model."""
 
     dtype: str = "bfloat16"
-    """Of activations and products; norms' statistics, softmax and logits are float32."""
+    """Of activations and products; norms' statistics, softmax and logits are float32. It may be
+    given as NumPy or JAX write it (`jnp.bfloat16`), and is kept by name."""
     remat: bool = True
     """Recompute each block in the backward pass instead of keeping its activations."""
 
     def __post_init__(self):
-        _require_dtype(self, "dtype")
+        _normalise_dtype(self, "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +233,7 @@ class ModelConfig:
                 isinstance(value, int | float) and math.isfinite(value) and value > 0,
                 f"{name}={value!r} must be a positive number",
             )
-        _require_dtype(self, "param_dtype")
+        _normalise_dtype(self, "param_dtype")
 
     def identity(self) -> dict[str, Any]:
         """What the model is, JSON-ready: `to_dict` without how it is computed."""

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
-from mlra_jax.config import GPT2_VOCABULARY
+from mlra_jax.config import GPT2_VOCABULARY, DTypeLike, dtype_name
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Decoder, Vocabulary
 
@@ -18,7 +18,7 @@ _GPT2_TOKENS = 50257
 def load_model(
     path: str | Path,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     step: int | None = None,
 ) -> Decoder:
     """The model of a training run's or a converted checkpoint, ready to decode.
@@ -26,8 +26,9 @@ def load_model(
     Args:
       path: the folder that training or conversion wrote; the latest finished step is taken.
       mesh: from `make_mesh`; by default one device. Each device reads its own part.
-      dtype: of parameters and products, such as "bfloat16". By default as the checkpoint's config
-        says: weights are held in the dtype of the products, norms as they are stored.
+      dtype: of parameters and products, "bfloat16", jnp.bfloat16 or as NumPy says it. By default as
+        the checkpoint's config says: weights are held in the dtype of the products, norms as they
+        are stored.
       step: another step than the latest.
 
     Returns:
@@ -35,13 +36,15 @@ def load_model(
       `vocabulary` has the checkpoint's tokenizer name and the number of ids that mean something.
 
     Raises:
-      CheckpointError: missing or damaged. ConfigError: sizes that do not divide over the mesh.
+      CheckpointError: missing or damaged.
+      ConfigError: sizes that do not divide over the mesh, another dtype than `config.DTYPES`.
     """
+    dtype = None if dtype is None else dtype_name(dtype)
     checkpoint = checkpoints.open_checkpoint(path, step)
     config = checkpoint.model
     if dtype is not None:
-        execution = dataclasses.replace(config.execution, dtype=str(dtype))
-        config = dataclasses.replace(config, param_dtype=str(dtype), execution=execution)
+        execution = dataclasses.replace(config.execution, dtype=dtype)
+        config = dataclasses.replace(config, param_dtype=dtype, execution=execution)
     mesh = sharding.make_mesh() if mesh is None else mesh
     _, shapes = models.structure(config, mesh)
 

@@ -377,6 +377,32 @@ def test_kinds_and_tokenizers_are_compared(tmp_path):
                 checkpoints.check_same_model(opened, config, None, "runs/a")
 
 
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a[!b]", "a]b", "a\\d", "run*", "run?", "a[b]/run"])
+def test_a_path_that_is_a_pattern_is_refused_before_it_is_made(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in (name, tmp_path / name):
+        with pytest.raises(CheckpointError, match="cannot be written to /.*; choose one") as caught:
+            checkpoints.make_manager(folder)
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["lr=1e-3", "a b", "{a,b}", "é%5B1%5D", "a#~!&"])
+def test_other_paths_are_served(tmp_path, name):
+    ones = np.ones(4, np.float32)
+    write(tmp_path / name, (1,), {"a": ones})
+    asked = jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding.named(sharding.make_mesh()))
+    found = checkpoints.open_checkpoint(tmp_path / name).restore("params", {"a": asked})
+    np.testing.assert_array_equal(found["a"], ones)
+
+
+def test_a_folder_renamed_to_a_pattern_is_read(copy, written):
+    moved = copy.rename(copy.with_name("lr[1e-3]"))
+    abstract = abstract_params(sharding.make_mesh())
+    found = checkpoints.open_checkpoint(moved).restore("params", abstract)
+    jax.tree.map(np.testing.assert_array_equal, found, written[1])
+
+
 def test_a_workdir_of_another_model_names_the_difference(written):
     opened = checkpoints.open_checkpoint(written[0])
 

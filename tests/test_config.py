@@ -3,6 +3,9 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given
@@ -111,6 +114,13 @@ def test_how_a_model_is_computed_is_no_part_of_its_identity():
     assert ModelConfig.from_dict(config.identity()).execution == Execution()
     with pytest.raises(ConfigError, match="^dtype='int8' is none of float32, bfloat16, float16$"):
         ModelConfig.from_dict(config.to_dict() | {"dtype": "int8"})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype("bfloat16"), ml_dtypes.bfloat16])
+def test_a_dtype_is_kept_by_name(dtype):
+    config = preset("mha", dtype=dtype, param_dtype=dtype)
+    assert config == preset("mha", dtype="bfloat16", param_dtype="bfloat16")
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_the_caller_keeps_what_is_given():

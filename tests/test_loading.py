@@ -1,5 +1,6 @@
 """A checkpoint as a model: dtype, step, places; ids that mean something; its tokenizer."""
 
+import dataclasses
 import types
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from tiny import relative_error
 
 from mlra_jax import checkpoints, loading
+from mlra_jax.config import DTYPES, ConfigError
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Vocabulary
 from mlra_jax.sharding import make_mesh
@@ -56,6 +58,46 @@ def test_a_model_is_loaded_in_its_places_and_dtype(saved):
         assert held * parts.get(name, 4) == x.nbytes, path
     assert 1e-4 < relative_error(model(TOKENS), made[5](TOKENS)) < 5e-2
     assert model.config.execution.dtype == model.config.param_dtype == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def kept_in(tmp_path_factory):
+    """Folders of one model, stored in each dtype; and its weights in float32."""
+    params = nnx.to_pure_dict(nnx.state(tiny.random_model(CONFIG, make_mesh(), seed=3)))
+    folders = {}
+    for dtype in DTYPES:
+        config = dataclasses.replace(CONFIG, param_dtype=dtype)
+        stored = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+        folders[dtype] = tmp_path_factory.mktemp(dtype)
+        with checkpoints.make_manager(folders[dtype]) as manager:
+            described = checkpoints.describe(config, "bytes")
+            checkpoints.save(manager, 1, params=stored, model=described)
+    return folders, params
+
+
+@pytest.mark.parametrize("asked", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+def test_every_stored_dtype_loads_in_every_other(kept_in, stored, asked):
+    folders, params = kept_in
+    model = loading.load_model(folders[stored], dtype=asked)
+    assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {asked}
+    expected = np.asarray(params["embed"]["embedding"].astype(stored).astype(asked))
+    np.testing.assert_array_equal(model.weights["embed"]["embedding"], expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float16, np.float16, np.dtype("float16"), jnp.zeros(1, "float16").dtype]
+)
+def test_a_dtype_as_numpy_and_jax_write_it(kept_in, dtype):
+    model = loading.load_model(str(kept_in[0]["float32"]), dtype=dtype)
+    assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float16"}
+    assert model.config.execution.dtype == model.config.param_dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8", np.float64, jnp.int32, float, 7])
+def test_other_dtypes_are_refused(kept_in, dtype):
+    with pytest.raises(ConfigError, match="^dtype=.* is none of float32, bfloat16, float16$"):
+        loading.load_model(kept_in[0]["float32"], dtype=dtype)
 
 
 @pytest.mark.parametrize(

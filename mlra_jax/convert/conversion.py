@@ -11,7 +11,15 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
-from mlra_jax.config import DTYPES, GPT2_VOCABULARY, ConfigError, Execution, ModelConfig
+from mlra_jax.config import (
+    DTYPES,
+    GPT2_VOCABULARY,
+    ConfigError,
+    DTypeLike,
+    Execution,
+    ModelConfig,
+    dtype_name,
+)
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.hub import find_source
@@ -29,7 +37,7 @@ def convert(
     destination: str | Path,
     *,
     variant: str | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
     note: Callable[[str], object] = print,
     quiet: bool = False,
@@ -53,11 +61,11 @@ def convert(
       The model's config.
 
     Raises:
-      CheckpointFileError, ConfigError: one line naming the fault and the file.
+      CheckpointFileError, CheckpointError, ConfigError: one line naming the fault and the file.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    dtype = None if dtype is None else dtype_name(dtype)
     destination = Path(destination)
+    checkpoints.writable_path(destination)
     with in_one_line(destination):
         check_absent(destination)
     folder = find_source(source)
@@ -73,7 +81,7 @@ def convert(
             config, param_dtype=dtype or stored.name, execution=Execution(compute)
         )
         arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
-        for line in notes:
+        for line in (*weights.notes, *notes):
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
             weights.verify(progress)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
-from mlra_jax.config import DTYPES, Execution, LatentConfig, ModelConfig
+from mlra_jax.config import DTypeLike, Execution, LatentConfig, ModelConfig, dtype_name
 from mlra_jax.convert import lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.released import (
@@ -38,7 +38,7 @@ def export(
     destination: str | Path,
     *,
     step: int | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     shard_bytes: int = SHARD_BYTES,
     note: Callable[[str], object] = print,
     quiet: bool = False,
@@ -57,8 +57,7 @@ def export(
     Raises:
       CheckpointError, CheckpointFileError, ConfigError: one line naming the fault and the file.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointFileError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
+    dtype = None if dtype is None else dtype_name(dtype)
     destination = Path(destination)
     with in_one_line(destination):
         check_absent(destination)

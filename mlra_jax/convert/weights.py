@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from mlra_jax.convert import foreign
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.torch_format.archive import map_file
 from mlra_jax.convert.torch_format.reader import TensorSpec, TorchFile
@@ -42,6 +43,7 @@ class SafetensorsFile:
     """One .safetensors file behind the interface of `TorchFile`. It carries no checksums."""
 
     size = 0
+    inside = None
 
     def __init__(self, path: Path):
         self._path = path
@@ -100,7 +102,9 @@ class Weights:
     Attributes:
       folder: where it lies.
       config: the parsed config.json.
-      specs: name to shape and dtype over all files.
+      specs: name to shape and dtype over all files, the names without prefixes that all have
+        (see `foreign`), and without masks and rotary tables.
+      notes: what was left out of the names and tensors, a line each.
       size: bytes that `verify` will read.
       complete: whether tied tensors must be there under both names (.bin), or may be stored once
         (.safetensors, which cannot share storage).
@@ -121,10 +125,13 @@ class Weights:
         self._where: dict[str, TorchFile | SafetensorsFile] = {}
         try:
             self._open(names, index)
+            self._stored, notes = foreign.plain_names(self._where)
+            self.notes = self._training_dictionaries() + notes
+            self._leave_out_buffers()
         except BaseException:
             self.close()
             raise
-        self.specs = {name: file.specs[name] for name, file in self._where.items()}
+        self.specs = {n: self._where[stored].specs[stored] for n, stored in self._stored.items()}
         self.size = sum(file.size for file in self._files.values())
 
     def _open(self, names: Iterable[str], index: Mapping[str, str] | None) -> None:
@@ -154,12 +161,30 @@ class Weights:
                     f"{self.folder / name}: {tensor!r} is in the index and not there"
                 )
 
+    def _training_dictionaries(self) -> list[str]:
+        inside = {name: file.inside for name, file in self._files.items() if file.inside}
+        return [
+            f"{name} is of a training run; its {key!r} is read and the rest left out"
+            for name, key in inside.items()
+        ]
+
+    def _leave_out_buffers(self) -> None:
+        buffers = [name for name in self._stored if foreign.is_buffer(name)]
+        for name in buffers:
+            foreign.check_frequencies(name, self.read(name))
+            del self._stored[name]
+        if buffers:
+            more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+            self.notes.append(f"masks and rotary tables are left out: {buffers[0]}{more}")
+
     def read(self, name: str) -> np.ndarray:
         """A tensor, read-only; for .bin files a view of the file."""
-        return self._where[name].read(name)
+        stored = self._stored[name]
+        return self._where[stored].read(stored)
 
     def same_bytes(self, a: str, b: str) -> bool:
         """Whether two names are one tensor of one file."""
+        a, b = self._stored[a], self._stored[b]
         return self._where[a] is self._where[b] and self._where[a].same_bytes(a, b)
 
     def verify(self, progress: Callable[[int], object] = lambda n: None) -> None:

@@ -13,6 +13,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from mlra_jax import sharding
+from mlra_jax.config import DTypeLike
 from mlra_jax.evaluate import scoring
 from mlra_jax.generation import Sampling
 from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
@@ -44,7 +45,7 @@ class HarnessModel(TemplateLM):
         tokenizer: str | None = None,
         mesh: str = "",
         batch_size: int | str = 8,
-        dtype: str | None = None,
+        dtype: DTypeLike | None = None,
         max_length: int | None = None,
         **_: Any,
     ):

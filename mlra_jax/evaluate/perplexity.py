@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mlra_jax import checkpoints, sharding
+from mlra_jax.config import DTypeLike, dtype_name
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows, fingerprint
 from mlra_jax.decoder import Decoder
@@ -97,7 +98,7 @@ def evaluate(
     output: str | Path | None = None,
     mesh: Mesh | None = None,
     batch: int | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     step: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def evaluate(
         `output` or its partial sums are of another evaluation.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    dtype = None if dtype is None else dtype_name(dtype)
     files = _expand(tokens)
     _check(files, window, max_tokens)
     opened = checkpoints.open_checkpoint(checkpoint, step)
@@ -146,7 +148,6 @@ def evaluate(
     store = _Store(output, settings)
     if store.result is not None:
         return store.result
-
     model = load_model(checkpoint, mesh, dtype, opened.step)
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
     check_batch(model, batch)

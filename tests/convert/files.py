@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def torch_bytes(pickle=None, tensors=None, data=None, **extra):
     pickle = pickle_tensors(tensors) if pickle is None else pickle
     entries = {"m/data.pkl": pickle, "m/byteorder": b"little", "m/data/0": data}
     return archive(entries | extra)
+
+
+def training_pickle(tensors, key, **more):
+    """The pickle of a training run's dictionary: the tensors under `key`, beside anything else."""
+    values = {key: pickle_tensors(tensors)} | {n: pickle.dumps(v, 2) for n, v in more.items()}
+    items = (pickle.dumps(name, 2)[2:-1] + data[2:-1] for name, data in values.items())
+    return b"\x80\x02}(" + b"".join(items) + b"u."
 
 
 def read_folder(folder):

@@ -1,32 +1,38 @@
 """Conversion: what it refuses, what it leaves behind, and what lies on disk afterwards."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import types
+import zipfile
 
 import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import save_file
 
 import mlra_jax
 from mlra_jax import checkpoints
+from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import CheckpointFileError, convert
 from mlra_jax.convert import __main__ as command
 from mlra_jax.convert.lazy import open_arrays
 from mlra_jax.convert.released import EMBEDDING, HEAD
+from mlra_jax.convert.torch_format.reader import TorchFile
 from mlra_jax.convert.weights import read_json
 from mlra_jax.sharding import mesh_sizes
 
-from .files import RELEASED, read_folder, write_folder
+from .files import RELEASED, archive, read_folder, training_pickle, write_folder
 
 SHARDS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
 INDEX = "pytorch_model.bin.index.json"
@@ -318,6 +324,101 @@ def test_tree_is_the_models(converted):
     )  # fmt: skip
 
 
+def frequencies(base):
+    return (base ** -(np.arange(8) / 8)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(mha, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    convert(RELEASED / "mha", folder, quiet=True)
+    return params_of(folder)
+
+
+TRAINERS = {
+    "compiled": (lambda a: {f"_orig_mod.{n}": x for n, x in a.items()}, "begins with _orig_mod.;"),
+    "parallel": (lambda a: {f"module.{n}": x for n, x in a.items()}, "begins with module.;"),
+    "both": (
+        lambda a: {f"module._orig_mod.{n}": x for n, x in a.items()},
+        "begins with module._orig_mod.;",
+    ),
+    "frequencies": (
+        lambda a: a | {"transformer.h.0.attn.rotary.inv_freq": frequencies(1e4)},
+        "left out: transformer.h.0.attn.rotary.inv_freq$",
+    ),
+    "tables": (
+        lambda a: a | {f"transformer.rotary_emb.{n}": np.ones((9, 8)) for n in ("cos", "sin")},
+        "left out: transformer.rotary_emb.cos and 1 more$",
+    ),
+    "masks": (
+        lambda a: a | {"transformer.h.0.attn.bias": np.tril(np.ones((1, 1, 9, 9), np.bool_))},
+        "left out: transformer.h.0.attn.bias$",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_trainers_leave_around_the_weights(kind, suffix, mha, plain, tmp_path):
+    arrays, config = mha
+    change, said = TRAINERS[kind]
+    source = write_folder(tmp_path / "mha", change(dict(arrays)), config)
+    if suffix == "safetensors":
+        (source / "pytorch_model.bin").unlink()
+        save_file(change(dict(arrays)), source / "model.safetensors")
+    notes = []
+    convert(source, tmp_path / "out", quiet=True, note=notes.append)
+    assert len(notes) == 1 and re.search(said, notes[0])
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "out"), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda a: a | {"rotary.inv_freq": frequencies(5e5)},
+            "rotary.inv_freq: rotary frequencies",
+        ),
+        (lambda a: a | {"rotary.proj.weight": np.ones(3, np.float32)}, "weight is no tensor of"),
+        # A prefix of one name is no wrapper's.
+        (lambda a: without(a, QUERY) | {f"module.{QUERY}": a[QUERY]}, f"{QUERY} is missing"),
+    ],
+)
+def test_what_may_do_harm_is_refused(change, match, mha, tmp_path):
+    source = write_folder(tmp_path / "mha", change(dict(mha[0])), mha[1])
+    refuse(match, source, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_a_model_inside_a_training_dictionary(key, mha, plain, tmp_path):
+    """As a compiled model is saved while it is trained: with prefixes, too."""
+    arrays, config = mha
+    arrays = {f"_orig_mod.{name}": array for name, array in arrays.items()}
+    source = write_folder(tmp_path / "mha", arrays, config)
+    path = source / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    with contextlib.closing(TorchFile(path)) as file:
+        state = {"param_groups": [{"lr": 1e-4, "params": [0, 1]}], "state": {0: {"step": 3.0}}}
+        pickled = training_pickle(file._tensors, key, optimizer=state, iter_num=7)
+    path.write_bytes(archive(entries | {"pytorch_model/data.pkl": pickled}))
+    notes = []
+    convert(source, tmp_path / "out", quiet=True, note=notes.append)
+    assert len(notes) == 2 and "begins with _orig_mod." in notes[1]
+    assert notes[0] == (
+        f"pytorch_model.bin is of a training run; its {key!r} is read and the rest left out"
+    )
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "out"), plain)
+
+
+@pytest.mark.parametrize("name", ["conv[1]", "a[b]/conv", "conv\\1", "conv*"])
+def test_a_destination_that_is_a_pattern_is_refused(tmp_path, name):
+    """At once: the source is not even looked for."""
+    with pytest.raises(CheckpointError, match="cannot be written to .*; choose one without"):
+        convert(tmp_path / "absent", tmp_path / name, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_dtypes(mha, tmp_path):
     arrays, config = mha
     convert(RELEASED / "mha", tmp_path / "b", dtype="bfloat16", quiet=True)
@@ -334,7 +435,7 @@ def test_dtypes(mha, tmp_path):
         assert kept[1].tobytes() == wanted.tobytes()
     large = write_folder(tmp_path / "large", arrays | {QUERY: arrays[QUERY] + 1e6}, config)
     refuse(f"{QUERY} has numbers too large for float16", large, tmp_path, dtype="float16")
-    refuse("--dtype=int8", large, tmp_path, dtype="int8")
+    refuse("dtype='int8' is none of float32, ", large, tmp_path, dtype="int8")
 
 
 def test_mesh_layout(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mlra_jax import checkpoints
-from mlra_jax.config import LatentConfig
+from mlra_jax.config import ConfigError, LatentConfig
 from mlra_jax.convert import CheckpointFileError, convert, exporting
 from mlra_jax.convert.exporting import export
 from mlra_jax.convert.lazy import LazyArray
@@ -306,6 +306,18 @@ def test_what_the_files_cannot_say_is_said():
     ]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype(np.float16), np.float32, "float32"])
+def test_dtypes_and_paths_as_people_pass_them(tmp_path, dtype):
+    """By name, by class and by object; a path as text or as a Path."""
+    name = str(np.dtype(dtype))
+    convert(str(RELEASED / "mqa"), str(tmp_path / "made"), dtype=dtype, quiet=True)
+    stored = checkpoints.open_checkpoint(tmp_path / "made").model
+    export(str(tmp_path / "made"), str(tmp_path / "out"), dtype=dtype, quiet=True)
+    with Weights(tmp_path / "out") as weights:
+        assert {str(spec.dtype) for spec in weights.specs.values()} == {name}
+        assert stored.param_dtype == weights.config["torch_dtype"] == name
+
+
 def test_numbers_too_large_for_the_type_are_refused(tmp_path):
     """Not written as infinities."""
     convert(RELEASED / "mqa", tmp_path / "source", quiet=True)
@@ -321,7 +333,7 @@ def test_numbers_too_large_for_the_type_are_refused(tmp_path):
         export(tmp_path / "run", tmp_path / "out", dtype="float16", quiet=True)
     assert not (tmp_path / "out").exists()
     export(tmp_path / "run", tmp_path / "out", dtype="bfloat16", quiet=True)
-    with pytest.raises(CheckpointFileError, match="--dtype=int8 is none of"):
+    with pytest.raises(ConfigError, match="dtype='int8' is none of"):
         export(tmp_path / "run", tmp_path / "none", dtype="int8", quiet=True)
 
 

@@ -128,7 +128,7 @@ class Attack:
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "protocol 4"),
         (b"\x8c\x02os\x8c\x06system\x93.", "SHORT_BINUNICODE"),
         (b"\x80\x02\x82\x01.", "EXT1"),
-        (b"\x80\x02]q\x00.", "EMPTY_LIST"),
+        (b"\x80\x02]q\x00.", "no dictionary"),
         (b"\x80\x02}X\x01\x00\x00\x00wK\x01s.", "'w' is not a tensor"),
         (b"\x80\x02K\x01.", "no dictionary"),
         (b"\x80\x02K\x01}b.", "sets the state"),

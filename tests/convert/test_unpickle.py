@@ -16,7 +16,7 @@ from mlra_jax.convert.torch_format.reader import TorchFile
 from mlra_jax.convert.torch_format.unpickle import STORAGES, Storage, Tensor, read_tensors
 from mlra_jax.convert.torch_format.writer import contiguous, pickle_tensors, write_torch_file
 
-from .files import torch_bytes
+from .files import torch_bytes, training_pickle
 
 FLOAT = Storage("0", np.dtype(np.float32), 12)
 PERSISTENT = (
@@ -46,6 +46,10 @@ ALLOWED = {
     "TUPLE2": (b"K\x01K\x02\x86.", (1, 2)),
     "TUPLE3": (b"K\x01K\x02K\x03\x87.", (1, 2, 3)),
     "EMPTY_DICT": (b"}.", {}),
+    "BINFLOAT": (b"G\x3f\xf8\x00\x00\x00\x00\x00\x00.", 1.5),
+    "EMPTY_LIST": (b"].", []),
+    "APPEND": (b"]K\x01a.", [1]),
+    "APPENDS": (b"](K\x01K\x02e.", [1, 2]),
     "SETITEM": (b"}X\x01\x00\x00\x00aK\x01s.", {"a": 1}),
     "SETITEMS": (b"}(X\x01\x00\x00\x00aK\x01X\x01\x00\x00\x00bK\x02u.", {"a": 1, "b": 2}),
     "BINPUT": (b"K\x07q\x03K\x08q\x04h\x03\x87.", (7, 8, 7)),
@@ -213,7 +217,7 @@ def test_tensors_at_the_ends_of_their_storage(tensor, fits):
     if not fits:
         refused(data, "does not fit its storage of 12" if fits is False else "too many dimensions")
         return
-    found = read_tensors(data)["w"]
+    found = read_tensors(data)[0]["w"]
     assert (found.offset, found.shape, found.strides) == (
         tensor.offset,
         tensor.shape,
@@ -236,9 +240,9 @@ def test_offsets_shapes_and_strides_are_whole_numbers(number, field):
 def test_arguments_of_a_tensor():
     """Six, or torch's seventh; hooks are a dictionary, `requires_grad` is true or false."""
     good = b"}X\x01\x00\x00\x00w" + TENSOR + b"s."
-    assert read_tensors(good)["w"].shape == (12,)
-    assert read_tensors(good.replace(b"\x85\x89", b"\x85\x88"))["w"].shape == (12,)
-    assert read_tensors(good.replace(b")RtR", b")R}tR"))["w"].shape == (12,)
+    assert read_tensors(good)[0]["w"].shape == (12,)
+    assert read_tensors(good.replace(b"\x85\x89", b"\x85\x88"))[0]["w"].shape == (12,)
+    assert read_tensors(good.replace(b")RtR", b")R}tR"))[0]["w"].shape == (12,)
     for old, new in (
         (b")RtR", b")RNNtR"),
         (b"ccollections\nOrderedDict\n)RtR", b"tR"),
@@ -257,7 +261,7 @@ def test_limits_are_kept_exactly(monkeypatch, tmp_path):
     monkeypatch.setattr(unpickle, "MAX_BYTES", len(data))
     monkeypatch.setattr(reader, "MAX_BYTES", len(data))
     monkeypatch.setattr(unpickle, "MAX_OPCODES", opcodes)
-    assert list(read_tensors(data)) == ["w", "v"] == list(TorchFile(path).specs)
+    assert list(read_tensors(data)[0]) == ["w", "v"] == list(TorchFile(path).specs)
     monkeypatch.setattr(unpickle, "MAX_OPCODES", opcodes - 1)
     refused(data, f"more than {opcodes - 1} opcodes")
     monkeypatch.setattr(unpickle, "MAX_OPCODES", opcodes)
@@ -284,7 +288,12 @@ def test_what_is_left_on_the_stack_is_refused():
     refused(b"\x80\x02}(X\x01\x00\x00\x00a.", "damaged")
     refused(b"\x80\x02}(X\x01\x00\x00\x00au.", "items of no dictionary")
     refused(b"\x80\x02)(X\x01\x00\x00\x00aNu.", "items of no dictionary")
-    refused(b"\x80\x02}K\x01Ns.", "a dictionary key that is no name")
+    for key in (b"\x88", b")", b"N", b"]"):
+        refused(b"\x80\x02}" + key + b"Ns.", "a dictionary key that is no name")
+    refused(b"\x80\x02}K\x01Ns.", "1 is not a tensor")
+    refused(b"\x80\x02}(K\x01NK\x01Nu.", "'1' twice")
+    for append in (b"Na", b"(Ne"):
+        refused(b"\x80\x02}" + append + b".", "items of no list")
     refused(b"\x80\x02}(\x85.", "stray mark")
     refused(b"\x80\x02)}b.", "sets the state of something else")
     refused(b"\x80\x02}b.", "sets the state of something else|damaged")
@@ -300,6 +309,22 @@ def test_the_writers_numbers_are_what_pickle_reads(value):
     assert pickle.loads(data) == value == interpret(data)
 
 
+STATE = {
+    "state": {0: {"step": 3.0}, 1: {}},
+    "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.95), "params": [0, 1]}],
+}
+
+
+@pytest.mark.parametrize("key", unpickle.MODELS)
+def test_a_model_inside_a_training_dictionary(key):
+    tensors = {"w": contiguous(FLOAT, (3, 4)), "v": contiguous(FLOAT, (12,))}
+    found, inside = read_tensors(training_pickle(tensors, key, optimizer=STATE, iter_num=7))
+    assert (list(found), inside, found["w"].shape) == (["w", "v"], key, (3, 4))
+    two = training_pickle(tensors, key, **{other: {} for other in unpickle.MODELS if other != key})
+    refused(two, "several models: model, state_dict, model_state_dict")
+    refused(training_pickle(tensors, "net", iter_num=7), "'net' is not a tensor")
+
+
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
 
@@ -310,7 +335,8 @@ def test_written_pickles_come_back(shapes, storage):
         name: contiguous(Storage(str(i), STORAGES[storage], math.prod(shape)), shape)
         for i, (name, shape) in enumerate(shapes.items())
     }
-    found = read_tensors(pickle_tensors(tensors))
+    found, inside = read_tensors(pickle_tensors(tensors))
+    assert inside is None
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         array = np.empty(tensor.shape, np.int8)

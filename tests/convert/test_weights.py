@@ -38,6 +38,24 @@ def refused(folder, match):
     assert "\n" not in str(caught.value)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 5877305344\n"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (POINTER, "is a pointer of git-lfs, not the file itself; run `git lfs pull`"),
+        ("<!DOCTYPE html>\n<html><body>Log in", "is an HTML page, not the file itself"),
+        ("\ufeff\n  <html lang='en'>404", "is an HTML page, not the file itself"),
+    ],
+)
+def test_what_a_download_left_instead_is_named(tmp_path, name, text, said):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    refused(tmp_path, f"{name}: {said}")
+
+
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_two_shards_are_one_set_of_tensors(tmp_path, suffix):
     first, second = small_arrays(), {"z": np.arange(5, dtype=np.float32)}

@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -115,6 +117,15 @@ def test_what_is_loaded_is_what_was_asked_for(place, calls, monkeypatch):
     latest, named = asked
     assert (latest["step"], latest["mesh"].size, latest["dtype"]) == (2, 1, None)
     assert named == dict(path=place / "run", step=1, mesh=mesh, dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, ml_dtypes.bfloat16, np.dtype("bfloat16")])
+def test_a_dtype_is_the_same_however_it_is_written(place, calls, dtype):
+    """A result by name is read again with any other spelling of the same dtype."""
+    found = run(place, dtype="bfloat16")
+    del calls[:]
+    assert run(place, dtype=dtype) == found and not calls
+    assert run(place, checkpoint=str(place / "run"), dtype=dtype, output=None)["step"] == 2
 
 
 @pytest.mark.parametrize(("limit", "windows"), [(4, 1), (7, 1), (8, 2), (20, 5), (27, 6), (999, 7)])

@@ -26,6 +26,12 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY_BYTES = 32 << 20
 _BYTES_AT_ONCE = 8 << 20
+# What downloads leave in the place of a file: how it begins (in lower case), and what to say.
+_SUBSTITUTES = (
+    (b"version https://git-lfs", "a pointer of git-lfs, not the file itself; run `git lfs pull`"),
+    (b"<!doctype html", "an HTML page, not the file itself; log in or check the address"),
+    (b"<html", "an HTML page, not the file itself; log in or check the address"),
+)
 
 
 class Entry(NamedTuple):
@@ -188,17 +194,24 @@ def map_file(path: Path) -> mmap.mmap:
     """Maps a regular file read-only.
 
     Raises:
-      CheckpointFileError: missing, not a regular file, empty or unreadable.
+      CheckpointFileError: missing, not a regular file, empty, unreadable, or what a failed download
+        leaves in its place.
     """
     try:
         # A pipe or device would block or never end; asking first costs nothing.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointFileError(f"{path}: not a regular file")
         with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except CheckpointFileError:
         raise
     except FileNotFoundError:
         raise CheckpointFileError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise CheckpointFileError(f"{path}: cannot be read ({error})") from None
+    head = mapped[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for start, what in _SUBSTITUTES:
+        if head.startswith(start):
+            mapped.close()
+            raise CheckpointFileError(f"{path}: is {what}")
+    return mapped

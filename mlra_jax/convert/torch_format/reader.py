@@ -29,6 +29,7 @@ class TorchFile:
     Attributes:
       specs: name to shape and dtype (float32, bfloat16, float16, or a type that callers refuse).
       size: bytes that `verify` will read.
+      inside: under which name the tensors are in a training dictionary, if they are.
 
     Raises:
       CheckpointFileError: anything about the file that is not as torch.save writes it.
@@ -38,7 +39,7 @@ class TorchFile:
         self._archive = StoredArchive(path)
         try:
             self._root = self._find_root()
-            self._tensors = self._read_tensors()
+            self._tensors, self.inside = self._read_tensors()
         except BaseException:
             self.close()
             raise
@@ -103,7 +104,7 @@ class TorchFile:
             raise self._error("a zip archive without one data.pkl is no torch.save file")
         return roots[0]
 
-    def _read_tensors(self) -> dict[str, Tensor]:
+    def _read_tensors(self) -> tuple[dict[str, Tensor], str | None]:
         order = self._archive.entries.get(f"{self._root}/byteorder")
         if order is not None and self._archive.data(f"{self._root}/byteorder") != b"little":
             raise self._error("its numbers are not little-endian")
@@ -111,7 +112,7 @@ class TorchFile:
         if self._archive.entries[pickle].size > MAX_BYTES:
             raise self._error(f"its pickle is larger than {MAX_BYTES} bytes")
         try:
-            tensors = read_tensors(bytes(self._archive.data(pickle)))
+            tensors, inside = read_tensors(bytes(self._archive.data(pickle)))
         except CheckpointFileError as error:
             raise self._error(str(error)) from None
         for name, tensor in tensors.items():
@@ -120,4 +121,4 @@ class TorchFile:
                 raise self._error(f"the numbers of {name!r} are missing (storage file absent)")
             if entry.size != tensor.storage.count * tensor.storage.dtype.itemsize:
                 raise self._error(f"the storage of {name!r} has not the length that it declares")
-        return tensors
+        return tensors, inside

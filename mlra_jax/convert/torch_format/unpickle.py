@@ -1,9 +1,10 @@
 """Reads the pickle inside a torch.save archive without running anything.
 
 Not an unpickler with some functions forbidden, but an interpreter of the two dozen opcodes that
-describe a dictionary of tensors. It never imports a module and never calls a function named by the
-file: the only names it knows stand for the records below, every other name and every other opcode
-is refused. Work and memory are bounded by `MAX_BYTES` and `MAX_OPCODES`.
+describe a dictionary of tensors, and the numbers and lists that training programs put beside it.
+It never imports a module and never calls a function named by the file: the only names it knows
+stand for the records below, every other name and every other opcode is refused. Work and memory
+are bounded by `MAX_BYTES` and `MAX_OPCODES`.
 """
 
 import pickletools
@@ -18,6 +19,8 @@ from mlra_jax.convert.errors import CheckpointFileError
 MAX_BYTES = 4 << 20
 MAX_OPCODES = 250_000
 MAX_DIMENSIONS = 8
+# What training programs call the model's tensors beside the optimizer's and their settings.
+MODELS = ("model", "state_dict", "model_state_dict")
 
 STORAGES = {
     "torch FloatStorage": np.dtype(np.float32),
@@ -68,15 +71,17 @@ class _Refused(Exception):
     """Why a pickle is not a dictionary of tensors."""
 
 
-def read_tensors(data: bytes) -> dict[str, Tensor]:
+def read_tensors(data: bytes) -> tuple[dict[str, Tensor], str | None]:
     """Interprets a pickle as a flat dictionary from names to tensors.
+
+    Such a dictionary may also be inside another one, that of a training run, under one of `MODELS`.
 
     Args:
       data: the bytes of ``data.pkl``.
 
     Returns:
-      The tensors in the order of the file. They are checked against their storages' declared
-      lengths, not yet against the archive.
+      The tensors in the order of the file, and which of `MODELS` they are under, or None. They are
+      checked against their storages' declared lengths, not yet against the archive.
 
     Raises:
       CheckpointFileError: anything but a dictionary of tensors, with the offending name.
@@ -93,17 +98,20 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
         raise CheckpointFileError(f"its pickle is damaged ({type(error).__name__})") from None
     if type(result) is not dict:
         raise CheckpointFileError("its pickle holds no dictionary of tensors")
-    for name, value in result.items():
+    inside = [name for name in MODELS if type(result.get(name)) is dict]
+    if len(inside) > 1:
+        raise CheckpointFileError(f"its pickle holds several models: {', '.join(inside)}")
+    for name, value in result[inside[0]].items() if inside else result.items():
         if type(value) is not Tensor:
             raise CheckpointFileError(f"{name!r} is not a tensor")
-    return result
+    return (result[inside[0]], inside[0]) if inside else (result, None)
 
 
 class _Interpreter:
     """A stack machine of the opcodes that `torch.save` writes with pickle protocol 2.
 
-    Values are never hashed, compared or printed unless they are strings: shared nested tuples make
-    any of these take exponential time.
+    Values are never hashed, compared or printed unless they are strings or whole numbers: shared
+    nested tuples make any of these take exponential time.
     """
 
     def __init__(self):
@@ -135,7 +143,7 @@ class _Interpreter:
                 stack.append(True)
             case "NEWFALSE":
                 stack.append(False)
-            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(argument)
             case "EMPTY_TUPLE":
                 stack.append(())
@@ -146,6 +154,12 @@ class _Interpreter:
                 stack.append(tuple(reversed(items)))
             case "EMPTY_DICT":
                 stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                self.append_items([self.pop()])
+            case "APPENDS":
+                self.append_items(self.pop_to_mark())
             case "SETITEM":
                 value, key = self.pop(), self.pop()
                 self.set_items([key, value])
@@ -186,15 +200,21 @@ class _Interpreter:
         items.reverse()
         return items
 
+    def append_items(self, items: list) -> None:
+        if type(self.stack[-1]) is not list:
+            raise _Refused("its pickle is damaged (items of no list)")
+        self.stack[-1].extend(items)
+
     def set_items(self, items: list) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
             raise _Refused("its pickle is damaged (items of no dictionary)")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str:
+            # Optimizers number their parameters.
+            if type(key) not in (str, int):
                 raise _Refused("its pickle has a dictionary key that is no name")
             if key in target:
-                raise _Refused(f"its pickle has {key[:200]!r} twice")
+                raise _Refused(f"its pickle has {str(key)[:200]!r} twice")
             target[key] = value
 
 
