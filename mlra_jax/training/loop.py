@@ -69,7 +69,9 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         enter(contextlib.closing(batches))
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, step or None))
-        writer = enter(contextlib.closing(_begin(workdir, experiment, step))) if first else None
+        writer = (
+            enter(contextlib.closing(_begin(workdir, experiment, step, say))) if first else None
+        )
         stop = enter(StopSignals())
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
@@ -258,11 +260,13 @@ def _restore(
     return state, progress["seconds"]
 
 
-def _begin(workdir: Path, experiment: Experiment, step: int) -> MetricsWriter:
+def _begin(
+    workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None]
+) -> MetricsWriter:
     """Writes down the settings; the metrics file goes on behind `step`."""
     settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
     (workdir / "experiment.json").write_text(settings + "\n")
-    return MetricsWriter(workdir, step)
+    return MetricsWriter(workdir, step, say)
 
 
 def _compile(step: Any, state: TrainState, batch: Batch) -> tuple[Compute, float]:
