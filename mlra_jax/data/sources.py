@@ -28,6 +28,9 @@ _CUT = re.compile(r"(?<=\S\n)(?=\S)")
 _TOKENS_CHECKED_FIRST = 100_000_000
 _TOKENS_CHECKED_AT_ONCE = 1 << 22
 _MAX_HELD_OUT = 10_000_000
+_VALIDATION_WORDS = frozenset(("val", "valid", "validation", "test"))
+_TRAINING_WORDS = frozenset(("train", "training"))
+_FILES_NAMED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +47,11 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Training tokens and the tokens held out for validation."""
+    """Training tokens and the tokens held out for validation; `notes` are lines for the user."""
 
     train: tuple[Segment, ...]
     validation: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Windows(Sequence):
@@ -117,8 +121,9 @@ def load_source(
         every CPython. Each text document begins with end-of-text.
       tokenizer: for text; token files need none.
       vocab_size: the model's; every id must be below it.
-      validation: a spec of its own for validation. Without it, token files named `*_val_*` are
-        validation where there are others to train on; else the tail of the tokens is.
+      validation: a spec of its own for validation. Without it, token files with the word val,
+        valid, validation or test in their own names are validation where there are others to
+        train on; else the tail of the tokens is.
       validation_fraction: how much of the tokens that tail is, at most 10 million tokens.
 
     Raises:
@@ -129,17 +134,29 @@ def load_source(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
     files = _expand(spec)
-    held_out = [path for path in files if _is_validation(path)]
-    if len(held_out) < len(files):
-        files = [path for path in files if path not in held_out]
-    else:
-        held_out = []
+    files, held_out, note = _roles(files)
+    notes = (note,) if note else ()
     train = _load(files, tokenizer, vocab_size)
     if validation is not None:
-        return Source(train, _load(_expand(validation), tokenizer, vocab_size))
+        if held_out:
+            names = _listed([str(path) for path in held_out])
+            notes += (f"neither trained nor validated on, by their names: {names}",)
+        return Source(train, _load(_expand(validation), tokenizer, vocab_size), notes)
     if held_out:
-        return Source(train, _load(held_out, tokenizer, vocab_size))
-    return Source(*_hold_out(train, validation_fraction))
+        return Source(train, _load(held_out, tokenizer, vocab_size), notes)
+    return Source(*_hold_out(train, validation_fraction), notes)
+
+
+def describe(source: Source, validation_tokens: int | None = None) -> list[str]:
+    """The notes, a line for what trains and one for what validates, with their tokens.
+
+    `validation_tokens` is how many of the held-out ones are used at most; None: all.
+    """
+    return [
+        *source.notes,
+        _described("training on", source.train, None),
+        _described("validating on", source.validation, validation_tokens),
+    ]
 
 
 def fingerprint(segments: Sequence[Segment]) -> str:
@@ -230,8 +247,60 @@ def _expand(spec: str) -> list[Path | str]:
     return files
 
 
-def _is_validation(path: Path | str) -> bool:
-    return path != PYDOC and path.suffix == ".bin" and "_val_" in path.name
+def _roles(
+    files: Sequence[Path | str],
+) -> tuple[list[Path | str], list[Path | str], str | None]:
+    """Files to train on, files to validate on, and a note where all names say validation."""
+    words = [_words(path) for path in files]
+    held_out = [_means_validation(each) for each in words]
+    if not all(held_out):
+        return *_parted(files, held_out), None
+    # A word that every name begins with is the name of the data, not a role.
+    shared = 0
+    while len({tuple(each[: shared + 1]) for each in words}) == 1 and shared < len(words[0]):
+        shared += 1
+    held_out = [_means_validation(each[shared:]) for each in words]
+    if any(held_out) and not all(held_out):
+        return *_parted(files, held_out), None
+    note = f"all names say validation, so all are trained on: {_listed([str(f) for f in files])}"
+    return list(files), [], note
+
+
+def _parted(files: Sequence[Path | str], held_out: Sequence[bool]):
+    pairs = list(zip(files, held_out, strict=True))
+    return [path for path, held in pairs if not held], [path for path, held in pairs if held]
+
+
+def _words(path: Path | str) -> list[str]:
+    """The words of a token file's own name; of text, whose names are its authors', none."""
+    if path == PYDOC or path.suffix != ".bin":
+        return []
+    return re.findall(r"[^\W\d_]+", path.stem.lower())
+
+
+def _means_validation(words: Sequence[str]) -> bool:
+    """By the last word that is a role: `test_suite_train_000001` is trained on."""
+    roles = [word for word in words if word in _VALIDATION_WORDS | _TRAINING_WORDS]
+    return bool(roles) and roles[-1] in _VALIDATION_WORDS
+
+
+def _described(purpose: str, segments: Sequence[Segment], most: int | None) -> str:
+    total = sum(len(part.tokens) for part in segments)
+    names = [
+        part.name
+        + (f" from token {part.offset:,} on" if part.offset else "")
+        + (f" ({len(part.tokens):,})" if len(segments) > 1 else "")
+        for part in segments
+    ]
+    used = f"{total:,}" if most is None or total <= most else f"{most:,} of {total:,}"
+    return f"{purpose} {used} tokens: {_listed(names)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All names, or the first of many and how many more there are."""
+    if len(names) <= _FILES_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[: _FILES_NAMED - 1])} and {len(names) - _FILES_NAMED + 1} more"
 
 
 def _load(

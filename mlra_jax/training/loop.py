@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
+from mlra_jax.data.sources import describe
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
@@ -76,6 +77,8 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
         else:
+            for line in describe(source, data.validation_tokens):
+                say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
             compute, seconds_to_compile = _compile(make_train_step(experiment, mesh), state, batch)

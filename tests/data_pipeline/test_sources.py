@@ -292,6 +292,86 @@ def test_token_shards_by_folder_list_and_pattern(tmp_path):
     assert tokens_of(alone.train) == tokens_of(alone.validation) == [0] * 5
 
 
+@pytest.mark.parametrize(
+    "train, validation",
+    [
+        # The word alone, at the end, in front, between any signs, next to digits, in capitals.
+        (["train.bin"], ["val.bin"]),
+        (["TinyStories_train.bin"], ["TinyStories_val.bin"]),
+        (["a.bin", "b.bin"], ["test.bin"]),
+        (["wiki.train.bin"], ["wiki.valid.bin", "wiki.test.bin"]),
+        (["x-train-01.bin"], ["x-validation-00.bin"]),
+        (["000.bin"], ["VAL01.bin"]),
+        (["x_train_000001.bin"], ["x_val_000000.bin"]),
+        # Parts of words are none.
+        (["a.bin", "interval_1.bin", "latest.bin", "valley.bin", "eval.bin"], ["b_val.bin"]),
+        # The data's own name has such a word; the last one is the role, or what names differ in.
+        (["my_val_set_train_1.bin", "my_val_set_train_2.bin"], ["my_val_set_val_0.bin"]),
+        (["test_suite_1.bin", "test_suite_2.bin"], ["test_suite_val_0.bin"]),
+        (["val_train_1.bin", "other.bin"], ["train_val_1.bin"]),
+    ],
+)
+@pytest.mark.parametrize("folder", ["data", "my_val_data", "test", "val/x"])
+def test_validation_files_are_known_by_the_words_of_their_own_names(
+    tmp_path, folder, train, validation
+):
+    folder = tmp_path / folder
+    folder.mkdir(parents=True)
+    for i, name in enumerate(train + validation):
+        token_file.write(folder / name, np.full(10 + i, i))
+    source = load(folder, tokenizer=None)
+    names = lambda segments: sorted(part.name for part in segments)
+    assert names(source.train) == sorted(str(folder / name) for name in train)
+    assert names(source.validation) == sorted(str(folder / name) for name in validation)
+    assert not source.notes
+
+
+@pytest.mark.parametrize(
+    "names", [["val.bin"], ["test_0.bin", "test_1.bin"], ["a_val_0.bin", "b_test_1.bin"]]
+)
+def test_files_that_all_say_validation_train_and_a_line_says_so(tmp_path, names):
+    for name in names:
+        token_file.write(tmp_path / name, np.arange(100))
+    source = load(tmp_path, tokenizer=None, validation_fraction=0.25)
+    assert tokens_of(source.train) + tokens_of(source.validation) == [*range(100)] * len(names)
+    files = ", ".join(str(tmp_path / name) for name in names)
+    assert (
+        sources.describe(source)[0] == f"all names say validation, so all are trained on: {files}"
+    )
+
+
+def test_what_trains_and_what_validates_is_told_in_a_line_each(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1999)
+    a, text = tmp_path / "train.bin", tmp_path / "a.txt"
+    assert sources.describe(load(text, validation_fraction=0.25)) == [
+        f"training on 1,500 tokens: {text}",
+        f"validating on 500 tokens: {text} from token 1,500 on",
+    ]
+    token_file.write(a, np.zeros(1000))
+    b, c = tmp_path / "val.bin", tmp_path / "test.bin"
+    for path in (b, c):
+        token_file.write(path, np.zeros(30))
+    assert sources.describe(load(tmp_path, tokenizer=None)) == [
+        f"training on 1,000 tokens: {a}",
+        f"validating on 60 tokens: {c} (30), {b} (30)",
+    ]
+    # A setting decides: what the names say is then neither.
+    assert sources.describe(load(tmp_path, validation=str(text)))[0] == (
+        f"neither trained nor validated on, by their names: {c}, {b}"
+    )
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(9):
+        token_file.write(many / f"{i}.bin", np.zeros(10))
+    assert sources.describe(load(many, tokenizer=None, validation=str(b))) == [
+        f"training on 90 tokens: {', '.join(f'{many}/{i}.bin (10)' for i in range(3))} and 6 more",
+        f"validating on 30 tokens: {b}",
+    ]
+    for limit, said in ((29, "29 of 30"), (30, "30"), (31, "30")):
+        lines = sources.describe(load(many, tokenizer=None, validation=str(b)), limit)
+        assert lines[1] == f"validating on {said} tokens: {b}"
+
+
 def test_bad_sources_are_refused_in_one_line(tmp_path):
     text = tmp_path / "a.txt"
     text.write_bytes(b"good " * 300_000 + b"\xff bad")

@@ -257,7 +257,13 @@ def test_the_lines_on_the_terminal(experiment, undisturbed, by_hand):
     def check(step):
         return f"step {step}/10  validation loss {validated[step]['validation_loss']:.4f}"
 
+    file = experiment.data.source
+    tokens = 1 + Path(file).stat().st_size
+    held_out, most = tokens // 20, experiment.data.validation_tokens
     assert lines == [
+        f"training on {tokens - held_out:,} tokens: {file}",
+        f"validating on {most:,} of {held_out:,} tokens: "
+        f"{file} from token {tokens - held_out:,} on",
         f"{parameters:,} parameters on data 2 (cpu), 96 tokens a step, compiled in 0 s",
         log(3, 41, "0:16"),
         check(4),
