@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import codecs
 import dataclasses
 import glob
 import re
@@ -16,13 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.data import token_file
+from mlra_jax.data.text_reader import read_pieces
 from mlra_jax.data.tokenizers import Tokenizer
 
 PYDOC = "pydoc"
-_PIECE_CHARACTERS = 1 << 20
-# A newline between two visible characters: no byte-pair word reaches across it, so that encoding
-# the pieces one by one gives what encoding the whole text gives.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)")
 # Token files are checked up to this many tokens before a run starts (a fraction of a second), the
 # rest as it is read: 100 GB must not delay the first step.
 _TOKENS_CHECKED_FIRST = 100_000_000
@@ -177,45 +173,6 @@ def text_files(folder: Path) -> list[Path]:
         if path.is_file() and not any(part.startswith(".") for part in parts):
             found.append((parts, path))
     return [path for _, path in sorted(found)]
-
-
-def read_pieces(path: Path, start: int = 0) -> Iterator[tuple[int, str]]:
-    """Cuts a UTF-8 file into pieces of about a million characters that encode independently.
-
-    Args:
-      path: the file.
-      start: byte offset of a piece, as given before, to begin there.
-
-    Yields:
-      the byte offset of a piece and its text.
-
-    Raises:
-      ValueError: the file is not UTF-8.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    text, offset, searched = "", start, _PIECE_CHARACTERS
-    with open(path, "rb") as file:
-        file.seek(start)
-        while True:
-            block_start = file.tell() - len(decoder.getstate()[0])
-            block = file.read(_PIECE_CHARACTERS)
-            try:
-                text += decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text: byte {block_start + error.start} cannot be read"
-                ) from None
-            while cut := _CUT.search(text, searched):
-                piece, text = text[: cut.start()], text[cut.start() :]
-                yield offset, piece
-                offset += len(piece.encode())
-                searched = _PIECE_CHARACTERS
-            # The last characters may be the first half of a cut.
-            searched = max(_PIECE_CHARACTERS, len(text) - 2)
-            if not block:
-                break
-    if text:
-        yield offset, text
 
 
 def pydoc_documents() -> list[str]:
