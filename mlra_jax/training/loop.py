@@ -34,8 +34,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
 
     Leaves in `workdir`: `checkpoints/`, `experiment.json`, `metrics.jsonl`, `tensorboard/`,
     `loss_curve.png`. With several processes all must see the same `workdir`. SIGTERM and Ctrl-C
-    save and return. Losses, data order and checkpoints depend on the settings only, not on where a
-    run was interrupted.
+    save and return. Losses, data order and checkpoints depend on the settings alone.
 
     Args:
       experiment: what to train.
@@ -70,9 +69,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         enter(contextlib.closing(batches))
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, step or None))
-        writer = (
-            enter(contextlib.closing(_begin(workdir, experiment, step, say))) if first else None
-        )
+        writer = enter(_begin(workdir, experiment, step, say)) if first else None
         stop = enter(StopSignals())
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
@@ -265,11 +262,11 @@ def _restore(
 
 def _begin(
     workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None]
-) -> MetricsWriter:
-    """Writes down the settings; the metrics file goes on behind `step`."""
+) -> contextlib.closing[MetricsWriter]:
+    """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
     settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
     (workdir / "experiment.json").write_text(settings + "\n")
-    return MetricsWriter(workdir, step, say)
+    return contextlib.closing(MetricsWriter(workdir, step, say))
 
 
 def _compile(step: Any, state: TrainState, batch: Batch) -> tuple[Compute, float]:
