@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mlra_jax.data.sources import PYDOC, pydoc_documents, read_pieces, text_files
+from mlra_jax.data.sources import PYDOC, pydoc_documents, text_files
+from mlra_jax.data.text_reader import line_number, read_lines, read_pieces
 
 HUB_PREFIX = "hf:"
 _ROWS_READ_AT_ONCE = 256
@@ -78,13 +79,14 @@ class Files:
         return self._starts[position[0]] + position[1]
 
     def _lines(self, index: int, path: Path, offset: int) -> Iterator[Piece]:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            for line in file:
-                if line.strip():
-                    text = _text_of_line(line, self._text_key, f"{path}, line at byte {offset}")
-                    yield Piece((index, offset), True, text)
-                offset += len(line)
+        for start, line in read_lines(path, offset):
+            if line.strip():
+                try:
+                    text = _text_of_line(line, self._text_key)
+                except ValueError as error:
+                    number = line_number(path, start)
+                    raise ValueError(f"{path}, line {number} at byte {start}: {error}") from None
+                yield Piece((index, start), True, text)
 
 
 class Rows:
@@ -148,15 +150,15 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
     return Files(files, root, text_key)
 
 
-def _text_of_line(line: bytes, text_key: str, where: str) -> str:
+def _text_of_line(line: bytes, text_key: str) -> str:
     try:
         text = json.loads(line)[text_key]
     except (ValueError, RecursionError):
-        raise ValueError(f"{where}: no JSON") from None
+        raise ValueError("no JSON") from None
     except (KeyError, TypeError, IndexError):
-        raise ValueError(f"{where}: no field {text_key!r}; name it with --text_key") from None
+        raise ValueError(f"no field {text_key!r}; name it with --text_key") from None
     if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_key!r} holds no text")
+        raise ValueError(f"field {text_key!r} holds no text")
     return text
 
 

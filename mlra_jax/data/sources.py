@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import codecs
 import dataclasses
 import glob
 import re
@@ -16,18 +15,18 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.data import token_file
+from mlra_jax.data.text_reader import read_pieces
 from mlra_jax.data.tokenizers import Tokenizer
 
 PYDOC = "pydoc"
-_PIECE_CHARACTERS = 1 << 20
-# A newline between two visible characters: no byte-pair word reaches across it, so that encoding
-# the pieces one by one gives what encoding the whole text gives.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)")
 # Token files are checked up to this many tokens before a run starts (a fraction of a second), the
 # rest as it is read: 100 GB must not delay the first step.
 _TOKENS_CHECKED_FIRST = 100_000_000
 _TOKENS_CHECKED_AT_ONCE = 1 << 22
 _MAX_HELD_OUT = 10_000_000
+_VALIDATION_WORDS = frozenset(("val", "valid", "validation", "test"))
+_TRAINING_WORDS = frozenset(("train", "training"))
+_FILES_NAMED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +43,11 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Training tokens and the tokens held out for validation."""
+    """Training tokens and the tokens held out for validation; `notes` are lines for the user."""
 
     train: tuple[Segment, ...]
     validation: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Windows(Sequence):
@@ -117,8 +117,9 @@ def load_source(
         every CPython. Each text document begins with end-of-text.
       tokenizer: for text; token files need none.
       vocab_size: the model's; every id must be below it.
-      validation: a spec of its own for validation. Without it, token files named `*_val_*` are
-        validation where there are others to train on; else the tail of the tokens is.
+      validation: a spec of its own for validation. Without it, token files with the word val,
+        valid, validation or test in their own names are validation where there are others to
+        train on; else the tail of the tokens is.
       validation_fraction: how much of the tokens that tail is, at most 10 million tokens.
 
     Raises:
@@ -129,17 +130,29 @@ def load_source(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, not {validation_fraction}")
     files = _expand(spec)
-    held_out = [path for path in files if _is_validation(path)]
-    if len(held_out) < len(files):
-        files = [path for path in files if path not in held_out]
-    else:
-        held_out = []
+    files, held_out, note = _roles(files)
+    notes = (note,) if note else ()
     train = _load(files, tokenizer, vocab_size)
     if validation is not None:
-        return Source(train, _load(_expand(validation), tokenizer, vocab_size))
+        if held_out:
+            names = _listed([str(path) for path in held_out])
+            notes += (f"neither trained nor validated on, by their names: {names}",)
+        return Source(train, _load(_expand(validation), tokenizer, vocab_size), notes)
     if held_out:
-        return Source(train, _load(held_out, tokenizer, vocab_size))
-    return Source(*_hold_out(train, validation_fraction))
+        return Source(train, _load(held_out, tokenizer, vocab_size), notes)
+    return Source(*_hold_out(train, validation_fraction), notes)
+
+
+def describe(source: Source, validation_tokens: int | None = None) -> list[str]:
+    """The notes, a line for what trains and one for what validates, with their tokens.
+
+    `validation_tokens` is how many of the held-out ones are used at most; None: all.
+    """
+    return [
+        *source.notes,
+        _described("training on", source.train, None),
+        _described("validating on", source.validation, validation_tokens),
+    ]
 
 
 def fingerprint(segments: Sequence[Segment]) -> str:
@@ -160,45 +173,6 @@ def text_files(folder: Path) -> list[Path]:
         if path.is_file() and not any(part.startswith(".") for part in parts):
             found.append((parts, path))
     return [path for _, path in sorted(found)]
-
-
-def read_pieces(path: Path, start: int = 0) -> Iterator[tuple[int, str]]:
-    """Cuts a UTF-8 file into pieces of about a million characters that encode independently.
-
-    Args:
-      path: the file.
-      start: byte offset of a piece, as given before, to begin there.
-
-    Yields:
-      the byte offset of a piece and its text.
-
-    Raises:
-      ValueError: the file is not UTF-8.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    text, offset, searched = "", start, _PIECE_CHARACTERS
-    with open(path, "rb") as file:
-        file.seek(start)
-        while True:
-            block_start = file.tell() - len(decoder.getstate()[0])
-            block = file.read(_PIECE_CHARACTERS)
-            try:
-                text += decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text: byte {block_start + error.start} cannot be read"
-                ) from None
-            while cut := _CUT.search(text, searched):
-                piece, text = text[: cut.start()], text[cut.start() :]
-                yield offset, piece
-                offset += len(piece.encode())
-                searched = _PIECE_CHARACTERS
-            # The last characters may be the first half of a cut.
-            searched = max(_PIECE_CHARACTERS, len(text) - 2)
-            if not block:
-                break
-    if text:
-        yield offset, text
 
 
 def pydoc_documents() -> list[str]:
@@ -230,8 +204,60 @@ def _expand(spec: str) -> list[Path | str]:
     return files
 
 
-def _is_validation(path: Path | str) -> bool:
-    return path != PYDOC and path.suffix == ".bin" and "_val_" in path.name
+def _roles(
+    files: Sequence[Path | str],
+) -> tuple[list[Path | str], list[Path | str], str | None]:
+    """Files to train on, files to validate on, and a note where all names say validation."""
+    words = [_words(path) for path in files]
+    held_out = [_means_validation(each) for each in words]
+    if not all(held_out):
+        return *_parted(files, held_out), None
+    # A word that every name begins with is the name of the data, not a role.
+    shared = 0
+    while len({tuple(each[: shared + 1]) for each in words}) == 1 and shared < len(words[0]):
+        shared += 1
+    held_out = [_means_validation(each[shared:]) for each in words]
+    if any(held_out) and not all(held_out):
+        return *_parted(files, held_out), None
+    note = f"all names say validation, so all are trained on: {_listed([str(f) for f in files])}"
+    return list(files), [], note
+
+
+def _parted(files: Sequence[Path | str], held_out: Sequence[bool]):
+    pairs = list(zip(files, held_out, strict=True))
+    return [path for path, held in pairs if not held], [path for path, held in pairs if held]
+
+
+def _words(path: Path | str) -> list[str]:
+    """The words of a token file's own name; of text, whose names are its authors', none."""
+    if path == PYDOC or path.suffix != ".bin":
+        return []
+    return re.findall(r"[^\W\d_]+", path.stem.lower())
+
+
+def _means_validation(words: Sequence[str]) -> bool:
+    """By the last word that is a role: `test_suite_train_000001` is trained on."""
+    roles = [word for word in words if word in _VALIDATION_WORDS | _TRAINING_WORDS]
+    return bool(roles) and roles[-1] in _VALIDATION_WORDS
+
+
+def _described(purpose: str, segments: Sequence[Segment], most: int | None) -> str:
+    total = sum(len(part.tokens) for part in segments)
+    names = [
+        part.name
+        + (f" from token {part.offset:,} on" if part.offset else "")
+        + (f" ({len(part.tokens):,})" if len(segments) > 1 else "")
+        for part in segments
+    ]
+    used = f"{total:,}" if most is None or total <= most else f"{most:,} of {total:,}"
+    return f"{purpose} {used} tokens: {_listed(names)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All names, or the first of many and how many more there are."""
+    if len(names) <= _FILES_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[: _FILES_NAMED - 1])} and {len(names) - _FILES_NAMED + 1} more"
 
 
 def _load(

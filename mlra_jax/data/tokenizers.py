@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import tiktoken
 
+from mlra_jax.data.text_reader import read_lines
+
 # GPT-2's way to cut text into words before byte pairs are merged (as in tiktoken's `gpt2`).
 _GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -167,7 +169,7 @@ def _fetch_gpt2() -> Tokenizer:
 
 def _read_ranks_file(path: Path) -> Tokenizer:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, (_, line) in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:

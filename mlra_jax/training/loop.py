@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
+from mlra_jax.data.sources import describe
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
@@ -33,8 +34,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
 
     Leaves in `workdir`: `checkpoints/`, `experiment.json`, `metrics.jsonl`, `tensorboard/`,
     `loss_curve.png`. With several processes all must see the same `workdir`. SIGTERM and Ctrl-C
-    save and return. Losses, data order and checkpoints depend on the settings only, not on where a
-    run was interrupted.
+    save and return. Losses, data order and checkpoints depend on the settings alone.
 
     Args:
       experiment: what to train.
@@ -69,11 +69,13 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         enter(contextlib.closing(batches))
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, step or None))
-        writer = enter(contextlib.closing(_begin(workdir, experiment, step))) if first else None
+        writer = enter(_begin(workdir, experiment, step, say)) if first else None
         stop = enter(StopSignals())
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
         else:
+            for line in describe(source, data.validation_tokens):
+                say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
             compute, seconds_to_compile = _compile(make_train_step(experiment, mesh), state, batch)
@@ -258,11 +260,13 @@ def _restore(
     return state, progress["seconds"]
 
 
-def _begin(workdir: Path, experiment: Experiment, step: int) -> MetricsWriter:
-    """Writes down the settings; the metrics file goes on behind `step`."""
+def _begin(
+    workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None]
+) -> contextlib.closing[MetricsWriter]:
+    """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
     settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
     (workdir / "experiment.json").write_text(settings + "\n")
-    return MetricsWriter(workdir, step)
+    return contextlib.closing(MetricsWriter(workdir, step, say))
 
 
 def _compile(step: Any, state: TrainState, batch: Batch) -> tuple[Compute, float]:

@@ -3,14 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorboardX
 
 from mlra_jax.files import whole_file
 
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = METRICS_FILE + ".damaged"
 CURVE_FILE = "loss_curve.png"
 
 
@@ -21,11 +23,22 @@ class MetricsWriter:
       workdir: an existing folder.
       step: the step from which the run goes on; what was written after it by a run that was
         killed is dropped, so that no step appears twice.
+      say: prints one note for each damaged line, which moves to `metrics.jsonl.damaged`.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, say: Callable[[str], None] = print):
         path = workdir / METRICS_FILE
-        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        lines, damaged = _read_lines(path)
+        if damaged:
+            # Before the file is written anew, so that a kill between the two loses nothing.
+            aside = path.with_name(DAMAGED_FILE)
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for _, line in damaged)
+                file.flush()
+                os.fsync(file.fileno())
+            for number, _ in damaged:
+                say(f"{path}, line {number}: damaged; set aside in {aside.name}")
+        kept = [line for line in lines if line["step"] <= step]
         with whole_file(path) as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = path.open("a")
@@ -47,10 +60,38 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`; a last line that a kill cut off is left out."""
-    path = Path(workdir) / METRICS_FILE
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The lines of `metrics.jsonl`; damaged ones, and a last one that a kill cut off, are left
+    out."""
+    return _read_lines(Path(workdir) / METRICS_FILE)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, bytes]]]:
+    """The good lines, and the others with their numbers from 1 on.
+
+    What follows the last newline was being written when the run was killed: neither of the two.
+    """
+    good, damaged = [], []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        # Bytes that are no UTF-8 are a ValueError, too.
+        except (ValueError, RecursionError):
+            values = None
+        if _is_metrics(values):
+            good.append(values)
+        else:
+            damaged.append((number, line))
+    return good, damaged
+
+
+def _is_metrics(values: Any) -> bool:
+    """What `MetricsWriter.write` writes: numbers by name, with a whole one for the step."""
+    return (
+        isinstance(values, dict)
+        and type(values.get("step")) is int
+        and all(type(value) in (int, float) for value in values.values())
+    )
 
 
 def plot_losses(workdir: Path, vocab_size: int) -> Path:

@@ -18,9 +18,11 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """Clipping to `clip_norm`, then AdamW with decoupled weight decay on every parameter."""
+    """Clipping to `clip_norm`, unless that is 0, then AdamW with decoupled weight decay on every
+    parameter. The state has the same structure with and without clipping."""
+    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
+        clip,
         optax.adamw(
             make_schedule(settings, steps),
             b1=settings.b1,

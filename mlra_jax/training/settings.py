@@ -5,18 +5,41 @@ which may override any key; `Experiment.from_dict` checks what comes back.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mlra_jax.config import ModelConfig
 from mlra_jax.settings_tree import at_least, build, require
 
 
+def _within(settings: Any, prefix: str, **ranges: str) -> None:
+    """Raises ConfigError unless each field of a dataclass lies in its range.
+
+    `[0, 1)` has the 0 and not the 1. What counts is what float32 on a device makes of the number:
+    a decay of 1 - 1e-9 is 1 there, and an eps of 1e-40 is 0.
+    """
+    at_least(0, settings, prefix, *ranges)
+    for name, written in ranges.items():
+        value = getattr(settings, name)
+        lower, upper = map(float, written[1:-1].split(","))
+        with np.errstate(over="ignore"):
+            number = float(np.float32(value))
+        if abs(number) < np.finfo(np.float32).tiny:
+            number = 0.0
+        above = number > lower or (written[0] == "[" and number == lower)
+        below = number < upper or (written[-1] == "]" and number == upper)
+        changed = number in (0, 1, math.inf) and number != value
+        rounded = f" (float32 makes it {number:g})" if changed else ""
+        require(above and below, f"{prefix}{name}={value} must lie in {written}{rounded}")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """How many devices lie along each axis of the mesh."""
+    """How many devices lie along each axis of the mesh; whole numbers from 1 on."""
 
     data: int = 1
     fsdp: int = 1
@@ -38,22 +61,21 @@ class DataSettings:
     """The same for validation; empty takes the source's own validation files or holds out
     `validation_fraction` of its end."""
     validation_fraction: float = 0.05
+    """In (0, 1)."""
     validation_tokens: int = 10_485_760
-    """Validate on this many tokens at most."""
+    """Validate on this many tokens at most; from 1 on."""
     tokenizer: str = "gpt2"
     """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`)."""
     global_batch: int = 480
-    """Sequences of `model.context_length` tokens in one step, over all devices."""
+    """Sequences of `model.context_length` tokens in one step, over all devices; from 1 on."""
     accumulate: int = 1
-    """Parts in which a step's batch is computed, one after the other, to save memory."""
+    """Parts in which a step's batch is computed, one after the other, to save memory; from
+    1 on."""
 
     def __post_init__(self):
         at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
         require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
-        require(
-            0 < self.validation_fraction < 1,
-            f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1",
-        )
+        _within(self, "data.", validation_fraction="(0, 1)")
 
     @property
     def part_batch(self) -> int:
@@ -66,35 +88,51 @@ class OptimizerSettings:
     """AdamW, linear warm-up, cosine decay that ends at the last step; the paper's values."""
 
     peak_learning_rate: float = 1.6e-4
+    """In [0, inf); 0 changes no weight."""
     warmup_steps: int = 2000
+    """From 0 to below `steps`."""
     final_fraction: float = 0.1
-    """The learning rate of the last step, as a part of the peak."""
+    """The learning rate of the last step, as a part of the peak; in [0, inf)."""
     b1: float = 0.9
+    """Decay of the gradients' mean; in [0, 1)."""
     b2: float = 0.95
+    """Decay of the squared gradients' mean; in [0, 1)."""
     eps: float = 1e-8
+    """Added to the root of that mean, so that it must not be 0; in (0, inf)."""
     weight_decay: float = 0.1
-    """On every parameter."""
+    """On every parameter; in [0, inf)."""
     clip_norm: float = 1.0
-    """Largest norm of all gradients together."""
+    """Largest norm of all gradients together, in (0, inf); 0 means that nothing is clipped."""
 
     def __post_init__(self):
-        at_least(0, self, "optimizer.", "warmup_steps", "final_fraction", "weight_decay")
-        at_least(0, self, "optimizer.", "peak_learning_rate", "b1", "b2", "eps", "clip_norm")
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            require(value < 1, f"optimizer.{name}={value} must be below 1")
+        at_least(0, self, "optimizer.", "warmup_steps")
+        _within(
+            self,
+            "optimizer.",
+            peak_learning_rate="[0, inf)",
+            final_fraction="[0, inf)",
+            b1="[0, 1)",
+            b2="[0, 1)",
+            eps="(0, inf)",
+            weight_decay="[0, inf)",
+        )
+        at_least(0, self, "optimizer.", "clip_norm")
+        if self.clip_norm:
+            _within(self, "optimizer.", clip_norm="(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One training run."""
+    """One training run. Whole numbers are from 1 on where nothing else is said."""
 
     model: ModelConfig
     data: DataSettings
     mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     steps: int = 100_000
+    """In [1, 2**31): they are counted in int32."""
     seed: int = 0
+    """In [0, 2**32); of the weights and of the order of the data."""
     log_every: int = 10
     validate_every: int = 1000
     save_every: int = 1000
@@ -110,6 +148,8 @@ class Experiment:
             1, self, "", "steps", "log_every", "validate_every", "save_every", "keep", "loss_chunk"
         )
         at_least(0, self, "", "seed", "virtual_cpu_devices")
+        require(self.steps < 2**31, f"steps={self.steps} must lie in [1, 2**31)")
+        require(self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(
             self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below "

@@ -232,7 +232,7 @@ def test_any_input_interrupted_anywhere_gives_the_same_bytes(
         )
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("mlra_jax.data.sources._PIECE_CHARACTERS", piece)
+        monkeypatch.setattr("mlra_jax.data.text_reader._PIECE_CHARACTERS", piece)
         monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", batch)
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody cuts the power here
         arrays = [token_file.read(path) for path in write("whole")]
@@ -251,7 +251,7 @@ def test_any_input_interrupted_anywhere_gives_the_same_bytes(
 
 def test_going_on_reads_nothing_that_lies_before(tmp_path, monkeypatch):
     """One document of many pieces: the journal's place is inside it, and reading begins there."""
-    monkeypatch.setattr("mlra_jax.data.sources._PIECE_CHARACTERS", 10)
+    monkeypatch.setattr("mlra_jax.data.text_reader._PIECE_CHARACTERS", 10)
     monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", 1)
     text = "".join(f"line {i}\n" for i in range(100))
     (tmp_path / "a.txt").write_text(text)
@@ -528,9 +528,9 @@ def test_faults_are_one_line_and_leave_finished_shards_alone(corpus, ranks_file,
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"text": "a"}\nnot json\n', "line at byte 14: no JSON"),
-        ('{"text": "a"}\n  \r\nnot json\n', "line at byte 18: no JSON"),
-        ('{"text": "a"}\n{"body": "b"}\n', "line at byte 14: no field 'text'"),
+        ('{"text": "a"}\nnot json\n', "line 2 at byte 14: no JSON"),
+        ('{"text": "a"}\n  \r\nnot json\n', "line 3 at byte 18: no JSON"),
+        ('{"text": "a"}\n{"body": "b"}\n', "line 2 at byte 14: no field 'text'"),
         ('{"text": 3}\n', "holds no text"),
         ("[1]\n", "no field"),
         ("\n", "no text in the source"),
@@ -584,12 +584,28 @@ def test_a_writer_keeps_others_out_while_it_writes(tmp_path):
     small(tmp_path, name="y")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_json_lines_with_a_mark_and_any_line_end(tmp_path, end, mark):
+    texts = ["a", "b\u2028c", "d\x85\u2029", "\ufeff"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path = tmp_path / "in.jsonl"
+    path.write_bytes((mark + end.join(lines) + end + end + "{").encode())
+    pieces = open_input(str(path)).pieces((0, 0))
+    seen = [next(pieces) for _ in texts]
+    assert [piece.text for piece in seen] == texts and seen[0].position == (0, 0)
+    with pytest.raises(ValueError, match=r"in.jsonl, line 6 at byte \d+: no JSON$"):
+        next(pieces)
+    for i, piece in enumerate(seen):
+        assert next(open_input(str(path)).pieces(piece.position)) == seen[i]
+
+
 def test_a_fault_behind_finished_shards_leaves_them_and_their_journal(tmp_path, monkeypatch):
     monkeypatch.setattr("mlra_jax.data.prepare._BATCH_CHARACTERS", 1)
     lines = "".join(f'{{"text": "{i:03}"}}\n' for i in range(20))
     (tmp_path / "in.jsonl").write_text(lines + "no json\n")
     for _ in range(2):
-        with pytest.raises(ValueError, match="line at byte 320: no JSON"):
+        with pytest.raises(ValueError, match="line .* at byte 320: no JSON"):
             small(tmp_path, shard_tokens=10)
         left = contents(tmp_path / "out")
         assert "x_prepare.json" in left and "x_train_000002.bin" in left

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.data import sources, token_file
-from mlra_jax.data.sources import Segment, Windows, load_source, read_pieces
+from mlra_jax.data import sources, text_reader, token_file
+from mlra_jax.data.sources import Segment, Windows, load_source
+from mlra_jax.data.text_reader import read_pieces
 from mlra_jax.data.tokenizers import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
@@ -257,22 +258,99 @@ def test_any_text_in_pieces_of_any_size(tmp_path_factory, text, size):
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sources, "_PIECE_CHARACTERS", size)
+        monkeypatch.setattr(text_reader, "_PIECE_CHARACTERS", size)
         pieces = list(read_pieces(path))
         assert "".join(piece for _, piece in pieces) == text
         starts = np.cumsum([0] + [len(piece.encode()) for _, piece in pieces])
         assert [start for start, _ in pieces] == starts[: len(pieces)].tolist()
         for i in range(len(pieces)):
             assert list(read_pieces(path, pieces[i][0])) == pieces[i:]
-        # A cut is made at the first newline between visible characters behind `size` characters.
-        for _, piece in pieces[:-1]:
-            assert len(piece) >= size and piece[-1] == "\n"
+        # A cut is made at the first newline between visible characters behind `size` characters,
+        # or, if there is none before twice as many, in front of the last of some blanks.
+        for i, (_, piece) in enumerate(pieces):
+            assert len(piece) <= 2 * size and (len(piece) >= size or i == len(pieces) - 1)
         for _, piece in pieces:
-            assert not sources._CUT.search(piece, size)
+            assert not text_reader._CUT.search(piece, size)
         broken = tmp_path_factory.mktemp("text") / "b.txt"
         broken.write_bytes(text.encode() + b"\xff")
         with pytest.raises(ValueError, match=f"byte {len(text.encode())} cannot be read"):
             list(read_pieces(broken))
+
+
+SEPARATORS = [
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\r\n\r\n",
+    " ",
+    "\r",
+    "  \n\t",
+    "\t",
+    "\n \n",
+    " \x1c",
+    "\x85 ",
+]
+
+
+@pytest.mark.parametrize("separator", SEPARATORS, ids=ascii)
+def test_pieces_are_bounded_and_encode_by_themselves_whatever_parts_the_words(
+    tmp_path, monkeypatch, ranks_file, separator
+):
+    monkeypatch.setattr(text_reader, "_PIECE_CHARACTERS", 50)
+    text = separator.join(["alpha", "it's", "界隈", "x1.", "(b)"] * 300)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    pieces = [piece for _, piece in read_pieces(path)]
+    assert "".join(pieces) == text
+    assert all(50 <= len(piece) <= 100 for piece in pieces[:-1]) and len(pieces[-1]) <= 100
+    tokenizer = get_tokenizer(ranks_file)
+    assert sum(map(tokenizer.encode, pieces), []) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("word", ["a", "界", " ", "\n", "\r\n"], ids=ascii)
+def test_a_word_without_end_is_cut(tmp_path, word):
+    path = tmp_path / "a.txt"
+    path.write_bytes((word * 5_000_000)[:5_000_000].encode())
+    sizes = [len(piece) for _, piece in read_pieces(path)]
+    assert sizes == [2 << 20, 2 << 20, 5_000_000 - (4 << 20)]
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\nb\n", "\ufeffa", "é" * 50, "a\n" * 50])
+def test_a_byte_order_mark_is_in_no_piece_and_shifts_every_place(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(text_reader, "_PIECE_CHARACTERS", 5)
+    plain, marked = tmp_path / "a.txt", tmp_path / "b.txt"
+    plain.write_bytes(text.removeprefix("\ufeff").encode())
+    marked.write_bytes(b"\xef\xbb\xbf" + text.removeprefix("\ufeff").encode())
+    pieces = list(read_pieces(marked))
+    assert pieces == [(at + 3 if at else 0, piece) for at, piece in read_pieces(plain)]
+    for i, (at, _) in enumerate(pieces):
+        assert list(read_pieces(marked, at)) == pieces[i:]
+    if pieces:
+        assert tokens_of(load(marked).train + load(marked).validation)[:2] != [256, 0xEF]
+
+
+def test_only_three_signs_end_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    others = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    parts = [("\ufeffone" + others, "\r\n"), ("", "\n"), ("\ufefftwo", "\r"), ("", "\r"), ("x", "")]
+    path.write_bytes("".join(map("".join, parts)).encode())
+    lines = list(text_reader.read_lines(path))
+    assert [line.decode() for _, line in lines] == ["one" + others, *(p for p, _ in parts[1:])]
+    for number, (start, _) in enumerate(lines, 1):
+        assert list(text_reader.read_lines(path, start)) == lines[number - 1 :]
+        assert text_reader.line_number(path, start) == number
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+def test_the_number_of_a_line_does_not_depend_on_the_blocks_it_is_counted_in(
+    tmp_path, monkeypatch, block
+):
+    monkeypatch.setattr(text_reader, "_BLOCK_BYTES", block)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a\r\n\r\nb\rc\n\n\r\xff")
+    assert [text_reader.line_number(path, at) for at in (0, 3, 5, 7, 9, 10)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match=r"byte 11 cannot be read \(line 7\)$"):
+        list(read_pieces(path))
 
 
 def test_token_shards_by_folder_list_and_pattern(tmp_path):
@@ -290,6 +368,86 @@ def test_token_shards_by_folder_list_and_pattern(tmp_path):
     assert tokens_of(explicit.validation) == [2] * 10
     alone = load(tmp_path / "x_val_000000.bin", tokenizer=None, validation_fraction=0.5)
     assert tokens_of(alone.train) == tokens_of(alone.validation) == [0] * 5
+
+
+@pytest.mark.parametrize(
+    "train, validation",
+    [
+        # The word alone, at the end, in front, between any signs, next to digits, in capitals.
+        (["train.bin"], ["val.bin"]),
+        (["TinyStories_train.bin"], ["TinyStories_val.bin"]),
+        (["a.bin", "b.bin"], ["test.bin"]),
+        (["wiki.train.bin"], ["wiki.valid.bin", "wiki.test.bin"]),
+        (["x-train-01.bin"], ["x-validation-00.bin"]),
+        (["000.bin"], ["VAL01.bin"]),
+        (["x_train_000001.bin"], ["x_val_000000.bin"]),
+        # Parts of words are none.
+        (["a.bin", "interval_1.bin", "latest.bin", "valley.bin", "eval.bin"], ["b_val.bin"]),
+        # The data's own name has such a word; the last one is the role, or what names differ in.
+        (["my_val_set_train_1.bin", "my_val_set_train_2.bin"], ["my_val_set_val_0.bin"]),
+        (["test_suite_1.bin", "test_suite_2.bin"], ["test_suite_val_0.bin"]),
+        (["val_train_1.bin", "other.bin"], ["train_val_1.bin"]),
+    ],
+)
+@pytest.mark.parametrize("folder", ["data", "my_val_data", "test", "val/x"])
+def test_validation_files_are_known_by_the_words_of_their_own_names(
+    tmp_path, folder, train, validation
+):
+    folder = tmp_path / folder
+    folder.mkdir(parents=True)
+    for i, name in enumerate(train + validation):
+        token_file.write(folder / name, np.full(10 + i, i))
+    source = load(folder, tokenizer=None)
+    names = lambda segments: sorted(part.name for part in segments)
+    assert names(source.train) == sorted(str(folder / name) for name in train)
+    assert names(source.validation) == sorted(str(folder / name) for name in validation)
+    assert not source.notes
+
+
+@pytest.mark.parametrize(
+    "names", [["val.bin"], ["test_0.bin", "test_1.bin"], ["a_val_0.bin", "b_test_1.bin"]]
+)
+def test_files_that_all_say_validation_train_and_a_line_says_so(tmp_path, names):
+    for name in names:
+        token_file.write(tmp_path / name, np.arange(100))
+    source = load(tmp_path, tokenizer=None, validation_fraction=0.25)
+    assert tokens_of(source.train) + tokens_of(source.validation) == [*range(100)] * len(names)
+    files = ", ".join(str(tmp_path / name) for name in names)
+    assert (
+        sources.describe(source)[0] == f"all names say validation, so all are trained on: {files}"
+    )
+
+
+def test_what_trains_and_what_validates_is_told_in_a_line_each(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1999)
+    a, text = tmp_path / "train.bin", tmp_path / "a.txt"
+    assert sources.describe(load(text, validation_fraction=0.25)) == [
+        f"training on 1,500 tokens: {text}",
+        f"validating on 500 tokens: {text} from token 1,500 on",
+    ]
+    token_file.write(a, np.zeros(1000))
+    b, c = tmp_path / "val.bin", tmp_path / "test.bin"
+    for path in (b, c):
+        token_file.write(path, np.zeros(30))
+    assert sources.describe(load(tmp_path, tokenizer=None)) == [
+        f"training on 1,000 tokens: {a}",
+        f"validating on 60 tokens: {c} (30), {b} (30)",
+    ]
+    # A setting decides: what the names say is then neither.
+    assert sources.describe(load(tmp_path, validation=str(text)))[0] == (
+        f"neither trained nor validated on, by their names: {c}, {b}"
+    )
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(9):
+        token_file.write(many / f"{i}.bin", np.zeros(10))
+    assert sources.describe(load(many, tokenizer=None, validation=str(b))) == [
+        f"training on 90 tokens: {', '.join(f'{many}/{i}.bin (10)' for i in range(3))} and 6 more",
+        f"validating on 30 tokens: {b}",
+    ]
+    for limit, said in ((29, "29 of 30"), (30, "30"), (31, "30")):
+        lines = sources.describe(load(many, tokenizer=None, validation=str(b)), limit)
+        assert lines[1] == f"validating on {said} tokens: {b}"
 
 
 def test_bad_sources_are_refused_in_one_line(tmp_path):
@@ -317,7 +475,7 @@ def test_bad_sources_are_refused_in_one_line(tmp_path):
 def test_pieces_join_to_the_file_can_be_entered_anywhere_and_encode_by_themselves(
     tmp_path, monkeypatch, ranks_file
 ):
-    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(text_reader, "_PIECE_CHARACTERS", 64)
     generator = random.Random(3)
     words = ["a", "界", "é\n", "\n", " ", "\n\n", "\r\n", "\u2028", "x\ny", "😀\n", "\u3000\n"]
     text = "".join(generator.choice(words) for _ in range(4000))

@@ -216,3 +216,11 @@ def test_unknown_names_are_refused():
         get_tokenizer("gpt3")
     with pytest.raises(FileNotFoundError, match="--tokenizer=FILE"):
         get_tokenizer("tiktoken:0123456789abcdef")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a_ranks_file_may_have_a_mark_and_any_line_end(tmp_path, ranks_file, mark, end):
+    path = tmp_path / "other.tiktoken"
+    path.write_bytes(mark + ranks_file.read_bytes().replace(b"\n", end))
+    assert get_tokenizer(path).name == get_tokenizer(ranks_file).name

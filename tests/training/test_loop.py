@@ -257,7 +257,13 @@ def test_the_lines_on_the_terminal(experiment, undisturbed, by_hand):
     def check(step):
         return f"step {step}/10  validation loss {validated[step]['validation_loss']:.4f}"
 
+    file = experiment.data.source
+    tokens = 1 + Path(file).stat().st_size
+    held_out, most = tokens // 20, experiment.data.validation_tokens
     assert lines == [
+        f"training on {tokens - held_out:,} tokens: {file}",
+        f"validating on {most:,} of {held_out:,} tokens: "
+        f"{file} from token {tokens - held_out:,} on",
         f"{parameters:,} parameters on data 2 (cpu), 96 tokens a step, compiled in 0 s",
         log(3, 41, "0:16"),
         check(4),
@@ -316,6 +322,19 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
     assert lines_of(tmp_path, "loss")[6]["seconds"] == 60 + 11
     assert checkpoints.finished_steps(tmp_path) == [5, 10]
     assert checkpoints.open_checkpoint(tmp_path).read_json("progress")["seconds"] > 60 + 70
+
+
+@pytest.mark.parametrize("damaged", [b"\0" * 7, b'{"step": 3, "lo', b"<html>"])
+def test_a_run_goes_on_over_a_damaged_line_of_its_metrics(experiment, lab, tmp_path, damaged):
+    short = dataclasses.replace(experiment, steps=4, log_every=1)
+    lab.train(short, tmp_path)
+    before, path = without_times(tmp_path), tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], damaged, *lines[1:]]))
+    said = lab.train(dataclasses.replace(short, steps=5), tmp_path)
+    assert f"{path}, line 2: damaged; set aside in metrics.jsonl.damaged" in said
+    after = without_times(tmp_path)
+    assert after[: len(before)] == before and after[-1]["step"] == 5
 
 
 def test_a_signal_at_the_last_step_is_no_stop(experiment, lab, tmp_path):

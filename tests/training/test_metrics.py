@@ -11,7 +11,13 @@ import tensorboardX
 
 from mlra_jax.config import GroupedConfig, LatentConfig, ModelConfig, preset
 from mlra_jax.costs import PEAK_FLOPS, flops_per_token, peak_flops
-from mlra_jax.training.metrics import METRICS_FILE, MetricsWriter, plot_losses, read_metrics
+from mlra_jax.training.metrics import (
+    DAMAGED_FILE,
+    METRICS_FILE,
+    MetricsWriter,
+    plot_losses,
+    read_metrics,
+)
 
 
 class Board:
@@ -73,6 +79,49 @@ def test_a_resumed_file_keeps_the_lines_up_to_its_step(tmp_path, boards, step):
         writer.close()
         assert read_metrics(tmp_path) == [*kept, {"step": step + 1, "loss": 9.0}]
         assert boards[-1].purge_step == (step + 1 if step else None)
+
+
+DAMAGED = {
+    "zeros": b"\0" * 7,
+    "cut": b'{"step": 10, "lo',
+    "two lines that ran together": b'{"step": 1, "lo{"step": 2, "loss": 1.0}',
+    "empty": b"",
+    "not UTF-8": b'{"step": 2, "loss\xff": 1.0}',
+    "no object": b"17",
+    "a list": b'[{"step": 1}]',
+    "no step": b'{"loss": 1.0}',
+    "a step that is text": b'{"step": "2", "loss": 1.0}',
+    "a loss that is text": b'{"step": 2, "loss": "low"}',
+    "nested without end": b"[" * 100_000,
+    "a number too long": b'{"step": ' + b"1" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_damaged_line_is_set_aside_with_a_note(tmp_path, boards, line, place):
+    good = [{"step": s, "loss": s / 3} for s in (1, 2, 3)]
+    lines = [json.dumps(values).encode() for values in good]
+    lines.insert(place, line)
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    assert read_metrics(tmp_path) == good
+    plot_losses(tmp_path, 260)
+    said = []
+    writer = MetricsWriter(tmp_path, 3, said.append)
+    assert said == [f"{path}, line {place + 1}: damaged; set aside in metrics.jsonl.damaged"]
+    assert (tmp_path / DAMAGED_FILE).read_bytes() == line + b"\n"
+    writer.write(4, {"loss": 1.5})
+    writer.close()
+    assert read_metrics(tmp_path) == [*good, {"step": 4, "loss": 1.5}]
+    # Once set aside it is not spoken of again; another one is put behind it.
+    MetricsWriter(tmp_path, 4, said.append).close()
+    assert len(said) == 1
+    with path.open("ab") as file:
+        file.write(b"\0\n")
+    MetricsWriter(tmp_path, 4, said.append).close()
+    assert len(said) == 2 and "line 5:" in said[1]
+    assert (tmp_path / DAMAGED_FILE).read_bytes() == line + b"\n\0\n"
 
 
 def test_a_written_line_is_on_the_disk_not_only_in_memory(tmp_path, boards, monkeypatch):

@@ -94,6 +94,21 @@ def test_a_gradient_is_clipped_as_a_whole_not_by_tensor_or_element():
         np.testing.assert_allclose(s, 0.4 * (factor * g) ** 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, -0.0])
+def test_a_bound_of_0_clips_nothing(zero):
+    """The moments are those of the whole gradient, with a state of the structure of a clipped."""
+    unclipped = make_optimizer(dataclasses.replace(SETTINGS, clip_norm=zero), STEPS)
+    gradient = [np.float32([[300, 0.1], [0.2, 0]]), np.float32([4, 0, 0])]
+    start = unclipped.init(gradient)
+    assert jax.tree.structure(start) == jax.tree.structure(
+        make_optimizer(SETTINGS, STEPS).init(gradient)
+    )
+    _, moments = unclipped.update(gradient, start, gradient)
+    mean = [leaf for leaf in jax.tree.leaves(moments) if leaf.ndim][:2]
+    for g, m in zip(gradient, mean, strict=True):
+        np.testing.assert_allclose(m, 0.2 * g, rtol=1e-5)
+
+
 def test_the_first_update_moves_nothing_and_weights_decay_without_gradients():
     """Rate 0 at update 0. Later, weights without a gradient shrink by rate * decay, no more."""
     optimizer = make_optimizer(SETTINGS, STEPS)
