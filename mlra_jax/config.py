@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -173,7 +174,7 @@ def dtype_name(value: DTypeLike, what: str = "dtype") -> str:
     """
     if isinstance(value, str) and value in DTYPES:
         return value  # also bfloat16, which NumPy knows by this name only beside ml_dtypes
-    name = None
+    name = ""
     with contextlib.suppress(TypeError, ValueError, SyntaxError):
         name = np.dtype(value).name
     shown = " ".join(repr(value).split())[:100]
@@ -199,12 +200,36 @@ class Execution:
         _normalise_dtype(self, "dtype")
 
 
+def _with_execution(values: dict[str, Any]) -> dict[str, Any]:
+    """The same settings of a model with those of `Execution` gathered in one."""
+    how = {f.name for f in dataclasses.fields(Execution)} & values.keys()
+    if not how:
+        return values
+    execution = values.get("execution", Execution())
+    execution = dataclasses.replace(execution, **{name: values[name] for name in how})
+    return {n: x for n, x in values.items() if n not in how} | {"execution": execution}
+
+
+def _takes_execution(cls: Any) -> Any:
+    """Lets a config be made, or replaced, with fields of its `execution` by their own names."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def init(self, *args, **values):
+        made(self, *args, **_with_execution(values))
+
+    cls.__init__ = init
+    return cls
+
+
+@_takes_execution
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder: embedding, `num_layers` blocks of attention and SwiGLU, tied output head.
 
     All but `execution` says what the model is: a checkpoint is of one such model. As a dictionary,
-    on a command line and in files, the fields of `execution` stand among the others.
+    on a command line and in files, the fields of `execution` stand among the others, and
+    `ModelConfig(..., dtype="float32")` is as good as `execution=Execution(dtype="float32")`.
     """
 
     attention: AttentionConfig
@@ -257,13 +282,6 @@ class ModelConfig:
         attention = build(_KINDS[kind], attention, "attention.", "model setting")
         values = {"attention": attention} | _with_execution(values)
         return build(cls, values, what="model setting")
-
-
-def _with_execution(values: dict[str, Any]) -> dict[str, Any]:
-    """The same settings of a model with those of `Execution` gathered in one."""
-    how = {f.name for f in dataclasses.fields(Execution)} & values.keys()
-    execution = {"execution": Execution(**{name: values[name] for name in how})} if how else {}
-    return {name: value for name, value in values.items() if name not in how} | execution
 
 
 GPT2_VOCABULARY = 50304
@@ -331,4 +349,4 @@ def preset(name: str, **changes: Any) -> ModelConfig:
         mlp_dim=mlp_dim,
         zero_init=not name.endswith(_NORMAL),
     )
-    return ModelConfig(**sizes | _with_execution(changes))
+    return ModelConfig(**sizes | changes)

@@ -227,3 +227,12 @@ def test_presets_survive_json_and_take_changes(name):
     assert ModelConfig.from_dict(json.loads(json.dumps(preset(name).to_dict()))) == preset(name)
     changed = preset(name, num_layers=2, zero_init=False)
     assert changed == dataclasses.replace(preset(name), num_layers=2, zero_init=False)
+
+
+def test_execution_is_given_whole_or_by_its_fields():
+    made = ModelConfig(GroupedConfig(2, 2, 4), 50, 1, 8, 8, dtype="float32", remat=False)
+    assert made.execution == Execution("float32", remat=False)
+    assert dataclasses.replace(made, dtype="bfloat16").execution == Execution(remat=False)
+    assert preset("mla", remat=False) == preset("mla", execution=Execution(remat=False))
+    with pytest.raises(TypeError, match="remta"):
+        ModelConfig(GroupedConfig(2, 2, 4), 50, 1, 8, 8, remta=False)
