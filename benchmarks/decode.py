@@ -26,10 +26,9 @@ from tqdm import tqdm
 from benchmarks.limits import launch_seconds, random_pool, read_bandwidth
 from benchmarks.profile import kernels
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
 from mlra_jax.cache import Cache, round_capacity
-from mlra_jax.config import ModelConfig, preset
-from mlra_jax.decoder import Decoder, abstract_decoder
+from mlra_jax.config import preset
+from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.generation import Sampling, programs
 from mlra_jax.generation.sampling import draws
 
@@ -54,21 +53,6 @@ def random_tree(shapes):
     return jax.block_until_ready(jax.tree.unflatten(tree, made))
 
 
-def cache_shapes(config: ModelConfig, mesh, batch: int, capacity: int) -> Cache:
-    """A cache of sharded shapes."""
-    module = MODULES[type(config.attention)]
-    tensor = sharding.size(mesh, sharding.TENSOR)
-    sizes = module.cache_shapes(config.attention, batch, capacity, tensor)
-    layer = {
-        name: jax.ShapeDtypeStruct(
-            size, config.execution.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
-        )
-        for name, size in sizes.items()
-    }
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.named(mesh, "batch"))
-    return Cache((layer,) * config.num_layers, lengths)
-
-
 def bytes_per_device(tree) -> int:
     """Bytes that one device holds of a tree of arrays or shapes."""
     return sum(
@@ -81,7 +65,7 @@ def measure(decoder: Decoder, batch: int, context: int, read: float, profile: bo
     """One point: time of a step, floor, compile time; with `profile` its kernels too."""
     config, mesh = decoder.config, decoder.mesh
     # The caches fill up around the context, which is their mean.
-    shapes = cache_shapes(config, mesh, batch, round_capacity(context + _RUNS * _STEPS, mesh))
+    shapes = abstract_cache(config, mesh, batch, round_capacity(context + _RUNS * _STEPS, mesh))
     settings, num_tokens = draws(Sampling(), 0, batch), decoder.vocabulary.num_tokens
     tokens = jax.device_put(np.arange(batch, dtype=np.int32), sharding.named(mesh))
     began = time.perf_counter()

@@ -175,22 +175,43 @@ def abstract_decoder(
     return Decoder(config, mesh, vocabulary, _abstract(config, mesh)[1])
 
 
+def abstract_cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int) -> kv.Cache:
+    """A cache of sharded shapes, to compile for; `capacity` is from `cache.round_capacity`."""
+    module, tensor = _mechanism(config), sharding.size(mesh, sharding.TENSOR)
+    layer = {
+        name: jax.ShapeDtypeStruct(
+            shape, config.execution.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
+        )
+        for name, shape in module.cache_shapes(config.attention, batch, capacity, tensor).items()
+    }
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.named(mesh))
+    return kv.Cache((layer,) * config.num_layers, lengths)
+
+
 class _Form(nnx.Module):
     """The structure of the weights."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        attention = MODULES[type(config.attention)]
-        # What splits weights wants each projection by itself, but for those that it leaves whole.
-        if mesh.size == mesh.shape["data"]:
-            attention = _joined(attention, attention.input_names(config.attention))
-        elif _parted(config, mesh):
-            attention = _joined(PartedLatentAttention, ("q_down", "k_rope"))
+        attention = PartedLatentAttention if _parted(config, mesh) else _mechanism(config)
+        if names := _joined_names(config, mesh):
+            attention = _joined(attention, names)
         block = functools.partial(Block, config, mesh=mesh, rngs=rngs)
         self.embed = Embedding(config, mesh=mesh, rngs=rngs)
         self.layers = nnx.List(
             [block(attention=attention, mlp=_JoinedSwiGLU) for _ in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
+
+
+def _mechanism(config: ModelConfig) -> type[Attention]:
+    return MODULES[type(config.attention)]
+
+
+def _joined_names(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
+    """The projections that are one matrix: what splits weights wants those it splits apart."""
+    if mesh.size == mesh.shape["data"]:
+        return _mechanism(config).input_names(config.attention)
+    return ("q_down", "k_rope") if _parted(config, mesh) else ()
 
 
 def _parted(config: ModelConfig, mesh: Mesh) -> bool:
@@ -296,9 +317,7 @@ def _recipe(path: tuple[str, ...], config: ModelConfig, like: jax.ShapeDtypeStru
         case ("mlp", "down", "kernel"):
             return [path], lambda down: pad(down, 0)
         case ("attention", "joined", "kernel"):
-            names = MODULES[type(config.attention)].input_names(config.attention)
-            if parted:
-                names = ("q_down", "k_rope")
+            names = _joined_names(config, like.sharding.mesh)
             flat = lambda x: x.reshape(x.shape[0], -1)
             return [
                 ("attention", name, "kernel") for name in names

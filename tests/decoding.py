@@ -13,9 +13,8 @@ from tiny import random_model, relative_error
 from mlra_jax import cache as kv
 from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
 from mlra_jax.config import AttentionConfig, ModelConfig
-from mlra_jax.decoder import Decoder, abstract_decoder
+from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.generation import programs
 from mlra_jax.sharding import make_mesh
 
@@ -75,20 +74,6 @@ def decoding_error(
     got = np.concatenate(got, axis=1)
     want = np.stack([whole[row, n - 1 : n - 1 + got.shape[1]] for row, n in enumerate(lengths)])
     return relative_error(got, want)
-
-
-def abstract_cache(config: ModelConfig, mesh: Mesh, batch: int, slots: int) -> kv.Cache:
-    """A cache of sharded shapes, to compile for."""
-    module = MODULES[type(config.attention)]
-    shapes = module.cache_shapes(config.attention, batch, slots, mesh.shape["tensor"])
-    layer = {
-        name: jax.ShapeDtypeStruct(
-            shape, config.execution.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
-        )
-        for name, shape in shapes.items()
-    }
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.named(mesh))
-    return kv.Cache((layer,) * config.num_layers, lengths)
 
 
 def lower_step(config: ModelConfig, mesh: Mesh, batch: int, slots: int, **vocabulary):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from decoding import abstract_cache, lower_step
+from decoding import lower_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from mlra_jax import cache as kv
 from mlra_jax import sharding
 from mlra_jax.attention.heads import held_copies
 from mlra_jax.config import ConfigError, LatentConfig
+from mlra_jax.decoder import abstract_cache
 from mlra_jax.kernels.absorbed_decode.problem import Problem
 from mlra_jax.kernels.softmax import merge
 

@@ -5,7 +5,6 @@ mlra-decode --checkpoint=DIR --prompt_file=prompts.txt --mesh=tensor=4,context=2
 """
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from absl import logging
 from mlra_jax import sharding
 from mlra_jax.command import Parser, Switch, run, use_cpu
 from mlra_jax.costs import describe_cache
+from mlra_jax.data import text_reader
 from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
 from mlra_jax.generation import Sampling, Stream
 from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
@@ -97,31 +97,23 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     return prompts
 
 
-_LINE_END = re.compile(r"\r\n|\n|\r")
-"""And nothing else: form feeds and U+2028 are part of a prompt."""
-
-
 def _lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that are not blank, without a byte-order mark."""
+    """The lines of a UTF-8 file that are not blank."""
     if not path.is_file():
         raise ValueError(f"--prompt_file={path} is not a file")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # Positions count from behind the mark.
-        before = error.object[: error.start].decode("utf-8")
-        line = len(_LINE_END.findall(before)) + 1
-        raise ValueError(
-            f"--prompt_file={path} is not UTF-8 text (line {line}: {error.reason})"
-        ) from None
-    lines = _LINE_END.split(text)
-    prompts = [line for line in lines if line.strip()]
+    prompts, number = [], 1
+    for number, (_, content) in enumerate(text_reader.read_lines(path), 1):
+        try:
+            line = content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--prompt_file={path} is not UTF-8 text (line {number}: {error.reason})"
+            ) from None
+        if line.strip():
+            prompts.append(line)
     if not prompts:
-        # What follows the last end of a line is no line if it is empty.
-        last = len(lines) - (len(lines) > 1 and not lines[-1])
         raise ValueError(
-            f"--prompt_file={path} has no prompt: it is blank from line 1 to line {last}"
+            f"--prompt_file={path} has no prompt: it is blank from line 1 to line {number}"
         )
     return prompts
 

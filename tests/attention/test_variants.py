@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from decoding import abstract_cache, decoding_error, whole_pass
+from decoding import decoding_error, whole_pass
 from tiny import ATTENTIONS, random_model, relative_error
 from tiny import OTHERS as VARIANTS
 
@@ -25,7 +25,7 @@ from mlra_jax.config import (
     TiedConfig,
     preset,
 )
-from mlra_jax.decoder import Decoder, abstract_decoder
+from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.sharding import make_mesh, named
 
 MESHES = [(1, 1), (1, 4), (2, 2), (4, 2)]
