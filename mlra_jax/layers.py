@@ -1,5 +1,6 @@
 """The parts every block is made of: RMSNorm, projections, rotary positions, SwiGLU."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
+from mlra_jax.kernels import all_reduce
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -49,6 +51,36 @@ class Projection(nnx.Module):
         return jax.lax.dot_general(
             x, self.kernel[...].astype(x.dtype), (contract, ((), ())), precision=precision(x.dtype)
         )
+
+
+class SummedProjection(Projection):
+    """`projection` in a decoding step, its contracted dimensions split over the devices of `mesh`.
+
+    Of a few rows on GPUs the devices add up their parts by `kernels.all_reduce`, otherwise by XLA.
+    """
+
+    def __init__(self, projection: Projection, mesh: Mesh):
+        self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
+        self.axes = tuple(projection.kernel.get_metadata()["out_sharding"][: self.num_in])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mesh = self.mesh
+        size = math.prod((*x.shape[: -self.num_in], *self.kernel.shape[self.num_in :]))
+        if all_reduce.supports(mesh, sharding.MODEL, size) is not None:
+            return super().__call__(x)
+
+        def local(x, kernel):
+            part = jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)
+            return all_reduce.all_reduce(part, mesh, sharding.MODEL, x.dtype)
+
+        rows = ("batch", "length")
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(sharding.spec(*rows, *self.axes), sharding.spec(*self.axes)),
+            out_specs=sharding.spec(*rows),
+            check_vma=False,
+        )(x, self.kernel[...].astype(x.dtype))
 
 
 def output_init(config: ModelConfig):
