@@ -129,6 +129,15 @@ class LatentAttention(Attention):
         )
         return z_BTLHC.reshape(queries[0].shape), lse_BTLH.reshape(B, T, -1)
 
+    def _grouped(self, queries, entries):
+        (B, T), latents_BSLC = queries[0].shape[:2], entries["latents"]
+        q_BTPK = jnp.concatenate(queries, axis=-1)
+        q_BTLHK = q_BTPK.reshape(B, T, latents_BSLC.shape[2], -1, q_BTPK.shape[-1])
+        return q_BTLHK, heads.with_shared(latents_BSLC, entries["k_rope"]), latents_BSLC
+
+    def _library_serves(self):
+        return self.config.latent_head_dim + self.config.rope_dim <= 256
+
     def _answer(self, z_BTPC):
         o_BTPK = jnp.einsum(
             "btpc,pck->btpk",
