@@ -17,18 +17,22 @@ _TINY = dict(num_layers=1, embed_dim=128, mlp_dim=256, vocab_size=512)
 def model_config(name: str, share: str = "", tiny: bool = False) -> ModelConfig:
     """The published model, one device's share of it, or one narrow layer to try a command with."""
     config = preset(name, **_TINY if tiny else {})
-    return share_of(config, int(share.partition("x")[0])) if share else config
+    return share_of(config, *_ways(share)) if share else config
 
 
-def share_of(config: ModelConfig, ways: int) -> ModelConfig:
-    """What one of `ways` devices of a tensor axis holds and computes, as a model of its own.
+def share_of(config: ModelConfig, tensor: int, context: int = 1) -> ModelConfig:
+    """What one device of a mesh holds, as a model of its own.
 
-    It has the device's latents and their branch heads (or its query heads and the key heads that
-    they read), and its parts of MLP and vocabulary. What devices exchange is left out.
+    It has the latents (or key heads, with their weights) of its tensor share, and its parts of the
+    other weights, which both axes split. What devices exchange is left out, and so are the queries
+    of other devices' heads: those that attend to this one's positions where `context` is not 1, and
+    the projections of a latent model's queries that are whole on every device (up to a tenth of
+    its weights).
     """
-    a, part = config.attention, lambda n: -(-n // ways)
+    a, ways = config.attention, tensor * context
+    part = lambda n: -(-n // ways)
     if isinstance(a, LatentConfig):
-        branch_heads, latents = a.branches * a.num_heads // ways, max(1, a.num_latents // ways)
+        branch_heads, latents = a.branches * a.num_heads // ways, max(1, a.num_latents // tensor)
         branches = max(1, branch_heads // a.num_heads)
         share = dict(
             num_heads=branch_heads // branches,
@@ -39,7 +43,7 @@ def share_of(config: ModelConfig, ways: int) -> ModelConfig:
     else:
         share = dict(num_heads=part(a.num_heads))
         if isinstance(a, GroupedConfig | TiedConfig):
-            held = HeldHeads(a.num_heads, a.num_kv_heads, ways).each
+            held = HeldHeads(a.num_heads, a.num_kv_heads, tensor).each
             # Where neighbours read a head in common, some have a query head less than this.
             share = dict(num_heads=-(-share["num_heads"] // held) * held, num_kv_heads=held)
     return dataclasses.replace(
@@ -52,7 +56,12 @@ def share_of(config: ModelConfig, ways: int) -> ModelConfig:
 
 def positions_of(share: str, context: int) -> int:
     """The positions of a context that a device of this share (`4`, `4x2`) keeps."""
-    return -(-context // int(share.partition("x")[2] or 1))
+    return -(-context // _ways(share)[1])
+
+
+def _ways(share: str) -> tuple[int, int]:
+    tensor, _, context = share.partition("x")
+    return int(tensor or 1), int(context or 1)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from benchmarks import limits
 from benchmarks.models import (
@@ -31,6 +32,7 @@ from benchmarks.models import (
     random_tree,
 )
 from mlra_jax import sharding
+from mlra_jax.attention import MODULES
 from mlra_jax.attention.base import OVER
 from mlra_jax.cache import round_capacity
 from mlra_jax.costs import flops_per_token
@@ -55,9 +57,10 @@ def prefill(
     Without `over` it is the pass without chunks.
     """
     mesh = decoder.mesh
-    capacity = round_capacity(-(-length // chunk) * chunk, mesh)
-    tokens = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (batch, capacity))
-    tokens, lengths = tokens.astype(np.int32), np.full(batch, length, np.int32)
+    capacity = round_capacity(length, mesh)
+    shape = (batch, -(-length // chunk) * chunk)
+    tokens = np.random.default_rng(0).integers(0, decoder.config.vocab_size, shape, np.int32)
+    lengths = np.full(batch, length, np.int32)
     began = time.perf_counter()
     if over is None:
         prompt = tokens[:, :length]
@@ -85,6 +88,13 @@ def prefill(
             return state[0]
 
     return once, time.perf_counter() - began, peak_gigabytes(compiled)
+
+
+def default_over(decoder: Decoder) -> str:
+    """The way to attend that `generate` takes on the decoder's devices."""
+    attention = MODULES[type(decoder.config.attention)]
+    make = lambda: attention(decoder.config, mesh=decoder.mesh, rngs=nnx.Rngs(0))
+    return nnx.eval_shape(make).extends_over()
 
 
 def measure(decoder: Decoder, batch: int, length: int, chunk: int, over: str | None) -> dict:

@@ -15,6 +15,7 @@ from mlra_jax.attention import MODULES, base, blocks
 from mlra_jax.config import GroupedConfig, preset
 from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.generation import programs
+from mlra_jax.kernels import target
 from mlra_jax.kernels.chunk_attention import api, chunk_attention
 from mlra_jax.kernels.softmax import visible_softmax
 from mlra_jax.sharding import make_mesh
@@ -122,14 +123,16 @@ def test_no_score_of_a_query_and_a_slot_is_kept():
 
 
 def test_what_serves_a_mesh(monkeypatch):
-    for over, published in (("blocks", ["mla", "gla_2"]), ("cudnn", ["mlra_4", "gqa", "tpa"])):
-        monkeypatch.setattr(base.target, "is_gpu", lambda device: True)
-        for name in published:
-            module = attention_of(preset(name, dtype="bfloat16"))
-            assert module.extends_over() == over
-    assert attention_of(preset("mlra_4", dtype="float32")).extends_over() == "blocks"
-    monkeypatch.setattr(base.target, "is_gpu", lambda device: False)
-    assert attention_of(preset("mlra_4", dtype="bfloat16")).extends_over() == "blocks"
+    over = lambda name, dtype="bfloat16": attention_of(preset(name, dtype=dtype)).extends_over()
+    assert over("mlra_4") == over("gqa") == "blocks"
+    monkeypatch.setattr(target, "is_gpu", lambda device: True)
+    for name in ("mlra_4", "gqa", "gta", "mfa", "tpa"):
+        assert over(name) == "cudnn" and over(name, "float32") == "blocks"
+    # Latents wider than cuDNN takes.
+    assert over("mla") == over("gla_2") == "blocks"
+    monkeypatch.setattr(target, "is_hopper", lambda device: True)
+    assert over("mla") == over("gla_2") == "kernel"
+    assert over("mlra_4") == "cudnn" and over("mla", "float32") == "blocks"
     with pytest.raises(ValueError, match="attention over 'x', expected one of blocks, kernel, cud"):
         chunked_error("mha", "x", {})
 
