@@ -153,7 +153,7 @@ def figures(rows: list[dict], folder: Path) -> None:
     rows = [row for row in rows if "error" not in row and row.get("tokens_per_call", 1) == 1]
     where = lambda row: row.get("share") or row["mesh"]
     for x, y, rest, title in (
-        ("context", "milliseconds", "batch", "time of a decoding step, ms"),
+        ("context", "milliseconds", "batch", "milliseconds a decoding step"),
         ("batch", "tokens_per_second", "context", "tokens a second"),
     ):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -170,7 +170,11 @@ def figures(rows: list[dict], folder: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("context, tokens" if x == "context" else "batch, prompts")
-        axes.set_ylabel(f"{title}; dotted: bytes / read bandwidth")
+        ticks = sorted({row[x] for row in rows})
+        axes.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else str(t) for t in ticks])
+        axes.minorticks_off()
+        axes.set_ylabel(title)
+        axes.set_title("dotted: weights and cache over the read bandwidth")
         if axes.lines:
             axes.legend(fontsize="small")
         folder.mkdir(parents=True, exist_ok=True)
