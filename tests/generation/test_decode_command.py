@@ -82,9 +82,7 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
         out, err, code = run(flag, f"--prompt={prompt}", "--max_new_tokens=8")
         assert code == 0 and out.startswith(prompt) and out.endswith("\n")
         assert "tokens/s" in err and "MLA would hold" in err
-        waited = (
-            r"first token after [\d.]+ s: loading [\d.]+, compiling [\d.]+, prefill [\d.]+; "
-        )
+        waited = r"first token after [\d.]+ s: loading [\d.]+, compiling [\d.]+, prefill [\d.]+; "
         assert re.search(waited, err)
         alone[prompt] = out.rstrip("\n")
     prompts = [f"--prompt={p}" for p in alone]
