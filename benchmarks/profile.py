@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 from jax.profiler import ProfileData
+
+_EXCHANGE = re.compile("nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|permute", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +23,29 @@ class Kernel:
     microseconds: float
 
 
-def kernels(call: Callable[[], Any], repeats: int = 3) -> list[Kernel]:
-    """The kernels (and copies) of one call, the longest in all first; their sums are a call's.
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One call on the first device, and what the host launched for all of them."""
+
+    kernels: tuple[Kernel, ...]
+    """The longest in all first; copies are among them."""
+    graphs: float
+    """CUDA graphs, as far as the profiler saw the launches."""
+
+    @property
+    def milliseconds(self) -> float:
+        """Of all kernels, one after the other."""
+        return sum(k.microseconds for k in self.kernels) / 1e3
+
+    @property
+    def exchanging(self) -> float:
+        """The part of that time in kernels that exchange data with other devices."""
+        of_names = sum(k.microseconds for k in self.kernels if _EXCHANGE.search(k.name))
+        return of_names / 1e3 / self.milliseconds
+
+
+def profile(call: Callable[[], Any], repeats: int = 3) -> Profile:
+    """Kernels and graphs of one call.
 
     Args:
       call: runs the compiled program; called once before the profile begins.
@@ -37,18 +61,24 @@ def kernels(call: Callable[[], Any], repeats: int = 3) -> list[Kernel]:
                 result = call()
             jax.block_until_ready(result)
         (trace,) = Path(folder).rglob("*.xplane.pb")
-        planes = [p for p in ProfileData.from_file(str(trace)).planes if "GPU:0" in p.name]
-        if not planes:
+        planes = list(ProfileData.from_file(str(trace)).planes)
+        gpu = [p for p in planes if "GPU:0" in p.name]
+        if not gpu:
             raise ValueError("the profiler saw no GPU in the call")
         launches: collections.Counter[str] = collections.Counter()
         nanoseconds: collections.Counter[str] = collections.Counter()
-        for line in planes[0].lines:
+        for line in gpu[0].lines:
             if "XLA" in line.name:  # The same time again, by operations and modules.
                 continue
             for event in line.events:
                 launches[event.name] += 1
                 nanoseconds[event.name] += event.duration_ns
-    return [
-        Kernel(name, launches[name] / repeats, total / repeats / 1e3)
-        for name, total in nanoseconds.most_common()
-    ]
+        lines = (line for p in planes if "GPU:" not in p.name for line in p.lines)
+        graphs = sum("GraphLaunch" in event.name for line in lines for event in line.events)
+    return Profile(
+        tuple(
+            Kernel(name, launches[name] / repeats, total / repeats / 1e3)
+            for name, total in nanoseconds.most_common()
+        ),
+        graphs / repeats,
+    )

@@ -17,10 +17,16 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.attention import heads, sharded
+from mlra_jax.attention.blocks import in_blocks
 from mlra_jax.config import AttentionConfig, ModelConfig
+from mlra_jax.kernels import target
+from mlra_jax.kernels.chunk_attention import chunk_attention
 from mlra_jax.layers import Projection, output_init
 
 Entries = dict[str, jax.Array]
+OVER = ("blocks", "kernel", "cudnn")
+"""How many tokens attend to a cache: plain JAX, a block of positions at a time; the kernel of a
+decoding step; cuDNN's fused attention, of GPUs, to the cache and to themselves."""
 
 
 class Attention(nnx.Module):
@@ -34,6 +40,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         a = config.attention
         self.config, self.mesh, self.rope_base = a, mesh, config.rope_base
+        self.dtype = config.execution.dtype
         self.scale = 1 / math.sqrt(a.query_dim)
         heads.check_heads(a.num_heads, mesh)
         project = functools.partial(Projection, config=config, rngs=rngs)
@@ -83,6 +90,51 @@ class Attention(nnx.Module):
         beyond = [(0, x_BTD.shape[0] - rows)] + [(0, 0)] * (o_BTHV.ndim - 1)
         return self._output(y, jnp.pad(o_BTHV, beyond)), cache
 
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: Entries,
+        lengths_B: jax.Array,
+        over: str | None = None,
+    ) -> tuple[jax.Array, Entries]:
+        """As `decode`, for many tokens: no `[T, S]` matrix is in memory.
+
+        `over` is one of `OVER`, by default what `extends_over` says.
+        """
+        y, over = self.inputs(x_BTD), over or self.extends_over()
+        attend, within = self._attend, None
+        if over == "blocks":
+            attend = in_blocks(self._attend)
+        elif over == "cudnn":
+            attend = lambda q, cache, ends_BT: self._by_library(q, cache, ends_BT[:, 0])
+            within = self._by_library
+        elif over != "kernel":
+            raise ValueError(f"attention over {over!r}, expected one of {', '.join(OVER)}")
+        o_BTHV, cache = sharded.decode_step(
+            attend,
+            self._ask(self._queries(y, positions_BT)),
+            self._entries(self._kept(y, positions_BT)),
+            cache,
+            lengths_B,
+            cache_axes=self.cache_axes,
+            mesh=self.mesh,
+            within=within,
+        )
+        return self._output(y, self._answer(o_BTHV)), cache
+
+    def extends_over(self) -> str:
+        """The way of `OVER` that serves the mesh's devices."""
+        sixteen_bits = self.dtype != "float32"
+        gpu = target.is_gpu(self.mesh.devices.flat[0])
+        return "cudnn" if gpu and sixteen_bits and self._library_serves() else "blocks"
+
+    def _by_library(self, queries, entries, lengths_B=None):
+        """(o_BThV, lse_BTh): to the entries before `lengths[b]`, or causally to as many."""
+        q_BTJGK, k_BSJK, v_BSJV = self._grouped(queries, entries)
+        o_BTJGV, lse_BTJG = chunk_attention(q_BTJGK, k_BSJK, v_BSJV, lengths_B, scale=self.scale)
+        return self._ungrouped(o_BTJGV), self._ungrouped(lse_BTJG)
+
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
         return {name: getattr(self, name)(x_BTD) for name in self.input_names(self.config)}
@@ -125,6 +177,18 @@ class Attention(nnx.Module):
     @abc.abstractmethod
     def _attend(self, queries: Any, cache: Entries, lengths_BT: jax.Array):
         """(o_BThV, lse_BTh) of one device's heads over its share of the cache."""
+
+    @abc.abstractmethod
+    def _grouped(self, queries: Any, entries: Entries) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTJGK, k_BSJK, v_BSJV) of one device: the cached entries as keys and values."""
+
+    def _ungrouped(self, x_BTJG: jax.Array) -> jax.Array:
+        """`[B, T, h, ...]` from what came out for each of `_grouped`'s queries."""
+        return x_BTJG.reshape(*x_BTJG.shape[:2], -1, *x_BTJG.shape[4:])
+
+    def _library_serves(self) -> bool:
+        """Whether the keys of `_grouped` are as narrow as cuDNN takes them."""
+        return self.config.query_dim <= 256
 
     def _ask(self, q_BTHK: jax.Array) -> Any:
         """The queries as the cache is asked them."""
