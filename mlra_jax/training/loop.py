@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
 from mlra_jax.data.sources import describe
 from mlra_jax.settings_tree import ConfigError
+from mlra_jax.training import record, start
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
@@ -56,24 +56,33 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
-    state, step, seconds = None, 0, 0.0
+    state, step, seconds, changes = None, 0, 0.0, []
     if checkpoints.finished_steps(workdir):
         found = checkpoints.open_checkpoint(workdir)
         checkpoints.check_same_model(found, model, tokenizer, workdir)
         state, seconds = _restore(found, abstract, batches)
         step = found.step
         say(f"resuming {workdir} from step {step}")
+        changes = record.changes(workdir, experiment)
+    elif experiment.init_from:
+        found = start.open_weights(experiment, tokenizer)
+        state = start.state_from(found, experiment, abstract)
+        say(start.described(found, experiment))
 
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
         enter(contextlib.closing(batches))
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, step or None))
-        writer = enter(_begin(workdir, experiment, step, say)) if first else None
         stop = enter(StopSignals())
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
+            for line in changes:
+                say(f"not taken: {line}")
         else:
+            for line in changes:
+                say(f"from here on: {line}")
+            writer = enter(_begin(workdir, experiment, step, say)) if first else None
             for line in describe(source, data.validation_tokens):
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
@@ -247,7 +256,8 @@ def _restore(
     """The state of a checkpoint, and the seconds the run had taken; sets the data's place."""
     if not (found.has("optimizer") and found.has("iterator") and found.has("progress")):
         raise CheckpointError(
-            f"{found.folder} has weights but no training state to go on from; use another workdir"
+            f"{found.folder} has weights but no training state to go on from; to start a new run "
+            f"from them, take another workdir and --config.init_from={found.folder.parents[1]}"
         )
     progress = found.read_json("progress")
     batches.set_state(found.read_json("iterator"))
@@ -264,8 +274,7 @@ def _begin(
     workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None]
 ) -> contextlib.closing[MetricsWriter]:
     """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
-    settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
-    (workdir / "experiment.json").write_text(settings + "\n")
+    record.write(workdir, experiment, step)
     return contextlib.closing(MetricsWriter(workdir, step, say))
 
 

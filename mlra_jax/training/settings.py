@@ -131,6 +131,9 @@ class Experiment:
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     steps: int = 100_000
     """In [1, 2**31): they are counted in int32."""
+    init_from: str = ""
+    """Folder of a run or of a converted checkpoint: a new run takes its weights, and nothing
+    else, from there. A run that goes on does not look at it."""
     seed: int = 0
     """In [0, 2**32); of the weights and of the order of the data."""
     log_every: int = 10

@@ -28,8 +28,13 @@ class TrainState:
 
 def _initial(experiment: Experiment, mesh: Mesh) -> TrainState:
     params = models.fresh_params(experiment.model, mesh, experiment.seed)
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps).init(params)
+    optimizer = make_optimizer_state(experiment, params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer)
+
+
+def make_optimizer_state(experiment: Experiment, params: Any) -> Any:
+    """The optimizer's state before the first step."""
+    return make_optimizer(experiment.optimizer, experiment.steps).init(params)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
