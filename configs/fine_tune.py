@@ -1,8 +1,8 @@
 """Fine-tune a run's or a converted checkpoint: `--config=configs/fine_tune.py:DIR`.
 
-The model is the checkpoint's own, held in float32 for training; only its weights are taken. Give the
-text with `--config.data.source=FILE` and the mesh as for any run. A step is 32 sequences; the peak
-learning rate is a fifth of pretraining's.
+The model is the checkpoint's own, held in float32 for training; only its weights are taken. Give
+the text with `--config.data.source=FILE` and the mesh as for any run. A step is 32 sequences; the
+peak learning rate is a fifth of pretraining's.
 """
 
 import dataclasses

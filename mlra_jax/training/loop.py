@@ -56,18 +56,8 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
-    state, step, seconds, changes = None, 0, 0.0, []
-    if checkpoints.finished_steps(workdir):
-        found = checkpoints.open_checkpoint(workdir)
-        checkpoints.check_same_model(found, model, tokenizer, workdir)
-        state, seconds = _restore(found, abstract, batches)
-        step = found.step
-        say(f"resuming {workdir} from step {step}")
-        changes = record.changes(workdir, experiment)
-    elif experiment.init_from:
-        found = start.open_weights(experiment, tokenizer)
-        state = start.state_from(found, experiment, abstract)
-        say(start.described(found, experiment))
+    state, step, seconds = _found(experiment, workdir, tokenizer, abstract, batches, say)
+    changes = record.changes(workdir, experiment) if step else []
 
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
@@ -248,6 +238,28 @@ def _checked_mesh(settings: MeshSettings) -> Mesh:
             f"{jax.device_count()}; with several processes it must use all"
         )
     return mesh
+
+
+def _found(
+    experiment: Experiment,
+    workdir: Path,
+    tokenizer: str,
+    abstract: TrainState,
+    batches: TrainBatches,
+    say: Callable[[str], None],
+) -> tuple[TrainState | None, int, float]:
+    """(state, step, seconds) to go on with: the workdir's, or another run's weights, or None."""
+    if checkpoints.finished_steps(workdir):
+        found = checkpoints.open_checkpoint(workdir)
+        checkpoints.check_same_model(found, experiment.model, tokenizer, workdir)
+        state, seconds = _restore(found, abstract, batches)
+        say(f"resuming {workdir} from step {found.step}")
+        return state, found.step, seconds
+    if experiment.init_from:
+        found = start.open_weights(experiment, tokenizer)
+        say(start.described(found, experiment))
+        return start.state_from(found, experiment, abstract), 0, 0.0
+    return None, 0, 0.0
 
 
 def _restore(
