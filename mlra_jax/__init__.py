@@ -10,6 +10,17 @@ from mlra_jax.decoder import Decoder
 from mlra_jax.generation import generate
 from mlra_jax.loading import load_model
 from mlra_jax.model import Model
+from mlra_jax.saving import load_trainable, save_model
 from mlra_jax.sharding import make_mesh
 
-__all__ = ["Decoder", "Model", "ModelConfig", "generate", "load_model", "make_mesh", "preset"]
+__all__ = [
+    "Decoder",
+    "Model",
+    "ModelConfig",
+    "generate",
+    "load_model",
+    "load_trainable",
+    "make_mesh",
+    "preset",
+    "save_model",
+]

@@ -329,7 +329,7 @@ def _convert(config, mesh, params, donate):
     stacked = traverse_util.flatten_dict(params["layers"])
     layers = [{} for _ in range(config.num_layers)]
     for path, like in traverse_util.flatten_dict(shapes["layers"][0]).items():
-        sources, join = _recipe(path, config, like)
+        sources, join = recipe(path, config, like)
         made = _make([stacked[source] for source in sources], join, [like] * len(layers), donate)
         for layer, weight in zip(layers, made, strict=True):
             layer[path] = weight
@@ -340,7 +340,7 @@ def _convert(config, mesh, params, donate):
     return weights
 
 
-def _recipe(path: tuple[str, ...], config: ModelConfig, like: jax.ShapeDtypeStruct):
+def recipe(path: tuple[str, ...], config: ModelConfig, like: jax.ShapeDtypeStruct):
     """(the training form's parameters, the function that makes the weight `path` of them)."""
 
     def pad(x, axis):

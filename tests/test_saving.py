@@ -1,0 +1,95 @@
+"""Models into checkpoints and out again, in both forms; and the pages on one's own JAX code."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+import mlra_jax
+from mlra_jax import checkpoints
+from mlra_jax.checkpoints import CheckpointError
+from mlra_jax.convert.exporting import export
+from mlra_jax.decoder import Decoder, Vocabulary
+from mlra_jax.saving import load_trainable, save_model
+from mlra_jax.sharding import make_mesh
+
+TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
+
+
+def params(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize(
+    "name, mesh",
+    [
+        ("mlra_4", {}),
+        ("mlra_2_gated", dict(tensor=2, context=2)),
+        ("mlra_4", dict(tensor=4)),
+        ("gqa_gated", {}),
+        ("tpa", dict(tensor=2)),
+    ],
+)
+def test_a_decoder_is_saved_as_the_model_that_it_was_made_of(name, mesh, tmp_path):
+    model = tiny.random_model(tiny.config(name, num_layers=2), make_mesh(**mesh))
+    save_model(Decoder.from_model(model, Vocabulary(80, "bytes")), tmp_path)
+    opened = checkpoints.open_checkpoint(tmp_path)
+    assert (opened.model, opened.tokenizer, opened.step) == (model.config, "bytes", 0)
+    same(params(load_trainable(tmp_path)), params(model))
+
+
+def test_a_model_in_training_form_saves_loads_and_exports(tmp_path):
+    config = tiny.config("mlra_4", num_layers=2, vocab_size=264)
+    model = tiny.random_model(config, make_mesh(fsdp=2))
+    folder = tmp_path / "model"
+    save_model(model, folder, "bytes")
+    again = load_trainable(folder, make_mesh(tensor=4))
+    assert again.mesh.shape["tensor"] == 4
+    same(params(again), params(model))
+    decoder = mlra_jax.load_model(folder)
+    assert decoder.vocabulary == Vocabulary(257, "bytes")
+    assert tiny.relative_error(decoder(TOKENS), model(TOKENS)) < 1e-6
+    export(folder, tmp_path / "released", note=lambda line: None, quiet=True)
+    assert (tmp_path / "released/model.safetensors").exists()
+
+    # Edited, then saved beside the first: the latest is what loads.
+    model.embed.embedding[...] = model.embed.embedding[...] * 2
+    save_model(model, folder, "bytes", step=3)
+    same(params(load_trainable(folder)), params(model))
+    same(params(load_trainable(folder, step=0)), params(again))
+    with pytest.raises(CheckpointError, match="has step 3 already; choose another folder or a la"):
+        save_model(model, folder)
+    with pytest.raises(FileNotFoundError, match="no tokenizer 'byte'"):
+        save_model(model, tmp_path / "none", "byte")
+    assert not (tmp_path / "none").exists()
+
+
+def test_no_digit_is_lost_whatever_the_dtypes(tmp_path):
+    config = tiny.config("mla", dtype="bfloat16", param_dtype="float32")
+    model = tiny.random_model(config, make_mesh())
+    save_model(model, tmp_path / "wide")
+    decoder = mlra_jax.load_model(tmp_path / "wide")
+    # Products' weights in bfloat16, norms in float32: both fit float32.
+    save_model(decoder, tmp_path / "again")
+    stored = checkpoints.open_checkpoint(tmp_path / "again").model
+    assert (stored.param_dtype, stored.execution.dtype) == ("float32", "bfloat16")
+    same(mlra_jax.load_model(tmp_path / "again").weights, decoder.weights)
+    narrow = mlra_jax.load_model(tmp_path / "wide", dtype="bfloat16")
+    save_model(narrow, tmp_path / "narrow")
+    assert checkpoints.open_checkpoint(tmp_path / "narrow").model.param_dtype == "bfloat16"
+    assert load_trainable(tmp_path / "narrow").config == dataclasses.replace(
+        config, param_dtype="float32"
+    )
+    assert load_trainable(tmp_path / "narrow", param_dtype=jnp.bfloat16).config.param_dtype == (
+        "bfloat16"
+    )
