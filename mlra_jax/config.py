@@ -156,10 +156,11 @@ class TensorProductConfig(_WholeHeads):
 AttentionConfig = (
     LatentConfig | GroupedConfig | TiedConfig | MultiMatrixConfig | TensorProductConfig
 )
-_KINDS = {
+KINDS = {
     c.kind: c
     for c in (LatentConfig, GroupedConfig, TiedConfig, MultiMatrixConfig, TensorProductConfig)
 }
+"""Config of each attention by its `kind`; `attention.register` adds to it."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -248,8 +249,8 @@ class ModelConfig:
 
     def __post_init__(self):
         _require(
-            type(self.attention) in _KINDS.values(),
-            f"attention={self.attention!r} is none of {', '.join(_KINDS)}",
+            type(self.attention) in KINDS.values(),
+            f"attention={self.attention!r} is none of {', '.join(KINDS)}",
         )
         _require_positive(self)
         for name in ("norm_eps", "rope_base"):
@@ -277,9 +278,9 @@ class ModelConfig:
         values = dict(values)
         attention = dict(values.pop("attention", {}))
         kind = attention.pop("kind", None)
-        if kind not in _KINDS:
-            raise ConfigError(f"attention.kind={kind!r} is none of {', '.join(_KINDS)}")
-        attention = build(_KINDS[kind], attention, "attention.", "model setting")
+        if kind not in KINDS:
+            raise ConfigError(f"attention.kind={kind!r} is none of {', '.join(KINDS)}")
+        attention = build(KINDS[kind], attention, "attention.", "model setting")
         values = {"attention": attention} | _with_execution(values)
         return build(cls, values, what="model setting")
 

@@ -1,6 +1,8 @@
 """Models into checkpoints and out again, in both forms; and the pages on one's own JAX code."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,10 @@ from flax import nnx
 
 import mlra_jax
 from mlra_jax import checkpoints
+from mlra_jax.attention import MODULES, register
+from mlra_jax.attention.grouped import GroupedAttention
 from mlra_jax.checkpoints import CheckpointError
+from mlra_jax.config import KINDS, ConfigError, GroupedConfig
 from mlra_jax.convert.exporting import export
 from mlra_jax.decoder import Decoder, Vocabulary
 from mlra_jax.saving import load_trainable, save_model
@@ -93,3 +98,37 @@ def test_no_digit_is_lost_whatever_the_dtypes(tmp_path):
     assert load_trainable(tmp_path / "narrow", param_dtype=jnp.bfloat16).config.param_dtype == (
         "bfloat16"
     )
+
+
+def test_the_page_on_ones_own_loop_runs(tmp_path, monkeypatch, capsys):
+    """Every snippet, in order: trained, saved, loaded, decoded; an attention of one's own."""
+    config = tiny.config("mlra_4", vocab_size=264)
+    save_model(tiny.random_model(config, make_mesh()), tmp_path / "models/small", "bytes")
+    (tmp_path / "my_text.txt").write_text("The quick brown fox. " * 50)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/your_own_loop.md").read_text()
+    names: dict = {"__name__": "__main__"}
+    try:
+        for snippet in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(snippet, names)
+    finally:
+        KINDS.pop("normed", None)
+        MODULES.pop(names.get("NormedConfig"), None)
+    first, later = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines())
+    assert later < first, "it learns"
+    assert len(names["new"]) == 8 and all(token < 257 for token in names["new"])
+    same(params(load_trainable("models/mine")), params(names["model"]))
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(names["gradients"]))
+    # The attention of one's own: keys and queries of any length count as unit ones.
+    mine, decoder = names["mine"], names["decoder"]
+    assert tiny.relative_error(decoder(TOKENS), mine(TOKENS)) < 1e-5
+    assert (tmp_path / "models/normed/checkpoints/0").is_dir()
+
+
+def test_a_kind_is_registered_once():
+    class Other(GroupedConfig):
+        kind = "latent"
+
+    with pytest.raises(ConfigError, match="kind='latent' is LatentConfig's already"):
+        register(Other, GroupedAttention)
+    assert Other not in MODULES

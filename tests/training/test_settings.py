@@ -142,7 +142,7 @@ def test_settings_that_contradict_each_other():
 
 def test_the_defaults_are_the_papers_recipe():
     values = EXPERIMENT.to_config_dict().to_dict()
-    assert values.pop("model") == MODEL.to_dict()
+    assert values.pop("model") == MODEL.to_dict() and values.pop("init_from") == ""
     assert values == {
         "data": {
             "source": "pydoc",
