@@ -1,8 +1,18 @@
-"""`python -m mlra_jax` lists the commands."""
+"""`python -m mlra_jax` lists the commands; `presets` and `configs` the models and experiments."""
 
+import runpy
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from mlra_jax.command import Parser
+import jax
+
+from mlra_jax import costs, sharding
+from mlra_jax.command import Parser, run, use_cpu
+from mlra_jax.config import PRESETS, VARIANTS, ConfigError, ModelConfig, preset
+from mlra_jax.model import structure
+from mlra_jax.scaling import SIZES
+from mlra_jax.training.settings import Experiment
 
 COMMANDS = {
     "mlra-train": ("mlra_jax.training", "train a model, or go on with it"),
@@ -18,11 +28,91 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a line for each command."""
-    Parser("mlra_jax", "Lists the commands; each has --help.").parse_args(argv)
+    """Prints a line for each command, preset or config; see `command.run` for the exit codes."""
+    parser = Parser(
+        "mlra_jax",
+        "Lists the commands (each has --help), the presets, or the configs of a folder with what "
+        "training takes.",
+    )
+    parser.add_argument("what", nargs="?", default="commands", help="commands, presets or configs")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE[:NAME]",
+        help="with configs: which; default: all of ./configs",
+    )
+    flags = parser.parse_args(argv)
+    lists = {"commands": commands, "presets": presets, "configs": lambda: configs(flags.files)}
+    if flags.what not in lists or (flags.files and flags.what != "configs"):
+        wrong = flags.files[0] if flags.what in lists else flags.what
+        parser.error(f"unexpected argument {wrong!r}; there are {', '.join(lists)}")
+
+    def work():
+        for line in lists[flags.what]():
+            print(line, flush=True)
+
+    return run(parser, work)
+
+
+def commands() -> Iterator[str]:
     for script, (module, does) in COMMANDS.items():
-        print(f"{script:15}python -m {module:25}{does}")
-    return 0
+        yield f"{script:15}python -m {module:25}{does}"
+
+
+def presets() -> Iterator[str]:
+    """Parameters, weights in bfloat16, and the cache of a token, of each preset and size."""
+    use_cpu()
+    yield f"{'preset':34}{'parameters':>14}{'weights, bf16':>15}{'cache a token':>15}"
+    for name in (*PRESETS, *(f"{name}_{size}" for size in SIZES for name in VARIANTS)):
+        config = preset(name)
+        count = parameters(config)
+        cache = costs.cache_bytes_per_device(config, batch=1, capacity=1)
+        yield f"{name:34}{count:14,}{2 * count / 2**30:11.2f} GiB{cache / 2**10:11.2f} KiB"
+
+
+def configs(given: list[str]) -> Iterator[str]:
+    """Parameters of each experiment, and about what training needs on each of its devices."""
+    use_cpu()
+    files = given or sorted(map(str, Path("configs").glob("*.py")))
+    if not files:
+        raise ValueError("there is no configs/*.py here: name a file")
+    for file in files:
+        try:
+            experiment = read_experiment(file)
+        except ConfigError as error:
+            if given:
+                raise
+            yield f"{file}: {error}"
+            continue
+        mesh, data, count = experiment.mesh, experiment.data, parameters(experiment.model)
+        need = costs.training_bytes_per_device(
+            experiment.model,
+            count,
+            sequences=data.part_batch // (mesh.data * mesh.fsdp),
+            ways=mesh.fsdp * mesh.tensor * mesh.context,
+            loss_chunk=experiment.loss_chunk,
+        )
+        devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.context
+        yield (
+            f"{file}: {count:,} parameters, {experiment.steps:,} steps of "
+            f"{experiment.tokens_per_step:,} tokens, about {need / 2**30:.2f} GiB on each of "
+            f"{devices} device(s)"
+        )
+
+
+def read_experiment(file: str) -> Experiment:
+    """Of `FILE` or `FILE:NAME`; ConfigError if it makes none."""
+    path, _, name = file.partition(":")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"{path} has no get_config()")
+    return Experiment.from_dict(get_config(*filter(None, [name])).to_dict())
+
+
+def parameters(config: ModelConfig) -> int:
+    """Their number."""
+    _, shapes = structure(config, sharding.make_mesh())
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 if __name__ == "__main__":

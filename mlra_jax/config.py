@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mlra_jax.scaling import scale_attention, scale_mlp, split_size
 from mlra_jax.settings_tree import ConfigError, at_least, build, closest
 from mlra_jax.settings_tree import require as _require
 
@@ -289,6 +290,9 @@ GPT2_VOCABULARY = 50304
 """The published models' vocabulary: GPT-2's 50257 ids, padded so that it divides over meshes."""
 
 
+_WIDTH = 3072
+
+
 # The published models (24 layers, width 3072): MLP width and attention of each.
 def _latent(groups, branches, q_latent_dim=1024, **kwargs):
     return LatentConfig(
@@ -333,21 +337,31 @@ PRESETS = (*_PAPER, *(n + _NORMAL for n in _PAPER if "_" not in n or n[-1].isdig
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
-    """The 2.9B model that the paper publishes as `name`.
+    """The 2.9B model that the paper publishes as `name`, or one of its kind in another size.
 
-    `changes` are to ModelConfig's fields, or to those of its `execution` by their own names.
+    `NAME_small` and `NAME_medium` are for one GPU. `changes` are to fields of ModelConfig, of its
+    `execution` and of its attention, by their own names. With another `embed_dim`, heads, latents
+    and MLP follow (`mlra_jax/scaling.py`), unless they are given.
 
-    Raises ConfigError naming the nearest preset for an unknown name.
+    Raises ConfigError naming the nearest preset for an unknown name, and sizes that contradict.
     """
-    if name not in PRESETS:
+    base, size = split_size(name, PRESETS)
+    if base not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; {closest(name, PRESETS)}")
-    mlp_dim, attention = _PAPER[name.removesuffix(_NORMAL)]
+    mlp_dim, attention = _PAPER[base.removesuffix(_NORMAL)]
+    changes = size | changes
+    attention = changes.get("attention", attention)
+    own = {f.name: changes.pop(f.name) for f in dataclasses.fields(attention) if f.name in changes}
+    embed_dim = changes.get("embed_dim", _WIDTH)
+    if embed_dim != _WIDTH:
+        mlp_dim = scale_mlp(mlp_dim, _WIDTH, embed_dim)
+        if "attention" not in changes:
+            attention = scale_attention(attention, _WIDTH, embed_dim, own.get("num_heads"))
     sizes = dict(
-        attention=attention,
         vocab_size=GPT2_VOCABULARY,
         num_layers=24,
-        embed_dim=3072,
+        embed_dim=_WIDTH,
         mlp_dim=mlp_dim,
-        zero_init=not name.endswith(_NORMAL),
+        zero_init=not base.endswith(_NORMAL),
     )
-    return ModelConfig(**sizes | changes)
+    return ModelConfig(**sizes | changes | {"attention": dataclasses.replace(attention, **own)})

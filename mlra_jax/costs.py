@@ -69,6 +69,32 @@ def table(names: Sequence[str], tokens: int, batch: int) -> str:
     return "\n".join(lines)
 
 
+def training_bytes_per_device(
+    config: ModelConfig, parameters: int, *, sequences: int, ways: int = 1, loss_chunk: int = 512
+) -> int:
+    """An estimate of what training needs on each device.
+
+    Weights, gradients and two moments; each block's input, kept for the backward pass, and one
+    block's intermediates (all blocks' without `remat`); the logits of a chunk, twice.
+
+    Args:
+      config: of the model.
+      parameters: their number.
+      sequences: that one device computes together.
+      ways: devices that split the weights.
+      loss_chunk: positions whose logits exist at a time.
+    """
+    tokens = sequences * config.context_length
+    attention = config.attention
+    heads = attention.num_heads * (2 * attention.query_dim + 2 * attention.value_dim)
+    inside = 4 * config.embed_dim + heads + 3 * config.mlp_dim
+    blocks = 1 if config.execution.remat else config.num_layers
+    kept = tokens * (config.num_layers * config.embed_dim + blocks * inside)
+    logits = 2 * 4 * sequences * min(loss_chunk, config.context_length) * config.vocab_size
+    state = 4 * parameters * jnp.dtype(config.param_dtype).itemsize
+    return state // ways + kept * jnp.dtype(config.execution.dtype).itemsize + logits
+
+
 # Dense bfloat16 products per second of one device, by the vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,

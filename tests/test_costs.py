@@ -1,5 +1,6 @@
 """Bytes of a cache, for every variant and every way to split it."""
 
+import dataclasses
 import math
 import re
 
@@ -119,3 +120,17 @@ def test_the_command_prints_the_table_that_was_asked_for(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             costs.main()
         assert end.value.code == 2 and "at least" in capsys.readouterr().err
+
+
+def test_what_training_takes_is_counted():
+    config = preset("mha_small", context_length=128, dtype="bfloat16")
+    count = 1000
+    size = lambda **changes: costs.training_bytes_per_device(
+        dataclasses.replace(config, **changes), count, sequences=3, ways=4, loss_chunk=64
+    )
+    # Weights, gradients and two moments of 4 bytes over 4 ways; 12 layers of inputs and one block's
+    # 4 x 768 + 4 x 12 x 64 + 3 x 2048 in 2 bytes; twice 64 positions' logits in 4.
+    inside, logits = 4 * 768 + 4 * 768 + 3 * 2048, 2 * 3 * 64 * 50304 * 4
+    assert size() == 16 * count // 4 + 3 * 128 * (12 * 768 + inside) * 2 + logits
+    everything = 16 * count // 4 + 3 * 128 * 12 * (768 + inside) * 2 + logits
+    assert size(execution=Execution(remat=False)) == everything

@@ -1,11 +1,23 @@
 """The published sizes: parameter counts from shapes against counts by hand."""
 
 import re
+from pathlib import Path
 
 import jax
 import pytest
 
-from mlra_jax.config import PRESETS, ConfigError, ModelConfig, preset
+from mlra_jax.__main__ import main as list_commands
+from mlra_jax.config import (
+    PRESETS,
+    ConfigError,
+    GroupedConfig,
+    LatentConfig,
+    ModelConfig,
+    MultiMatrixConfig,
+    TensorProductConfig,
+    TiedConfig,
+    preset,
+)
 from mlra_jax.model import structure
 from mlra_jax.sharding import make_mesh
 
@@ -106,3 +118,72 @@ def test_unknown_preset_names_the_nearest():
 def test_unknown_preset_that_is_near_none_lists_them_all():
     with pytest.raises(ConfigError, match="unknown preset 'zzzzzz'; there are mha, mqa, gqa, gta"):
         preset("zzzzzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "attention", "sizes"),
+    [
+        # (layers, width, MLP); heads of 64 below a width of 2048, of 128 from there on.
+        ("mlra_4_small", {}, LatentConfig(12, 1, 4, 256, 256, 64, 32), (12, 768, 2496)),
+        ("mla_medium", {}, LatentConfig(16, 1, 1, 256, 512, 64, 32), (24, 1024, 3200)),
+        ("gqa_gated_small", {}, GroupedConfig(12, 3, 64, gated=True), (12, 768, 2176)),
+        ("mqa_small", {}, GroupedConfig(12, 1, 64), (12, 768, 2560)),
+        ("gqa_double_heads_small", {}, GroupedConfig(24, 3, 64), (12, 768, 1920)),
+        ("gta", dict(embed_dim=2048), TiedConfig(16, 4, 128), (24, 2048, 6656)),
+        ("mfa_small", {}, MultiMatrixConfig(12, 128, 512), (12, 768, 2048)),
+        ("tpa_small", {}, TensorProductConfig(12, 64, 2, 6), (12, 768, 2752)),
+        (
+            "mlra_4",
+            dict(embed_dim=1024, num_heads=8, num_layers=2),
+            LatentConfig(8, 1, 4, 512, 320, 128, 64),
+            (2, 1024, 3328),
+        ),
+        (
+            "mlra_2_small",
+            dict(latent_dim=128, gated=True, mlp_dim=100),
+            LatentConfig(12, 2, 2, 128, 256, 64, 32, gated=True),
+            (12, 768, 100),
+        ),
+        ("mha", dict(attention=TiedConfig(2, 1, 8), embed_dim=100), TiedConfig(2, 1, 8),
+         (24, 100, 320)),
+        ("mha", dict(num_layers=3), GroupedConfig(24, 24, 128), (3, 3072, 8192)),
+    ],
+)  # fmt: skip
+def test_heads_widths_and_mlp_follow_the_width(name, changes, attention, sizes):
+    config = preset(name, **changes)
+    assert config.attention == attention
+    assert (config.num_layers, config.embed_dim, config.mlp_dim) == sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("mlra_4", dict(embed_dim=1000), "embed_dim=1000 would make num_heads 15.625: choose a"),
+        ("gqa", dict(embed_dim=640), "embed_dim=640 would make num_kv_heads 2.5"),
+        ("mla", dict(embed_dim=1024, num_heads=7), "embed_dim=1024 and num_heads=7 would make "),
+        ("gla_4", dict(embed_dim=384), "num_heads=6 does not divide into groups=4"),
+        ("mlra_4_smal", {}, "unknown preset 'mlra_4_smal'; did you mean mlra_4"),
+    ],
+)
+def test_widths_that_contradict_are_named(name, changes, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        preset(name, **changes)
+
+
+def test_presets_and_configs_are_listed_with_their_sizes(capsys, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    assert list_commands(["presets"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert set(PRESETS) < rows.keys() and "mlra_4_small" in rows and "tpa_medium" in rows
+    # 4.5 d_h a token and layer, 24 layers, 2 bytes.
+    assert "2,873,220,096       5.35 GiB      27.00 KiB" in rows["mlra_4"]
+    assert list_commands(["configs"]) == 0
+    out = capsys.readouterr().out
+    assert "configs/fine_tune.py: name a checkpoint's folder" in out
+    assert "configs/paper.py: 2,873,220,096 parameters, 100,000 steps of 983,040 tokens" in out
+    assert list_commands(["configs", "configs/fine_tune.py"]) == 1
+    with pytest.raises(SystemExit):
+        list_commands(["preset"])
+    assert "unexpected argument 'preset'; there are commands, presets" in capsys.readouterr().err
