@@ -12,6 +12,7 @@ from mlra_jax.command import Parser, run, use_cpu
 from mlra_jax.config import PRESETS, VARIANTS, ConfigError, ModelConfig, preset
 from mlra_jax.model import structure
 from mlra_jax.scaling import SIZES
+from mlra_jax.training import reference
 from mlra_jax.training.settings import Experiment
 
 COMMANDS = {
@@ -31,10 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     """Prints a line for each command, preset or config; see `command.run` for the exit codes."""
     parser = Parser(
         "mlra_jax",
-        "Lists the commands (each has --help), the presets, or the configs of a folder with what "
-        "training takes.",
+        "Lists the commands (each has --help), presets, settings, or configs with what they take.",
     )
-    parser.add_argument("what", nargs="?", default="commands", help="commands, presets or configs")
+    parser.add_argument(
+        "what", nargs="?", default="commands", help="commands, presets, configs, settings"
+    )
     parser.add_argument(
         "files",
         nargs="*",
@@ -42,7 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         help="with configs: which; default: all of ./configs",
     )
     flags = parser.parse_args(argv)
-    lists = {"commands": commands, "presets": presets, "configs": lambda: configs(flags.files)}
+    lists = {
+        "commands": commands,
+        "presets": presets,
+        "configs": lambda: configs(flags.files),
+        "settings": lambda: reference.markdown().splitlines(),
+    }
     if flags.what not in lists or (flags.files and flags.what != "configs"):
         wrong = flags.files[0] if flags.what in lists else flags.what
         parser.error(f"unexpected argument {wrong!r}; there are {', '.join(lists)}")

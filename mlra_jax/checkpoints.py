@@ -157,6 +157,11 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     if not Path(folder).exists():
         raise CheckpointError(f"no checkpoint: {folder} does not exist")
     steps = finished_steps(folder)
+    if not steps and _is_release(Path(folder)):
+        raise CheckpointError(
+            f"{folder} has weights as they are released: convert them first, python -m "
+            f"mlra_jax.convert --source={folder} --destination=DIR, and name that DIR"
+        )
     if not steps:
         raise CheckpointError(f"no finished checkpoint in {folder} (looked for {SUBFOLDER}/<step>)")
     if step is not None and step not in steps:
@@ -176,6 +181,10 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     except (ConfigError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path}/model describes no model of this program: {e}") from e
     return Checkpoint(folder=path, step=step, model=model, tokenizer=tokenizer)
+
+
+def _is_release(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
 
 
 def check_same_model(

@@ -27,15 +27,21 @@ class LatentConfig:
 
     kind: ClassVar[str] = "latent"
     num_heads: int
+    """Query heads."""
     groups: int
+    """Of query heads, each with latents of its own."""
     branches: int
+    """Latents of a group; a head attends in each and the outputs are summed."""
     latent_dim: int
     """d_c, the width of all latents together (the released configs' `kv_lora_rank`)."""
     q_latent_dim: int
     """d_q, the width of the query latent (`q_lora_rank`)."""
     nope_dim: int
+    """Width of a head's values, and of its queries and keys without the rotary part."""
     rope_dim: int
+    """Width of the rotary part, shared by all heads' keys; even."""
     gated: bool = False
+    """A sigmoid of the block's input scales each head's output."""
     scaled: bool = True
     """Calibration factors on the query latent, the latents and the branch sum."""
 
@@ -91,7 +97,9 @@ class GroupedConfig(_WholeHeads):
     kind: ClassVar[str] = "grouped"
     num_heads: int
     num_kv_heads: int
+    """Key/value heads; divides `num_heads`."""
     head_dim: int
+    """Width of a head; even."""
     gated: bool = False
 
     def __post_init__(self):
@@ -110,7 +118,9 @@ class TiedConfig(_WholeHeads):
     kind: ClassVar[str] = "tied"
     num_heads: int
     num_kv_heads: int
+    """Heads that are key and value in one; divides `num_heads`."""
     head_dim: int
+    """Width of a head; a multiple of 4."""
 
     def __post_init__(self):
         _require_positive(self)
@@ -132,6 +142,7 @@ class MultiMatrixConfig(_WholeHeads):
     kind: ClassVar[str] = "multi_matrix"
     num_heads: int
     head_dim: int
+    """Width of a head; even."""
     q_latent_dim: int
 
     def __post_init__(self):
@@ -146,8 +157,11 @@ class TensorProductConfig(_WholeHeads):
     kind: ClassVar[str] = "tensor_product"
     num_heads: int
     head_dim: int
+    """Width of a head; even."""
     rank: int
+    """Outer products that keys and values are sums of."""
     q_rank: int
+    """Outer products that queries are sums of."""
 
     def __post_init__(self):
         _require_positive(self)
@@ -236,16 +250,23 @@ class ModelConfig:
 
     attention: AttentionConfig
     vocab_size: int
+    """Token ids, padding included."""
     num_layers: int
+    """Blocks."""
     embed_dim: int
+    """Width of the model."""
     mlp_dim: int
+    """Width of the MLP."""
     context_length: int = 2048
     """Tokens in a training sequence; decoding is limited by its cache, not by this."""
     norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
     rope_base: float = 10000.0
+    """Of the rotary frequencies."""
     zero_init: bool = True
     """Attention output and MLP down projections begin at zero (the paper's choice)."""
     param_dtype: str = "float32"
+    """Of the parameters."""
     execution: Execution = Execution()
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
-from mlra_jax.config import GPT2_VOCABULARY, DTypeLike, dtype_name
+from mlra_jax.config import GPT2_VOCABULARY, DTypeLike, ModelConfig, dtype_name
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Decoder, Vocabulary
 
@@ -59,6 +59,22 @@ def load_model(
     )
     decoder = Decoder.from_params(config, mesh, params, vocabulary, donate=True)
     return jax.block_until_ready(decoder)
+
+
+def compute_line(config: ModelConfig, why: str | None = None) -> str:
+    """In which dtype a loaded model computes and why, for people.
+
+    Args:
+      config: of the loaded model.
+      why: what chose the dtype, if not the checkpoint.
+    """
+    products, weights = config.execution.dtype, config.param_dtype
+    if why is not None or products == weights:
+        return f"computes in {products}, {why or 'as its weights are stored'}"
+    return (
+        f"computes in {products}, as the checkpoint says; its weights are stored in {weights} "
+        f"(--dtype={weights} computes in that)"
+    )
 
 
 def tokenizer_of(model: Decoder, name: str | Path | None = None) -> tokenizers.Tokenizer:

@@ -85,5 +85,28 @@ def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"there are {', '.join(prefix + k for k in known)}"
 
 
+_ALSO_CALLED = {
+    "batch_size": "global_batch",
+    "epochs": "steps",
+    "hidden_size": "embed_dim",
+    "n_layers": "num_layers",
+    "seq_len": "context_length",
+}
+
+
+def meant(name: str, paths: Iterable[str]) -> str | None:
+    """The dotted path that someone means who writes `name` in the wrong place or by another word:
+    `lr` and `learning_rate` mean `optimizer.peak_learning_rate`."""
+    lasts = {path.rpartition(".")[2]: path for path in reversed(list(paths))}
+    name = _ALSO_CALLED.get(name, name)
+    if name in lasts:
+        return lasts[name]
+    for last, path in lasts.items():
+        initials = "".join(word[0] for word in last.split("_"))
+        if len(name) > 1 and (initials.endswith(name) or last.endswith(f"_{name}")):
+            return path
+    return None
+
+
 def _nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.5)), None)

@@ -93,7 +93,17 @@ def mesh_sizes(text: str) -> dict[str, int]:
         if name in sizes:
             raise ConfigError(f"--mesh={text} names {name} twice; give each axis once")
         sizes[name] = int(value)
-    return dict.fromkeys(MESH_AXES, 1) | sizes
+    return all_axes(sizes)
+
+
+def all_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The size of every axis, 1 of those not named; ConfigError for an unknown axis or no size."""
+    for name, value in sizes.items():
+        if name not in MESH_AXES or type(value) is not int or value < 1:
+            raise ConfigError(
+                f"mesh {name}={value!r} is not one of {', '.join(MESH_AXES)} with a size from 1 on"
+            )
+    return dict.fromkeys(MESH_AXES, 1) | dict(sizes)
 
 
 def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -239,6 +239,8 @@ def one_line(folder, *needles, restore=True, step=None):
 def test_missing_checkpoints_are_named(written, tmp_path):
     one_line(tmp_path / "nowhere", "does not exist")
     one_line(tmp_path, "no finished checkpoint")
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    one_line(tmp_path, "weights as they are released: convert them first, python -m mlra_jax.conv")
     one_line(written[0], "has no step 7; it has 2, 3", step=7)
 
 

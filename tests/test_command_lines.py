@@ -336,6 +336,9 @@ def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_pa
     (tmp_path / "broken.py").write_text("def get_config():\n    raise ValueError('for a reason')\n")
     for arguments, line in (
         ([f"--config={file}", "--config.model.rmat=1"], "did you mean --config.model.remat?"),
+        ([f"--config={file}", "--config.lr=1"], "mean --config.optimizer.peak_learning_rate?"),
+        ([f"--config={file}", "--config.batch_size=1"], "did you mean --config.data.global_batch?"),
+        ([f"--config={file}", "--config.model.steps=1"], "did you mean --config.steps?"),
         ([f"--config={file}", "--config.model.attention.x=1"], "unknown setting --config.model.at"),
         ([f"--config={file}", "--config.steps=x"], "invalid literal for int() with base 10: 'x'"),
         ([f"--config={file}:mlra_5"], "unknown preset 'mlra_5'; did you mean"),
@@ -389,13 +392,16 @@ def handed(monkeypatch, script, work, *flags):
     [
         (
             "mlra-convert", "convert", "--source=a --destination=b", ("a", "b"),
-            dict(variant=None, dtype=None, mesh=None),
+            dict(variant=None, dtype=None, mesh=None, expected=None),
         ),
         (
             "mlra-convert", "convert",
             "--source=a --destination=b --variant=mla --dtype=float16 --mesh=tensor=4,fsdp=2",
             ("a", "b"),
-            dict(variant="mla", dtype="float16", mesh=dict(data=1, fsdp=2, tensor=4, context=1)),
+            dict(
+                variant="mla", dtype="float16", mesh=dict(data=1, fsdp=2, tensor=4, context=1),
+                expected=None,
+            ),
         ),
         (
             "mlra-export", "export", "--checkpoint=a --destination=b", ("a", "b"),
@@ -441,7 +447,7 @@ def test_flags_are_handed_on(monkeypatch, script, work, flags, positional, named
 def test_accelerators_decode_in_bfloat16(monkeypatch, platform, flags, dtype):
     decoding, seen = module("mlra_jax.generation"), []
 
-    def load_model(checkpoint, mesh, dtype):
+    def load_model(checkpoint, mesh, dtype, step):
         seen.append((checkpoint, dtype))
         raise ValueError("enough")
 

@@ -119,6 +119,16 @@ def test_ids_that_mean_something(tokenizer, vocab_size, meant):
     assert loading._num_tokens(tokenizer, vocab_size) == meant
 
 
+def test_the_dtype_that_computes_is_said_with_its_reason():
+    mixed = tiny.config("mla", dtype="bfloat16", param_dtype="float32")
+    assert loading.compute_line(mixed) == (
+        "computes in bfloat16, as the checkpoint says; its weights are stored in float32 "
+        "(--dtype=float32 computes in that)"
+    )
+    assert loading.compute_line(CONFIG) == "computes in float32, as its weights are stored"
+    assert loading.compute_line(mixed, "as asked") == "computes in bfloat16, as asked"
+
+
 def named(tokenizer, vocab_size=264):
     return types.SimpleNamespace(
         vocabulary=Vocabulary(vocab_size, tokenizer),

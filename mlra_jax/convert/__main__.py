@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variant", help="released name where weights cannot tell: *_no_scale")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as in the files")
     parser.add_argument("--mesh", help="lay chunks out for this mesh, as in tensor=4,fsdp=2")
+    parser.add_argument("--expected", help=".npz with tokens and the logits they should give")
     flags = parser.parse_args(argv)
 
     def work():
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             variant=flags.variant,
             dtype=flags.dtype,
             mesh=None if flags.mesh is None else mesh_sizes(flags.mesh),
+            expected=flags.expected,
         )
         print(f"{flags.destination}: written and read back")
 

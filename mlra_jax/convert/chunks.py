@@ -25,11 +25,12 @@ def chunk_shapes(
 
     Args:
       config: the model.
-      mesh: axis name to size.
+      mesh: axis name to size; axes that are not named are 1.
 
     Raises:
-      ConfigError: the mesh does not divide a parameter.
+      ConfigError: no such axis, or the mesh does not divide a parameter.
     """
+    mesh = None if mesh is None else sharding.all_axes(mesh)
     state = nnx.state(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0))))
     shapes = {}
     for path, variable in nnx.to_flat_state(state):

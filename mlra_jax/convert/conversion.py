@@ -22,6 +22,7 @@ from mlra_jax.config import (
 )
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
+from mlra_jax.convert.expected import check_logits, read_expected
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.lazy import cast
 from mlra_jax.convert.recognise import check_tensors, recognise
@@ -39,6 +40,7 @@ def convert(
     variant: str | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
+    expected: str | Path | None = None,
     note: Callable[[str], object] = print,
     quiet: bool = False,
 ) -> ModelConfig:
@@ -54,6 +56,8 @@ def convert(
       variant: released name of the model where weights cannot tell, as in `mlra_2_no_scale`.
       dtype: of the stored parameters, float32, bfloat16 or float16; by default that of the files.
       mesh: axis name to size: chunks on disk will be what one device of such a mesh holds.
+      expected: .npz file with `tokens` [B, T] and the `logits` [B, T, V] that the weights should
+        give: they are computed in float32 and compared before the destination appears.
       note: told what the user should know, a line each.
       quiet: no progress bars.
 
@@ -81,6 +85,7 @@ def convert(
             config, param_dtype=dtype or stored.name, execution=Execution(compute)
         )
         arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
+        wanted = None if expected is None else read_expected(expected, config)
         for line in (*weights.notes, *notes):
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
@@ -97,6 +102,9 @@ def convert(
                 sums = _write(partial, arrays, described, progress)
             with progress_bar("reading back", total, quiet) as progress:
                 _verify(partial, sums, progress)
+            if wanted is not None:
+                error = check_logits(partial, wanted)
+                note(f"logits agree with {expected}: {error:.1e} of their norm in float32")
     return config
 
 

@@ -5,7 +5,7 @@
 
 import sys
 
-from mlra_jax.command import Parser, run
+from mlra_jax.command import Parser, run, use_cpu
 from mlra_jax.evaluate.perplexity import MAX_TOKENS, WINDOW, evaluate, table
 from mlra_jax.sharding import parse_mesh
 
@@ -14,17 +14,24 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluates as the flags say; see `command.run` for the exit codes."""
     parser = Parser("mlra_jax.evaluate", "Perplexity of a checkpoint on token files.")
     parser.add_argument("--checkpoint", required=True, help="training run or converted checkpoint")
-    parser.add_argument("--tokens", required=True, help="token files or patterns, joined by commas")
+    parser.add_argument(
+        "--tokens", required=True, help="token files, folders, patterns, with commas"
+    )
     parser.add_argument("--window", type=int, default=WINDOW, help="tokens the model sees at once")
     parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, help="of each file")
     parser.add_argument("--output", help="JSON file; interrupted runs go on from beside it")
     parser.add_argument("--mesh", default="", help="devices along each axis, as in data=4")
+    parser.add_argument(
+        "--virtual_cpu_devices", type=int, help="evaluate on so many devices made of the CPU"
+    )
     parser.add_argument("--batch", type=int, help="windows at a time (default: 4 per device)")
     parser.add_argument("--dtype", help="of parameters and products (default: the checkpoint's)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
     flags = parser.parse_args(argv)
 
     def work():
+        if flags.virtual_cpu_devices:
+            use_cpu(flags.virtual_cpu_devices)
         result = evaluate(
             flags.checkpoint,
             [file for file in flags.tokens.split(",") if file],

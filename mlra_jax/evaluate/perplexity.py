@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import json
 import math
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from mlra_jax.data.sources import Segment, Windows, fingerprint
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
 from mlra_jax.files import whole_file
-from mlra_jax.loading import load_model
+from mlra_jax.loading import compute_line, load_model
 
 WINDOW, MAX_TOKENS = 2048, 100_000_000
 _ROWS_PER_DEVICE = 4
@@ -110,7 +111,7 @@ def evaluate(
 
     Args:
       checkpoint: folder of a training run or a conversion.
-      tokens: `.bin` files, each a set by itself, or patterns (`c4/**/*.bin`) of them.
+      tokens: `.bin` files, each a set by itself, folders or patterns (`c4/**/*.bin`) of them.
       window: tokens that the model sees at once.
       max_tokens: of each set; whole windows only.
       output: JSON file for the result.
@@ -151,6 +152,7 @@ def evaluate(
     model = load_model(checkpoint, mesh, dtype, opened.step)
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
     check_batch(model, batch)
+    _say_dtype(model, dtype, quiet)
     with store.kept():
         for file, (_, windows) in sets.items():
             total = min(len(windows), max_tokens // window)
@@ -274,6 +276,11 @@ def _shown(
             bar.update(tally.tokens - bar.n)
 
 
+def _say_dtype(model: Decoder, asked: str | None, quiet: bool) -> None:
+    if not quiet:
+        print(compute_line(model.config, asked and "as --dtype says"), file=sys.stderr, flush=True)
+
+
 def _expand(tokens: Sequence[str | Path]) -> list[str]:
     """The files that names and patterns say; the name of a file that is there is no pattern."""
     files = []
@@ -281,6 +288,8 @@ def _expand(tokens: Sequence[str | Path]) -> list[str]:
         pattern = glob.escape(name) != name and not Path(name).exists()
         found = sorted(glob.glob(name, recursive=True)) if pattern else [name]
         found = [file for file in found if Path(file).is_file()] if pattern else found
+        if Path(name).is_dir():
+            found = sorted(map(str, Path(name).rglob("*.bin")))
         if not found:
             raise FileNotFoundError(f"--tokens={name} matches no file")
         files += found

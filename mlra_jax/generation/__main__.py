@@ -19,7 +19,7 @@ from mlra_jax.costs import describe_cache
 from mlra_jax.data import text_reader
 from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
 from mlra_jax.generation import Sampling, Stream
-from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
+from mlra_jax.loading import compute_line, load_model, tokenizer_of, with_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder that training or conversion wrote")
+    add("--step", type=int, help="of the checkpoint; default: the latest")
     add("--prompt", action="append", default=[], help="text to continue; several are a batch")
     add("--prompt_file", help="UTF-8 file with one prompt a line; blank ones skipped")
     add("--max_new_tokens", type=int, default=128, help="tokens to add to each prompt")
@@ -55,11 +56,11 @@ def decode(flags: argparse.Namespace) -> None:
     mesh = sharding.parse_mesh(flags.mesh)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     prompts = read_prompts(flags.prompt, flags.prompt_file)
-    dtype = flags.dtype
+    dtype, why = flags.dtype, None if flags.dtype is None else "as --dtype says"
     if dtype is None and sharding.platform(mesh) != "cpu":
-        dtype = "bfloat16"
+        dtype, why = "bfloat16", f"the default on a {sharding.platform(mesh)}"
     _say(f"loading {flags.checkpoint} ...")
-    model = load_model(flags.checkpoint, mesh=mesh, dtype=dtype)
+    model = load_model(flags.checkpoint, mesh=mesh, dtype=dtype, step=flags.step)
     # From here on warnings are about kernels.
     logging.set_verbosity(logging.WARNING)
     tokenizer = tokenizer_of(model, flags.tokenizer)
@@ -75,7 +76,7 @@ def decode(flags: argparse.Namespace) -> None:
     )
     loading = time.perf_counter() - started
     _say(
-        f"loaded in {loading:.1f} s; compiling the prefill for "
+        f"loaded in {loading:.1f} s, {compute_line(model.config, why)}; compiling the prefill for "
         f"{mesh.size} {sharding.platform(mesh)} device(s) ..."
     )
     produced, seconds = print_text(first_token(steps, loading), prompts, tokenizer, stop=flags.stop)

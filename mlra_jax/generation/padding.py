@@ -16,6 +16,11 @@ def pad(prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[np.ndarray, 
     if not len(prompts):
         raise ValueError("no prompts: give at least one list of tokens")
     for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str | bytes) or isinstance(prompts, str | bytes):
+            raise ValueError(
+                f"prompt {i} is text, and a list of tokens is expected: "
+                "mlra_jax.loading.tokenizer_of(model).encode(text) gives it"
+            )
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty: give it at least one token")
         wrong = next((t for t in prompt if not 0 <= t < num_tokens), None)

@@ -14,14 +14,20 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from mlra_jax.command import Parser, Switch, run, use_cpu
-from mlra_jax.settings_tree import closest
+from mlra_jax.settings_tree import closest, flatten, meant
+from mlra_jax.training import reference
 from mlra_jax.training.loop import train
 from mlra_jax.training.settings import Experiment
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the flags say; see `command.run` for the exit codes."""
-    parser = Parser("mlra_jax.training", __doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(
+        "mlra_jax.training",
+        __doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        epilog=reference.text(),
+    )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:NAME]", help="experiment, a file of configs/")
     add("--workdir", required=True, help="folder for checkpoints and metrics")
@@ -92,6 +98,8 @@ def _misnamed(values: absl_flags.FlagValues, file: str, overrides: list[str]) ->
             if not isinstance(known, ConfigDict):
                 return f"unknown setting --{path}: {parent} has no parts"
             if name not in known:
+                if elsewhere := meant(name, flatten(settings.to_dict())):
+                    return f"unknown setting --{path}; did you mean --config.{elsewhere}?"
                 return f"unknown setting --{path}; {closest(name, known, f'--{parent}.')}"
             known = known[name]
     return None

@@ -42,9 +42,13 @@ class MeshSettings:
     """How many devices lie along each axis of the mesh; whole numbers from 1 on."""
 
     data: int = 1
+    """Devices that split the batch."""
     fsdp: int = 1
+    """Devices that split the batch, and weights and moments."""
     tensor: int = 1
+    """Devices that split latent heads, heads, MLP and vocabulary."""
     context: int = 1
+    """As `tensor`, beyond the number of latent heads."""
 
     def __post_init__(self):
         at_least(1, self, "mesh.", "data", "fsdp", "tensor", "context")
@@ -61,16 +65,15 @@ class DataSettings:
     """The same for validation; empty takes the source's own validation files or holds out
     `validation_fraction` of its end."""
     validation_fraction: float = 0.05
-    """In (0, 1)."""
+    """In (0, 1); the part of a source without validation files that is held out."""
     validation_tokens: int = 10_485_760
-    """Validate on this many tokens at most; from 1 on."""
+    """Validate on this many tokens at most."""
     tokenizer: str = "gpt2"
     """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`)."""
     global_batch: int = 480
-    """Sequences of `model.context_length` tokens in one step, over all devices; from 1 on."""
+    """Sequences of `model.context_length` tokens in one step, over all devices."""
     accumulate: int = 1
-    """Parts in which a step's batch is computed, one after the other, to save memory; from
-    1 on."""
+    """Parts in which a step's batch is computed, one after the other, to save memory."""
 
     def __post_init__(self):
         at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
@@ -88,21 +91,21 @@ class OptimizerSettings:
     """AdamW, linear warm-up, cosine decay that ends at the last step; the paper's values."""
 
     peak_learning_rate: float = 1.6e-4
-    """In [0, inf); 0 changes no weight."""
+    """In [0, inf); of the update after the warm-up. 0 changes no weight."""
     warmup_steps: int = 2000
-    """From 0 to below `steps`."""
+    """From 0 on; updates over which the rate rises from 0, fewer than `steps`."""
     final_fraction: float = 0.1
-    """The learning rate of the last step, as a part of the peak; in [0, inf)."""
+    """In [0, inf); the learning rate of the last step, as a part of the peak."""
     b1: float = 0.9
-    """Decay of the gradients' mean; in [0, 1)."""
+    """In [0, 1); decay of the gradients' mean."""
     b2: float = 0.95
-    """Decay of the squared gradients' mean; in [0, 1)."""
+    """In [0, 1); decay of the squared gradients' mean."""
     eps: float = 1e-8
-    """Added to the root of that mean, so that it must not be 0; in (0, inf)."""
+    """In (0, inf); added to the root of that mean."""
     weight_decay: float = 0.1
-    """On every parameter; in [0, inf)."""
+    """In [0, inf); on every parameter."""
     clip_norm: float = 1.0
-    """Largest norm of all gradients together, in (0, inf); 0 means that nothing is clipped."""
+    """In [0, inf); largest norm of all gradients together. 0 means that nothing is clipped."""
 
     def __post_init__(self):
         at_least(0, self, "optimizer.", "warmup_steps")
@@ -130,21 +133,24 @@ class Experiment:
     mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     steps: int = 100_000
-    """In [1, 2**31): they are counted in int32."""
+    """In [1, 2**31); updates, counted in int32."""
     init_from: str = ""
     """Folder of a run or of a converted checkpoint: a new run takes its weights, and nothing
     else, from there. A run that goes on does not look at it."""
     seed: int = 0
     """In [0, 2**32); of the weights and of the order of the data."""
     log_every: int = 10
+    """Steps between two lines of metrics."""
     validate_every: int = 1000
+    """Steps between two validations."""
     save_every: int = 1000
+    """Steps between two checkpoints."""
     keep: int = 2
     """Checkpoints that stay; older ones are deleted."""
     loss_chunk: int = 512
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
     virtual_cpu_devices: int = 0
-    """If not 0, train on this many virtual devices of the CPU."""
+    """From 0 on; if not 0, train on this many virtual devices of the CPU."""
 
     def __post_init__(self):
         at_least(

@@ -513,8 +513,8 @@ def test_every_flag_of_the_command_line_arrives(monkeypatch):
     assert command.main([*flags, *sizes]) == 0
     mesh = dict(data=1, fsdp=2, tensor=4, context=1)
     assert asked == [
-        (("S", "D"), dict(variant=None, dtype=None, mesh=None)),
-        (("S", "D"), dict(variant="mla_no_scale", dtype="float16", mesh=mesh)),
+        (("S", "D"), dict(variant=None, dtype=None, mesh=None, expected=None)),
+        (("S", "D"), dict(variant="mla_no_scale", dtype="float16", mesh=mesh, expected=None)),
     ]
 
 
