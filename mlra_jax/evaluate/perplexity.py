@@ -149,10 +149,8 @@ def evaluate(
     store = _Store(output, settings)
     if store.result is not None:
         return store.result
-    model = load_model(checkpoint, mesh, dtype, opened.step)
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
-    check_batch(model, batch)
-    _say_dtype(model, dtype, quiet)
+    model = _load(checkpoint, mesh, dtype, opened.step, batch, quiet)
     with store.kept():
         for file, (_, windows) in sets.items():
             total = min(len(windows), max_tokens // window)
@@ -276,9 +274,12 @@ def _shown(
             bar.update(tally.tokens - bar.n)
 
 
-def _say_dtype(model: Decoder, asked: str | None, quiet: bool) -> None:
+def _load(checkpoint, mesh, dtype, step, batch, quiet) -> Decoder:
+    model = load_model(checkpoint, mesh, dtype, step)
+    check_batch(model, batch)
     if not quiet:
-        print(compute_line(model.config, asked and "as --dtype says"), file=sys.stderr, flush=True)
+        print(compute_line(model.config, dtype and "as --dtype says"), file=sys.stderr, flush=True)
+    return model
 
 
 def _expand(tokens: Sequence[str | Path]) -> list[str]:
