@@ -7,7 +7,7 @@ mlra-decode --checkpoint=DIR --prompt_file=prompts.txt --mesh=tensor=4,context=2
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from absl import logging
@@ -17,8 +17,8 @@ from mlra_jax import sharding
 from mlra_jax.command import Parser, Switch, compile_time, run, use_cpu
 from mlra_jax.costs import describe_cache
 from mlra_jax.data import text_reader
-from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
 from mlra_jax.generation import Sampling, Stream
+from mlra_jax.generation.texts import Printer, Recorder, json_prompts
 from mlra_jax.loading import compute_line, load_model, tokenizer_of, with_tokenizer
 
 
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", required=True, help="folder that training or conversion wrote")
     add("--step", type=int, help="of the checkpoint; default: the latest")
     add("--prompt", action="append", default=[], help="text to continue; several are a batch")
-    add("--prompt_file", help="UTF-8 file with one prompt a line; blank ones skipped")
+    add("--prompt_file", help="UTF-8 file, a prompt a line; .jsonl: a JSON string or object a line")
+    add("--output", help="file for a JSON line a prompt (prompt, text, tokens); prints no text")
     add("--max_new_tokens", type=int, default=128, help="tokens to add to each prompt")
     add("--temperature", type=float, default=0.0, help="0 is greedy, 1 the model's distribution")
     add("--top_k", type=int, default=0, help="sample among the k most likely tokens; 0 for all")
@@ -56,6 +57,9 @@ def decode(flags: argparse.Namespace) -> None:
     mesh = sharding.parse_mesh(flags.mesh)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     prompts = read_prompts(flags.prompt, flags.prompt_file)
+    output = None if flags.output is None else Path(flags.output)
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ValueError(f"--output={output} is a folder or in none: name a file to write")
     dtype, why = flags.dtype, None if flags.dtype is None else "as --dtype says"
     if dtype is None and sharding.platform(mesh) != "cpu":
         dtype, why = "bfloat16", f"the default on a {sharding.platform(mesh)}"
@@ -79,7 +83,12 @@ def decode(flags: argparse.Namespace) -> None:
         f"loaded in {loading:.1f} s, {compute_line(model.config, why)}; compiling the prefill for "
         f"{mesh.size} {sharding.platform(mesh)} device(s) ..."
     )
-    produced, seconds = print_text(first_token(steps, loading), prompts, tokenizer, stop=flags.stop)
+
+    def make() -> Printer | Recorder:
+        return Recorder(prompts, tokenizer, output) if output else Printer(prompts, tokenizer)
+
+    end = tokenizer.end_of_text if flags.stop else None
+    produced, seconds = follow(first_token(steps, loading), make, end)
     timed = produced - 1 - flags.tokens_per_call
     if timed > 0:
         step = seconds / timed
@@ -132,10 +141,10 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that are not blank."""
+    """The lines of a UTF-8 file that are not blank; of .jsonl, the prompts in them."""
     if not path.is_file():
         raise ValueError(f"--prompt_file={path} is not a file")
-    prompts, number = [], 1
+    prompts, numbers, number = [], [], 1
     for number, (_, content) in enumerate(text_reader.read_lines(path), 1):
         try:
             line = content.decode()
@@ -145,65 +154,55 @@ def _lines(path: Path) -> list[str]:
             ) from None
         if line.strip():
             prompts.append(line)
+            numbers.append(number)
     if not prompts:
         raise ValueError(
             f"--prompt_file={path} has no prompt: it is blank from line 1 to line {number}"
         )
+    if path.suffix == ".jsonl":
+        return json_prompts(path, zip(numbers, prompts, strict=True))
     return prompts
 
 
-def print_text(
-    steps: Iterable[list[int]], prompts: list[str], tokenizer: Tokenizer, *, stop: bool
+def follow(
+    steps: Iterable[list[int]], make: Callable[[], Printer | Recorder], end_of_text: int | None
 ) -> tuple[int, float]:
-    """Prints prompts and tokens as they come, until all have ended or `steps` does.
+    """Hands tokens on as they come, until all prompts have ended or `steps` does.
+
+    Args:
+      steps: lists [B] of tokens.
+      make: gives what takes them, called when the first have come.
+      end_of_text: the token that ends its prompt, if one does.
 
     Returns the number of steps and the seconds of all but the first two, which wait for the
     compiler.
     """
-    going = [True] * len(prompts)
-    printer: Printer | None = None
+    going: list[bool] = []
     produced, second, last = 0, 0.0, 0.0
-    for tokens in steps:
-        last = time.perf_counter()
-        printer = printer or Printer(prompts, tokenizer)
-        for row, token in enumerate(tokens):
-            going[row] = going[row] and not (stop and token == tokenizer.end_of_text)
-            if going[row]:
-                printer.push(row, token)
-        produced += 1
-        if produced == 2:
-            second = last
-        if not any(going):
-            break
-    if printer is not None:
-        printer.close()
+    taker: Printer | Recorder | None = None
+    try:
+        for tokens in steps:
+            last = time.perf_counter()
+            taker, going = taker or make(), going or [True] * len(tokens)
+            for row, token in enumerate(tokens):
+                going[row] = going[row] and token != end_of_text
+                if going[row]:
+                    taker.push(row, token)
+                else:
+                    taker.end(row)
+            produced += 1
+            if produced == 2:
+                second = last
+            if not any(going):
+                break
+    except BaseException:
+        # Of what was interrupted, people want to read what there is; a file is whole or not there.
+        if isinstance(taker, Printer):
+            taker.close()
+        raise
+    if taker is not None:
+        taker.close()
     return produced, last - second
-
-
-class Printer:
-    """Streams one prompt as it comes; several by whole lines, each with its prompt's number."""
-
-    def __init__(self, prompts: list[str], tokenizer: Tokenizer):
-        self.decoders = [StreamDecoder(tokenizer) for _ in prompts]
-        self.many = len(prompts) > 1
-        self.lines = [""] * len(prompts)
-        for row, prompt in enumerate(prompts):
-            self.text(row, prompt)
-
-    def push(self, row: int, token: int) -> None:
-        self.text(row, self.decoders[row].push(token))
-
-    def text(self, row: int, text: str) -> None:
-        if not self.many:
-            print(text, end="", flush=True)
-            return
-        *whole, self.lines[row] = (self.lines[row] + text).split("\n")
-        for line in whole:
-            print(f"[{row}] {line}", flush=True)
-
-    def close(self) -> None:
-        for row, decoder in enumerate(self.decoders):
-            self.text(row, decoder.flush() + ("\n" if self.lines[row] or not self.many else ""))
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -252,3 +253,20 @@ def test_a_cache_that_fits_exactly_and_one_slot_less(checkpoint):
     out, err, code = run(*settings, "--cache_length=16")
     assert code == 0 and out == run(*settings)[0] and "(1 x 16 positions)" in err
     assert "need 16 cache slots and cache_length is 15" in failure(*settings, "--cache_length=15")
+
+
+def test_a_batch_into_a_file(checkpoint, tmp_path):
+    settings = [f"--checkpoint={checkpoint}", "--max_new_tokens=4", "--prompt=ab", "--prompt=c"]
+    printed = run(*settings)[0]
+    file = tmp_path / "out.jsonl"
+    out, err, code = run(*settings, f"--output={file}", "--step=0")
+    assert (out, code) == ("", 0) and "computes in float32, as its weights are stored" in err
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["prompt"], len(line["tokens"])) for line in lines] == [("ab", 4), ("c", 4)]
+    texts = [(line["prompt"] + line["text"]).removesuffix("\n") for line in lines]
+    shown = [f"[{i}] {line}\n" for i, text in enumerate(texts) for line in text.split("\n")]
+    assert "".join(shown) == printed
+    assert "is a folder or in none" in failure(*settings, f"--output={tmp_path}/none/out.jsonl")
+    assert "has no step 9; it has 0" in failure(*settings, "--step=9")
+    with pytest.raises(ValueError, match=r"prompt 0 is text, and a list of tokens is expected"):
+        mlra_jax.generate(mlra_jax.load_model(checkpoint), ["The "], max_new_tokens=1)
