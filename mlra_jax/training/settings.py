@@ -105,7 +105,8 @@ class OptimizerSettings:
     weight_decay: float = 0.1
     """In [0, inf); on every parameter."""
     clip_norm: float = 1.0
-    """In [0, inf); largest norm of all gradients together. 0 means that nothing is clipped."""
+    """In [0, inf); largest norm of all gradients together, in (0, inf), or 0: nothing is
+    clipped."""
 
     def __post_init__(self):
         at_least(0, self, "optimizer.", "warmup_steps")
@@ -134,9 +135,6 @@ class Experiment:
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     steps: int = 100_000
     """In [1, 2**31); updates, counted in int32."""
-    init_from: str = ""
-    """Folder of a run or of a converted checkpoint: a new run takes its weights, and nothing
-    else, from there. A run that goes on does not look at it."""
     seed: int = 0
     """In [0, 2**32); of the weights and of the order of the data."""
     log_every: int = 10
@@ -151,6 +149,9 @@ class Experiment:
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
     virtual_cpu_devices: int = 0
     """From 0 on; if not 0, train on this many virtual devices of the CPU."""
+    init_from: str = ""
+    """Folder of a run or of a converted checkpoint: a new run takes its weights, and nothing
+    else, from there. A run that goes on does not look at it."""
 
     def __post_init__(self):
         at_least(
