@@ -251,6 +251,11 @@ def _found(
     """(state, step, seconds) to go on with: the workdir's, or another run's weights, or None."""
     if checkpoints.finished_steps(workdir):
         found = checkpoints.open_checkpoint(workdir)
+        if not (found.has("optimizer") and found.has("iterator") and found.has("progress")):
+            raise CheckpointError(
+                f"{found.folder} has weights but no training state to go on from; to start anew "
+                f"with them, take another workdir and --config.init_from={found.folder.parents[1]}"
+            )
         checkpoints.check_same_model(found, experiment.model, tokenizer, workdir)
         state, seconds = _restore(found, abstract, batches)
         say(f"resuming {workdir} from step {found.step}")
@@ -266,11 +271,6 @@ def _restore(
     found: Checkpoint, abstract: TrainState, batches: TrainBatches
 ) -> tuple[TrainState, float]:
     """The state of a checkpoint, and the seconds the run had taken; sets the data's place."""
-    if not (found.has("optimizer") and found.has("iterator") and found.has("progress")):
-        raise CheckpointError(
-            f"{found.folder} has weights but no training state to go on from; to start a new run "
-            f"from them, take another workdir and --config.init_from={found.folder.parents[1]}"
-        )
     progress = found.read_json("progress")
     batches.set_state(found.read_json("iterator"))
     step = jax.jit(lambda: jnp.int32(progress["step"]), out_shardings=abstract.step.sharding)()

@@ -143,3 +143,10 @@ def test_a_released_model_is_fine_tuned_by_its_folder_alone(released, tmp_path):
     assert experiment.init_from == str(converted) and not text.exists()
     found = start.open_weights(experiment, "any: a converted checkpoint names none")
     assert found.step == 0
+
+
+def test_a_folder_of_weights_is_no_workdir_and_the_error_says_what_to_do(weights):
+    other = dataclasses.replace(PLAIN.model, mlp_dim=32)
+    words = rf"take another workdir and --config.init_from={weights[0]}$"
+    with pytest.raises(CheckpointError, match=words):
+        train(dataclasses.replace(PLAIN, model=other), weights[0])
