@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mlra_jax.scaling import scale_attention, scale_mlp, split_size
+from mlra_jax.scaling import SIZES, scale_attention, scale_mlp, split_size
 from mlra_jax.settings_tree import ConfigError, at_least, build, closest
 from mlra_jax.settings_tree import require as _require
 
@@ -368,7 +368,8 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     """
     base, size = split_size(name, PRESETS)
     if base not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; {closest(name, PRESETS)}")
+        sized = (f"{variant}_{size}" for variant in VARIANTS for size in SIZES)
+        raise ConfigError(f"unknown preset {name!r}; {closest(name, (*PRESETS, *sized))}")
     mlp_dim, attention = _PAPER[base.removesuffix(_NORMAL)]
     changes = size | changes
     attention = changes.get("attention", attention)

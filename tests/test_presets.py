@@ -162,7 +162,7 @@ def test_heads_widths_and_mlp_follow_the_width(name, changes, attention, sizes):
         ("gqa", dict(embed_dim=640), "embed_dim=640 would make num_kv_heads 2.5"),
         ("mla", dict(embed_dim=1024, num_heads=7), "embed_dim=1024 and num_heads=7 would make "),
         ("gla_4", dict(embed_dim=384), "num_heads=6 does not divide into groups=4"),
-        ("mlra_4_smal", {}, "unknown preset 'mlra_4_smal'; did you mean mlra_4"),
+        ("mlra_4_smal", {}, "unknown preset 'mlra_4_smal'; did you mean mlra_4_small?"),
     ],
 )
 def test_widths_that_contradict_are_named(name, changes, words):
@@ -187,3 +187,23 @@ def test_presets_and_configs_are_listed_with_their_sizes(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         list_commands(["preset"])
     assert "unexpected argument 'preset'; there are commands, presets" in capsys.readouterr().err
+
+
+def test_the_snippets_of_the_page_on_sizes_run(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs/own_model.md").read_text()
+    sizes, experiment = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict = {}
+    exec(sizes, names)
+    config = eval('preset("mlra_4", num_layers=16, embed_dim=1280)', names)
+    said = re.search(r"embed_dim=1280\)\s+# (\d+) heads of (\d+), MLP (\d+)", sizes)
+    attention = config.attention
+    assert [attention.num_heads, attention.nope_dim, config.mlp_dim] == list(
+        map(int, said.groups())
+    )
+    (tmp_path / "my.py").write_text(experiment)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    assert list_commands(["configs", f"{tmp_path}/my.py"]) == 0
+    assert "2,000 steps of 16,384 tokens" in capsys.readouterr().out
+    refused = re.search(r"^embed_dim=1000 would.*$", page, re.M).group()
+    with pytest.raises(ConfigError, match=f"^{re.escape(refused)}$"):
+        preset("mlra_4", embed_dim=1000)

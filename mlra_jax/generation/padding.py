@@ -16,7 +16,7 @@ def pad(prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[np.ndarray, 
     if not len(prompts):
         raise ValueError("no prompts: give at least one list of tokens")
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str | bytes) or isinstance(prompts, str | bytes):
+        if isinstance(prompt, str):
             raise ValueError(
                 f"prompt {i} is text, and a list of tokens is expected: "
                 "mlra_jax.loading.tokenizer_of(model).encode(text) gives it"

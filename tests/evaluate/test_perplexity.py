@@ -140,6 +140,7 @@ def test_command_line_and_its_limit(checkpoint, files, result, tmp_path, capsys)
         (["e[1].bin"], ["e[1].bin"]),
         (["e[12].bin", "d/f?.bin"], ["e1.bin", "e2.bin", "d/f3.bin"]),
         (["**/*.bin"], ["d/e4.bin", "d/f3.bin", "e1.bin", "e2.bin", "e[1].bin"]),
+        (["d"], ["d/e4.bin", "d/f3.bin"]),
         (["d/e4.bin", "e?.bin"], ["d/e4.bin", "e1.bin", "e2.bin"]),
     ],
 )
