@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         of_cache = lambda tree: jax.tree.map(lambda x: x[:rows], tree)
         o_BTHV, cache = sharded.decode_step(
             self._attend,
-            of_cache(self._ask(self._queries(y, positions_BT))),
+            self._ask(of_cache(self._queries(y, positions_BT))),
             of_cache(self._entries(self._kept(y, positions_BT))),
             cache,
             lengths_B,
