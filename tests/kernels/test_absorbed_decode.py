@@ -288,7 +288,7 @@ def test_a_backend_that_cannot_be_imported_is_a_reason(monkeypatch):
 
     monkeypatch.setattr(api, "_backend", missing)
     tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
-    assert api._choose(None, tpu, None) == "reference"
+    assert api._choose(None, tpu, PROBLEM) == "reference"
     with pytest.raises(ValueError, match=r"it cannot be imported \(no mosaic_gpu\)"):
         api._choose("mosaic_gpu", tpu, None)
 
@@ -327,9 +327,33 @@ def test_fallback_is_logged_once_per_reason(monkeypatch):
         fake_backend(monkeypatch, why_not=reason)
         assert tile_used() == plain
     assert lines == [
-        (logging.WARNING, "absorbed decode runs in plain JAX: mosaic_tpu: too wide"),
-        (logging.WARNING, "absorbed decode runs in plain JAX: mosaic_tpu: too long"),
+        (logging.INFO, "absorbed decode runs in plain JAX: mosaic_tpu: too wide"),
+        (logging.INFO, "absorbed decode runs in plain JAX: mosaic_tpu: too long"),
     ]
+
+
+@pytest.mark.parametrize(
+    "changes, level",
+    [
+        (dict(dtype="float32"), logging.WARNING),
+        (dict(cache=4097), logging.WARNING),
+        (dict(width=48), logging.INFO),
+        (dict(dtype="float32", rope=24), logging.INFO),
+    ],
+)
+def test_only_what_a_user_can_change_is_a_warning(monkeypatch, changes, level):
+    pytest.importorskip(
+        "mlra_jax.kernels.absorbed_decode.mosaic_gpu",
+        reason="this jaxlib has no Mosaic GPU dialect",
+    )
+    lines = []
+    monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append((level, args[0])))
+    api._log_once.cache_clear()
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    problem = dataclasses.replace(PROBLEM, device_kind=device.device_kind, **changes)
+    assert api._choose(None, device, problem) == "reference"
+    value = str(next(iter(changes.values())))
+    assert [at for at, _ in lines] == [level] and value in lines[0][1]
 
 
 def test_tuned_settings_are_measured_saved_and_used(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """The one entry to absorbed decode: checks the arguments and picks the kernel."""
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -211,7 +212,7 @@ def _choose(implementation: str | None, device: Any, problem: Problem) -> str:
         return "reference"
     reason = _why_not(name, problem)
     if reason:
-        _log_once(f"runs in plain JAX: {name}: {reason}", logging.WARNING)
+        _log_once(f"runs in plain JAX: {name}: {reason}", _level(name, problem))
         return "reference"
     return name
 
@@ -238,6 +239,17 @@ def _why_not(name: str, problem: Problem) -> str | None:
     except ImportError as error:
         return f"it cannot be imported ({error})"
     return module.supports(problem)
+
+
+def _level(name: str, problem: Problem) -> int:
+    """A warning where users can act, which is not on the widths of a model."""
+    try:
+        supports = _backend(name).supports
+    except ImportError:
+        return logging.WARNING
+    cache = -(-problem.cache // 8) * 8
+    changed = dataclasses.replace(problem, dtype="bfloat16", cache=cache)
+    return logging.INFO if supports(changed) else logging.WARNING
 
 
 def _config(name: str, problem: Problem) -> Any:
