@@ -258,6 +258,7 @@ def test_kernels_get_ends_and_starts_within_the_cache(monkeypatch):
 
     def kernel(q, q_rope, latents, k_rope, lengths_BT, starts_B, **keywords):
         got.update(keywords, q_rope=q_rope.shape, lengths=lengths_BT, starts=starts_B)
+        got.update(k_rope=k_rope.shape)
         return q, jnp.zeros(q.shape[:4])
 
     fake_backend(monkeypatch)
@@ -273,6 +274,10 @@ def test_kernels_get_ends_and_starts_within_the_cache(monkeypatch):
     assert got["lengths"].tolist() == [[0, 0, 1], [36, 37, 37]]
     assert got["starts"].tolist() == [0, 0]
     assert got["lengths"].dtype == got["starts"].dtype == jnp.int32
+    # One latent's own rotary key is one that all share.
+    q, q_rope, latents, k_rope = arguments(L=1, G=1)
+    call(q, q_rope, latents, k_rope[:, :, None], ends)
+    assert got["k_rope"] == k_rope.shape
 
 
 def test_an_override_that_cannot_serve_is_named(monkeypatch):
