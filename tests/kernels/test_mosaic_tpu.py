@@ -28,7 +28,10 @@ MIB = 2**20
 
 
 def take_latent_plainly(tiles_ref, buffer, latent):
-    return tiles_ref[buffer] if len(tiles_ref.shape) == 3 else tiles_ref[buffer, :, latent]
+    if len(tiles_ref.shape) == 3:
+        return tiles_ref[buffer]
+    heads_first = mosaic_tpu._heads_first(tiles_ref.shape[1])
+    return tiles_ref[buffer, latent] if heads_first else tiles_ref[buffer, :, latent]
 
 
 @pytest.fixture
@@ -128,11 +131,16 @@ EDGES = [
             TpuConfig(tile=128, buffers=2, splits=1),
             [([140, 127], 0)],
         ),
-        # Keys and values by head, and MFA's one wide head.
+        # Keys and values by head: heads before positions, positions before heads, one wide head.
         (
-            dict(B=2, T=2, L=4, H=3, C=128, S=203, G=4, R=128, N=4, values_only=True),
+            dict(B=2, T=2, L=3, H=3, C=128, S=203, G=3, R=128, N=3, values_only=True),
             TpuConfig(tile=128, buffers=2, splits=1),
             [([201, 203], 0), ([130, 129], 7)],
+        ),
+        (
+            dict(B=2, T=1, L=2, H=6, C=128, S=203, G=2, R=128, N=2, values_only=True),
+            TpuConfig(tile=128, buffers=2, splits=1),
+            [([203], 0), ([130], 129)],
         ),
         (
             dict(B=2, T=1, L=1, H=6, C=256, S=203, G=1, R=256, values_only=True),
@@ -140,7 +148,7 @@ EDGES = [
             [([203], 0), ([130], 129)],
         ),
     ],
-    ids=["edges", "T8-L2-G2", "L4-G2", "splits-MLA", "rows", "grouped", "wide-head"],
+    ids=["edges", "T8-L2-G2", "L4-G2", "splits-MLA", "rows", "heads-first", "grouped", "wide-head"],
 )
 def test_numerics(interpreted, sizes, config, rows):
     arrays = arguments(**sizes)
@@ -163,7 +171,7 @@ def test_numerics(interpreted, sizes, config, rows):
     np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("L, C", [(2, 128), (2, 256), (4, 128)])
+@pytest.mark.parametrize("L, C", [(2, 128), (2, 256), (4, 128), (8, 128)])
 def test_latents_are_taken_out_of_packed_words(L, C):
     tiles = jax.random.normal(jax.random.key(0), (2, 128, L, C), jnp.bfloat16)
 
@@ -276,19 +284,22 @@ PRODUCT_SIZES = {
 COMPILED = [("v5e:2x2", name) for name in PRODUCT_SIZES]
 COMPILED += [("v4:2x2x1", "MLRA-4 1-way"), ("v5p:2x2x1", "MLA"), ("v6e:2x2", "MLRA-4 1-way")]
 COMPILED += [("tpu7x:2x2x1", "MLA")]
-# Keys and values by head: MQA, GQA's 3-way share and MFA.
+# Keys and values by head.
 HEADS = dict(B=1, T=1, S=131072, values_only=True)
 BY_HEAD = {
     "MQA": HEADS | dict(L=1, H=24, C=128, R=128),
     "GQA 3-way": HEADS | dict(L=2, H=4, C=128, G=2, R=128, N=2),
+    "GQA": HEADS | dict(L=6, H=4, C=128, G=6, R=128, N=6),
+    "MHA": HEADS | dict(S=32768, L=24, H=1, C=128, G=24, R=128, N=24),
+    "GTA": HEADS | dict(L=6, H=4, C=128, G=6, values_only=False),
     "MFA": HEADS | dict(L=1, H=24, C=256, R=256),
 }
-COMPILED += [("v5e:2x2", name) for name in BY_HEAD] + [("v6e:2x2", "GQA 3-way")]
+COMPILED += [("v5e:2x2", name) for name in BY_HEAD] + [("v5p:2x2x1", "GQA"), ("v6e:2x2", "MHA")]
 
 
 @pytest.mark.parametrize("topology, name", COMPILED)
 def test_compiles_for_every_chip_and_reads_the_cache_once(topology, name):
-    sizes = dict(R=64, N=1, values_only=False) | (PRODUCT_SIZES | BY_HEAD)[name]
+    sizes = dict(G=1, R=64, N=1, values_only=False) | (PRODUCT_SIZES | BY_HEAD)[name]
     device = devices_of(topology)[0]
     compiled, problem, config = compile_decode(device, **sizes)
     S, values, keys = sizes["S"], sizes["L"] * sizes["C"], sizes["N"] * sizes["R"]
@@ -303,7 +314,8 @@ def test_compiles_for_every_chip_and_reads_the_cache_once(topology, name):
     assert set(moving) <= {"parameter", "bitcast"}
     cost, rows = compiled.cost_analysis(), -(-sizes["H"] // 8) * 8
     assert cache_bytes < cost["bytes accessed"] < cache_bytes * 1.01
-    flops = 2 * S * rows * (values * (1 if sizes["values_only"] else 2) + keys)
+    asked = 0 if sizes["values_only"] else values
+    flops = 2 * S * rows * (asked + values + max(sizes["G"], sizes["N"]) * sizes["R"])
     assert cost["flops"] == pytest.approx(flops, rel=1e-3)
     assert cost["transcendentals"] == pytest.approx(S * sizes["L"] * rows, rel=1e-3)
 
@@ -349,7 +361,7 @@ def test_chips_without_bfloat16_are_left_to_the_reference(chip):
     assert api._choose(None, AbstractDevice(chip, 1, "tpu"), problem) == "reference"
 
 
-@pytest.mark.parametrize("latents", [4, 16])
+@pytest.mark.parametrize("latents", [4, 16, 24])
 def test_donated_cache_is_updated_and_read_in_place(latents):
     """A decode step over four TPUs: new entry into the cache, then attention, under shard_map."""
     mesh = Mesh(np.array(devices_of("v5e:2x2")), ("tensor",))
@@ -378,7 +390,10 @@ PROBLEM = Problem("TPU v5 lite", 1, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
         (dict(width=129), "latent width 129"),
         (dict(rope=24), "rotary width 24"),
         (dict(rope=144), "rotary width 144"),
-        (dict(latents=3), "3 latents of width 128"),
+        (dict(latents=8, width=256), "8 latents of width 256"),
+        (dict(rope_heads=4, latents=4), "rotary width 64 of 4"),
+        (dict(latents=3), None),
+        (dict(latents=24), None),
         (dict(latents=4, width=256), "4 latents of width 256"),
         (dict(heads=1025), "more than 1024 rows"),
         (dict(heads=513, queries=2), "2 queries x 513 heads are more than 1024 rows"),

@@ -7,8 +7,8 @@ of rotary keys beside it is copied once for all latents of the device.
 
 The cache is read in the layout XLA gives it, so nothing is copied or padded in front of the kernel:
 `[B, S, 1, C]` lies like `[B, S, C]`, and `[B, S, R]` with R < 128 lies like `[B, R, S]`, positions
-along the lanes, without padding. Rotary keys of whole lanes, which each latent may have for itself,
-lie like latents.
+along the lanes, without padding. `[B, S, L, C]` lies like `[B, L, S, C]` where L would be padded.
+Rotary keys of whole lanes, which each latent may have for itself, lie like latents.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def supports(problem: Problem) -> str | None:
         (problem.latents, problem.width),
         (problem.rope_heads, problem.rope),
     ):
-        if heads not in (1, 2) and (heads, width) != (4, LANES):
+        if heads > 2 and not _heads_first(heads) and width != LANES:
             return f"{heads} latents of width {width} on one device"
     if problem.queries * problem.heads > 1024:
         return f"{problem.queries} queries x {problem.heads} heads are more than 1024 rows"
@@ -172,7 +172,7 @@ def absorbed_decode(
     # A row that sees nothing has no tiles at all.
     starts_B = jnp.minimum(starts_B, ends_B)
 
-    latents = latents_BSLC[:, :, 0] if L == 1 else latents_BSLC
+    latents = _as_it_lies(latents_BSLC)
     # Inside shard_map the results differ wherever an argument does.
     arguments = (*queries, latents, k_rope, lengths_BT, starts_B)
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
@@ -185,7 +185,7 @@ def absorbed_decode(
         # Else XLA may first move a small cache into VMEM, all of it and by itself.
         pltpu.with_memory_space_constraint(latents, pltpu.HBM),
         pltpu.with_memory_space_constraint(
-            k_rope if R % LANES == 0 else jnp.swapaxes(k_rope, 1, 2), pltpu.HBM
+            _as_it_lies(k_rope) if R % LANES == 0 else jnp.swapaxes(k_rope, 1, 2), pltpu.HBM
         ),
     )
 
@@ -198,13 +198,32 @@ def absorbed_decode(
     return jnp.swapaxes(out_BLTHC, 1, 2), jnp.swapaxes(lse_BLTH, 1, 2)
 
 
+def _heads_first(heads: int) -> bool:
+    """Whether XLA lays heads out before positions, as tiles of 2, 4 or 8 heads would be padded."""
+    return heads not in (1, 2, 4) and heads % SUBLANES != 0
+
+
+def _as_it_lies(cache: jax.Array) -> jax.Array:
+    """`[B, S, C]`, `[B, S, N, C]` or `[B, N, S, C]`: renames dimensions, moves nothing."""
+    if cache.ndim == 4 and cache.shape[2] == 1:
+        return cache[:, :, 0]
+    if cache.ndim == 4 and _heads_first(cache.shape[2]):
+        return jnp.swapaxes(cache, 1, 2)
+    return cache
+
+
 def _call(problem: Problem, config: TpuConfig, scale: float, manual_axis_type):
     """The Pallas call: of bounds, queries as rows and cache to partial results of each split."""
     B, L, G, S = problem.batch, problem.latents, problem.groups, problem.cache
     C, R, N, K = problem.width, problem.rope, problem.rope_heads, config.splits
     M, _ = _rows(problem.queries * problem.heads)
     dtype = jnp.dtype(problem.dtype)
-    tile_of = lambda n, width: (config.tile, width) if n == 1 else (config.tile, n, width)
+
+    def tile_of(n, width):
+        if n == 1:
+            return config.tile, width
+        return (n, config.tile, width) if _heads_first(n) else (config.tile, n, width)
+
     rope_tile = tile_of(N, R) if R % LANES == 0 else (R, config.tile)
     per_row = lambda k, b, *_: (b, 0, 0, 0)
     per_part = lambda k, b, *_: (k, b, 0, 0, 0)
@@ -373,10 +392,12 @@ class _Copies(NamedTuple):
         needed = jnp.minimum(refs.ends[row] - position, config.tile)
 
         def by_rows(cache, tiles, arrived):
+            heads = (slice(None),) if _heads_first(tiles.shape[1]) else ()
             rows = needed
-            if len(cache.shape) == 3:  # Else positions are an outer dimension, free of tiling.
+            if len(cache.shape) == 3 or heads:  # Else positions are outside of the tiling.
                 rows = pl.multiple_of((needed + SUBLANES - 1) & -SUBLANES, SUBLANES)
-            source, target = cache.at[row, pl.ds(position, rows)], tiles.at[buffer, pl.ds(0, rows)]
+            source = cache.at[(row, *heads, pl.ds(position, rows))]
+            target = tiles.at[(buffer, *heads, pl.ds(0, rows))]
             return pltpu.make_async_copy(source, target, arrived)
 
         def by_lanes(cache, tiles, arrived):
@@ -495,12 +516,14 @@ def _write_results(refs: _Refs) -> None:
 def take_latent(tiles_ref, buffer, latent: int) -> jax.Array:
     """Latent `latent` of a tile as `[tile, C]`.
 
-    With several latents, positions are the outer dimension of `tiles_ref[buffer]` `[tile, L, C]`
-    and each 32-bit word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are
-    loaded with a stride and their half taken, so that nothing has to be transposed.
+    A tile `[L, tile, C]` has it as it is. In one of `[tile, L, C]`, positions outside, each 32-bit
+    word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are loaded with a
+    stride and their half taken, so that nothing has to be transposed.
     """
     if len(tiles_ref.shape) == 3:
         return tiles_ref[buffer]
+    if _heads_first(tiles_ref.shape[1]):
+        return tiles_ref[buffer, latent]
     _, tile, L, C = tiles_ref.shape
     across = C // LANES
     stride = L // 2 * across
