@@ -6,7 +6,9 @@ That the whole passes compute what they should is shown by the released logits (
 import dataclasses
 import math
 import re
+import runpy
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.kernels import target
 from mlra_jax.kernels.absorbed_decode import api
 from mlra_jax.sharding import make_mesh, named
+from mlra_jax.training.settings import Experiment
 
 MESHES = [(1, 1), (1, 4), (2, 2), (4, 2)]
 UNEVEN = {"gqa": GroupedConfig(24, 6, 8), "gta": TiedConfig(24, 6, 8)}
@@ -162,19 +165,34 @@ def test_a_step_moves_neither_cache_nor_weights_between_devices(attention):
     assert 0 < max(moved) <= widest
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "tpa"])
-def test_published_sizes_decode_by_the_kernel_on_hopper(monkeypatch, name, tensor):
+@pytest.fixture
+def chosen_on_hopper(monkeypatch):
+    """The implementations of absorbed decode that are chosen, as if compiled for an H100."""
     pytest.importorskip(
         "mlra_jax.kernels.absorbed_decode.mosaic_gpu",
         reason="this jaxlib has no Mosaic GPU dialect",
     )
     hopper = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(target, "device", lambda: hopper)
-    asked, choose = [], api._choose
-    monkeypatch.setattr(api, "_choose", lambda *args: asked.append(choose(*args)) or asked[-1])
+    chosen, choose = [], api._choose
+    monkeypatch.setattr(api, "_choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    return chosen
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "tpa"])
+def test_published_sizes_decode_by_the_kernel_on_hopper(chosen_on_hopper, name, tensor):
     step_shapes(preset(name, num_layers=1), make_mesh(tensor=tensor))
-    assert asked == ["mosaic_gpu"]
+    assert chosen_on_hopper == ["mosaic_gpu"]
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_the_quickstart_decodes_by_the_kernel_on_hopper(chosen_on_hopper, tensor):
+    path = Path(__file__).parents[2] / "configs" / "quickstart.py"
+    model = Experiment.from_dict(runpy.run_path(str(path))["get_config"]().to_dict()).model
+    execution = dataclasses.replace(model.execution, dtype="bfloat16")
+    step_shapes(dataclasses.replace(model, execution=execution), make_mesh(tensor=tensor))
+    assert chosen_on_hopper == ["mosaic_gpu"] * model.num_layers
 
 
 def step_shapes(config, mesh):
