@@ -87,8 +87,10 @@ def supports(problem: Problem) -> str | None:
         return f"it computes in bfloat16, the call is {problem.dtype}"
     if problem.width % LANES:
         return f"latent width {problem.width} is no multiple of {LANES}"
-    if problem.rope % (16 if problem.rope < LANES and problem.rope_heads == 1 else LANES):
-        return f"rotary width {problem.rope} of {problem.rope_heads} head(s)"
+    step = 16 if problem.rope < LANES and problem.rope_heads == 1 else LANES
+    if problem.rope % step:
+        heads = f" of {problem.rope_heads} heads" if problem.rope_heads > 1 else ""
+        return f"rotary width {problem.rope}{heads} is no multiple of {step}"
     for heads, width in (
         (problem.latents, problem.width),
         (problem.rope_heads, problem.rope),
