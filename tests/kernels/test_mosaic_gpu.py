@@ -241,6 +241,8 @@ def test_candidates_fit_and_hold_the_heuristic():
         (dict(width=512, batch=2), {64}, {1, 2}, {1}, {1, 2}, {2, 4, 8}),
         (dict(batch=64, latents=4, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
         (dict(latents=2, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {4}),
+        (GQA, {64, 128}, {1, 2, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
+        (GQA | dict(rope=32), {64, 128}, {2, 4}, {1}, {1, 2}, {2, 4, 8}),
     ):
         p = problem(**changes)
         found = mosaic_gpu.candidates(p)

@@ -204,13 +204,8 @@ def supports(problem: Problem) -> str | None:
 
 def heuristic(problem: Problem) -> Config:
     """The Config for a problem that nobody measured."""
-    # Two latents to a tile read the rotary key that they share once.
-    pairs = (
-        problem.width == 128
-        and problem.rope_heads == 1
-        and problem.latents % 2 == 0
-        and problem.queries * problem.heads <= ROWS
-    )
+    # Two latents of a tile read the rotary key that they share once.
+    pairs = problem.rope_heads == 1 and _pairs(problem)
     config = Config(ctas=_multiprocessors(problem.device_kind), shared=2 if pairs else 1)
     units = Shape(problem, config).units
     if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
@@ -230,7 +225,7 @@ def candidates(problem: Problem) -> list[Config]:
     # Tiles in stripes are joined by whole teams.
     join_rows = [first.join_rows] if first.stripes else [2, 4, 8]
     for block, shared, query_stages, rows in itertools.product(
-        (64, 128), sorted({1, first.shared}), (1, 2), join_rows
+        (64, 128), (1, 2) if _pairs(problem) else (1,), (1, 2), join_rows
     ):
         stripes = first.stripes and shared == first.shared
         config = dataclasses.replace(
@@ -252,6 +247,16 @@ def candidates(problem: Problem) -> list[Config]:
             if config not in found:
                 found.append(config)
     return found
+
+
+def _pairs(problem: Problem) -> bool:
+    """Whether tiles may be of two latents; swizzled keys are cut at multiples of 64 columns."""
+    return (
+        problem.width == 128
+        and problem.latents % 2 == 0
+        and problem.queries * problem.heads <= ROWS
+        and (problem.rope_heads == 1 or problem.rope % 64 == 0)
+    )
 
 
 def _with_most_stages(config: Config, problem: Problem) -> Config | None:
