@@ -20,6 +20,7 @@ from mlra_jax.kernels.absorbed_decode import (
     absorbed_decode,
     api,
     autotune,
+    has_kernel,
     load_tuned,
     merge_partials,
     mosaic_tpu,
@@ -249,8 +250,28 @@ def test_the_platform_chooses_the_kernel(monkeypatch, platform, kind, kernel):
     fake_backend(monkeypatch)
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
     assert api._choose(None, device, None) == kernel
+    monkeypatch.setattr(target, "device", lambda: device)
+    assert has_kernel(*arguments()[:3]) == (kernel != "reference")
     fake_backend(monkeypatch, why_not="too wide")
+    assert not has_kernel(*arguments()[:3])
     assert api._choose(None, device, PROBLEM) == "reference"
+
+
+def test_has_kernel_asks_the_override_first(monkeypatch):
+    fake_backend(monkeypatch)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments()[:3]]
+    assert not has_kernel(*shapes)
+    monkeypatch.setenv(api.OVERRIDE, "mosaic_tpu")
+    assert has_kernel(*shapes)
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    monkeypatch.setattr(target, "device", lambda: tpu)
+    monkeypatch.setenv(api.OVERRIDE, "reference")
+    assert not has_kernel(*shapes)
+    monkeypatch.setenv(api.OVERRIDE, "")
+    assert has_kernel(*shapes)
+    monkeypatch.setenv(api.OVERRIDE, "fastest")
+    with pytest.raises(ValueError, match="MLRA_JAX_DECODE_KERNEL is 'fastest', expected one of"):
+        has_kernel(*shapes)
 
 
 def test_kernels_get_ends_and_starts_within_the_cache(monkeypatch):
@@ -400,6 +421,7 @@ def test_the_problem_names_every_size_of_the_call(monkeypatch):
     fake_backend(monkeypatch)
     lengths = jnp.array([9, 9])
     wanted = Problem("NVIDIA H200", 2, 3, 4, 5, 2, 16, 8, 37, "float32")
+    assert has_kernel(q, q_rope, latents) and seen == [wanted]
     own_keys = jnp.stack([k_rope] * 4, axis=2)
     for cache, queries, changes in (
         ((latents, k_rope), (q, q_rope), dict()),

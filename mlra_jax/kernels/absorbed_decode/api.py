@@ -101,6 +101,23 @@ def absorbed_decode(
     )
 
 
+def has_kernel(q_BTLHC: Any, q_rope_BTGHR: Any, latents_BSLC: Any) -> bool:
+    """Whether `absorbed_decode` runs a kernel, not plain JAX, over latents that share rotary keys.
+
+    Args:
+      q_BTLHC, q_rope_BTGHR, latents_BSLC: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: MLRA_JAX_DECODE_KERNEL names no implementation.
+    """
+    device, rope = target.device(), q_rope_BTGHR.shape[4]
+    k_rope_BSR = jax.ShapeDtypeStruct((*latents_BSLC.shape[:2], rope), latents_BSLC.dtype)
+    arrays = q_BTLHC, q_rope_BTGHR, latents_BSLC, k_rope_BSR
+    problem = Problem.of(*arrays, device.device_kind)
+    name = _asked_for(None)[0] or _kernel_for(device)
+    return name not in (None, "reference") and _why_not(name, problem) is None
+
+
 def autotune(
     q_BTLHC: jax.Array | None,
     q_rope: jax.Array,
