@@ -396,6 +396,8 @@ PROBLEM = Problem("TPU v5 lite", 1, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
         (dict(latents=24), None),
         (dict(latents=4, width=256), "4 latents of width 256"),
         (dict(heads=1025), "more than 1024 rows"),
+        (dict(heads=1, queries=65), "65 queries are more than 64"),
+        (dict(heads=1, queries=64), None),
         (dict(heads=513, queries=2), "2 queries x 513 heads are more than 1024 rows"),
         (dict(heads=128, queries=8, width=512, device_kind="TPU v4"), "do not fit in VMEM"),
         (dict(device_kind="TPU v3"), "does not on TPU v3"),

@@ -29,6 +29,7 @@ LANES = 128
 SUBLANES = 8
 ROW_BLOCK = 128  # query rows whose scores are alive at once
 _MIB = 2**20
+_MOST_QUERIES = 64  # of a row, each with an end of its own in the program
 _HIDDEN = -1e30  # the score of what a query must not see: finite, so that no difference is a NaN
 
 
@@ -97,6 +98,8 @@ def supports(problem: Problem) -> str | None:
     ):
         if heads > 2 and not _heads_first(heads) and width != LANES:
             return f"{heads} latents of width {width} on one device"
+    if problem.queries > _MOST_QUERIES:
+        return f"{problem.queries} queries are more than {_MOST_QUERIES}"
     if problem.queries * problem.heads > 1024:
         return f"{problem.queries} queries x {problem.heads} heads are more than 1024 rows"
     if vmem_bytes(problem, TpuConfig(LANES, 2, 1)) > _chip(problem).vmem // 2:
