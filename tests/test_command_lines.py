@@ -182,6 +182,8 @@ FAILING = {
     "mlra-tasks": ["--checkpoint=/nowhere"],
     "mlra-prepare": ["--source=/nowhere", "--destination=/nowhere/out", "--tokenizer=bytes"],
     "mlra-costs": [],
+    "mlra-equivariance": ["--checkpoint=/nowhere"],
+    "mlra-variance": ["--checkpoint=/nowhere"],
 }
 
 
@@ -221,6 +223,8 @@ def test_every_command_ends_alike(script, monkeypatch):
         "mlra-tasks": "_work",
         "mlra-prepare": "prepare",
         "mlra-costs": "table",
+        "mlra-equivariance": "opened",
+        "mlra-variance": "open_checkpoint",
     }[script]
     monkeypatch.setattr(command, work, interrupted)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)

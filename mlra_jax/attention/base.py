@@ -21,6 +21,7 @@ from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.layers import Projection, output_init
 
 Entries = dict[str, jax.Array]
+Operands = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Attention(nnx.Module):
@@ -57,8 +58,9 @@ class Attention(nnx.Module):
         """As `__call__`, and what decoding needs to keep: `[B, T, ...]` arrays by name."""
         y = self.inputs(x_BTD)
         kept = self._kept(y, positions_BT)
-        o_BTHV = self._whole(self._queries(y, positions_BT), kept)
-        return self._output(y, o_BTHV), self._entries(kept)
+        operands = self._operands(self._queries(y, positions_BT), kept)
+        o_BTPV = sharded.whole_sequence(*operands, scale=self.scale, mesh=self.mesh)
+        return self.result(y, o_BTPV), self._entries(kept)
 
     def decode(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Entries, lengths_B: jax.Array
@@ -82,6 +84,30 @@ class Attention(nnx.Module):
         o_BTHV = self._answer(o_BTHV)
         beyond = [(0, x_BTD.shape[0] - rows)] + [(0, 0)] * (o_BTHV.ndim - 1)
         return self._output(y, jnp.pad(o_BTHV, beyond)), cache
+
+    def operands(
+        self, y: dict[str, jax.Array], positions_BT: jax.Array, key_positions_BT: jax.Array
+    ) -> Operands:
+        """What the softmaxes of a whole sequence are made of, for who wants to look at them.
+
+        Args:
+          y: from `inputs`.
+          positions_BT, key_positions_BT: int32, of the queries and of the keys.
+
+        Returns:
+          queries `[B, T, P, K]`, keys `[B, T, J, K]` and values `[B, T, J, V]`. P counts heads, in
+          the latent family branch heads `r * H + h`; key head `j` serves P/J neighbours. The last
+          `config.rope_dim` of K are rotated, the others (NoPE) are not.
+        """
+        return self._operands(self._queries(y, positions_BT), self._kept(y, key_positions_BT))
+
+    def result(self, y: dict[str, jax.Array], o_BTPV: jax.Array) -> jax.Array:
+        """`[B, T, D]` from what the softmaxes of `operands` gave."""
+        return self._output(y, self.head_outputs(o_BTPV))
+
+    def head_outputs(self, o_BTPV: jax.Array) -> jax.Array:
+        """`[B, T, H, V]`: each head's output, the sum of its branches where it has several."""
+        return o_BTPV
 
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
@@ -115,8 +141,8 @@ class Attention(nnx.Module):
         """What attention needs of each token, however the mesh repeats it."""
 
     @abc.abstractmethod
-    def _whole(self, q_BTHK: jax.Array, kept: Any) -> jax.Array:
-        """`[B, T, H, V]`: causal attention of the sequence to itself."""
+    def _operands(self, q_BTHK: jax.Array, kept: Any) -> Operands:
+        """Queries, keys and values of the sequence's attention to itself."""
 
     @abc.abstractmethod
     def _entries(self, kept: Any) -> Entries:

@@ -16,7 +16,7 @@ import math
 import jax.numpy as jnp
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads, sharded
+from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
@@ -78,7 +78,7 @@ class LatentAttention(Attention):
         k_rope_BTR = rotate(y["k_rope"][:, :, None], positions_BT, self.rope_base)[:, :, 0]
         return sharding.constrain(c_BTLC, self.mesh, *axes), k_rope_BTR
 
-    def _whole(self, q_BTHK, kept):
+    def _operands(self, q_BTHK, kept):
         a, (c_BTLC, k_rope_BTR) = self.config, kept
         B, T = c_BTLC.shape[:2]
         q_BTPK = self._by_branch_head(jnp.tile(q_BTHK, (1, 1, a.branches, 1)))
@@ -88,9 +88,7 @@ class LatentAttention(Attention):
         k_BTPK = self._by_branch_head(
             jnp.concatenate([self._up(c_BTLC, self.k_up), rope_BTPR], axis=-1)
         )
-        v_BTPK = self._by_branch_head(self._up(c_BTLC, self.v_up))
-        o_BTPK = sharded.whole_sequence(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
-        return self._sum(o_BTPK)
+        return q_BTPK, k_BTPK, self._by_branch_head(self._up(c_BTLC, self.v_up))
 
     def _entries(self, kept):
         c_BTLC, k_rope_BTR = kept
@@ -136,7 +134,7 @@ class LatentAttention(Attention):
             self.v_up.kernel[...].astype(z_BTPC.dtype),
             precision=precision(z_BTPC.dtype),
         )
-        return self._sum(self._by_branch_head(o_BTPK))
+        return self.head_outputs(self._by_branch_head(o_BTPK))
 
     def _up(self, c_BTLC, projection):
         """Keys or values of every branch head from its latent head."""
@@ -152,7 +150,7 @@ class LatentAttention(Attention):
     def _by_branch_head(self, x_BTPK):
         return sharding.constrain(x_BTPK, self.mesh, "batch", "length", "latent_heads", "head_dim")
 
-    def _sum(self, o_BTPK):
+    def head_outputs(self, o_BTPK):
         """Of the branches, with the factor that keeps its variance."""
         a, (B, T) = self.config, o_BTPK.shape[:2]
         o_BTHK = o_BTPK.reshape(B, T, a.branches, a.num_heads, a.value_dim)
