@@ -15,6 +15,7 @@ COMMANDS = {
     "mlra-costs": ("mlra_jax.costs", "what each device caches, for every variant and split"),
     "mlra-equivariance": ("mlra_jax.analysis.equivariance", "what changes when positions move"),
     "mlra-variance": ("mlra_jax.analysis.variance", "how large attention's values are"),
+    "mlra-branches": ("mlra_jax.analysis.branches", "what each branch attends to"),
 }
 """Console script: module and what it does; `pyproject.toml` has them, too."""
 

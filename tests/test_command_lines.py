@@ -184,6 +184,7 @@ FAILING = {
     "mlra-costs": [],
     "mlra-equivariance": ["--checkpoint=/nowhere"],
     "mlra-variance": ["--checkpoint=/nowhere"],
+    "mlra-branches": ["--checkpoint=/nowhere"],
 }
 
 
@@ -225,6 +226,7 @@ def test_every_command_ends_alike(script, monkeypatch):
         "mlra-costs": "table",
         "mlra-equivariance": "opened",
         "mlra-variance": "open_checkpoint",
+        "mlra-branches": "opened",
     }[script]
     monkeypatch.setattr(command, work, interrupted)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)

@@ -37,7 +37,9 @@ ALONE = 17
 """By how much queries' or keys' positions move by themselves."""
 TOLERANCE = 1e-5
 """Above this a change in float32 is none of rounding."""
-_PROBE = 1_000
+_PROBE = 61
+_CONTENT_TOLERANCE = 1e-4
+"""Taking a rotation back rounds angles of many turns once more."""
 _PAD = 5
 
 
@@ -268,7 +270,7 @@ def _contents(block, x_BTD) -> dict[str, Content]:
 def _violations(layer: int, contents: dict[str, Content]) -> list[str]:
     found = []
     for side, content in contents.items():
-        if content.change <= TOLERANCE:
+        if content.change <= _CONTENT_TOLERANCE:
             continue
         if content.turned <= TOLERANCE:
             why = "are not rotated by their positions; a slot of the cache may stand for them"
@@ -342,6 +344,7 @@ def save(reports: Sequence[dict[str, Any]], folder: str | Path) -> None:
         ylim=(0, 1.05),
         title="by one part of the scores: solid NoPE, dashed RoPE",
     )
+    mass.xaxis.get_major_locator().set_params(integer=True)
     change.legend(fontsize=7)
     for axes in (change, mass):
         axes.grid(alpha=0.3)

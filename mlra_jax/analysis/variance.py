@@ -174,10 +174,10 @@ def table(named: Mapping[str, tuple[Moments, Moments]]) -> str:
     """Predicted and measured moments, and measured over predicted, for each model."""
     lines = []
     for name, (expected, found) in named.items():
-        lines.append(f"{name:24}{'predicted':>12}{'measured':>12}{'ratio':>8}")
+        lines.append(f"{name:24}{'predicted':>12}{'measured':>12}{'ratio':>10}")
         for what, moment in expected.items():
             ratio = found[what] / moment
-            lines.append(f"  {what:22}{moment:12.4g}{found[what]:12.4g}{ratio:8.3f}")
+            lines.append(f"  {what:22}{moment:12.4g}{found[what]:12.4g}{ratio:10.4g}")
     return "\n".join(lines)
 
 
