@@ -37,20 +37,19 @@ class Block(nnx.Module):
         self.mlp = mlp(config, mesh=mesh, rngs=rngs)
 
     def __call__(self, x_BTD, positions_BT):
-        return self.rest(x_BTD, self.attention(self.attention_norm(x_BTD), positions_BT))
+        return self._rest(x_BTD, self.attention(self.attention_norm(x_BTD), positions_BT))
 
     def prefill(self, x_BTD, positions_BT):
         y_BTD, entries = self.attention.prefill(self.attention_norm(x_BTD), positions_BT)
-        return self.rest(x_BTD, y_BTD), entries
+        return self._rest(x_BTD, y_BTD), entries
 
     def decode(self, x_BTD, positions_BT, cache, lengths_B):
         y_BTD, cache = self.attention.decode(
             self.attention_norm(x_BTD), positions_BT, cache, lengths_B
         )
-        return self.rest(x_BTD, y_BTD), cache
+        return self._rest(x_BTD, y_BTD), cache
 
-    def rest(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
-        """The block's output from its input and that of its attention."""
+    def _rest(self, x_BTD, y_BTD):
         x_BTD = self._stream(x_BTD + y_BTD)
         return self._stream(x_BTD + self.mlp(self.mlp_norm(x_BTD)))
 

@@ -75,7 +75,7 @@ def _attention(block, x_BTD):
         "first": chosen[..., 0].mean((0, 3)),
         "overlap": jax.lax.map(common, jnp.moveaxis(w_BRHTS, 1, 0)),
     }
-    return block.rest(x_BTD, attention.result(y, weighted(weights, v))), seen
+    return block._rest(x_BTD, attention.result(y, weighted(weights, v))), seen
 
 
 def _spectra(attention) -> dict[str, list]:

@@ -97,7 +97,7 @@ def measure(
     outputs and logits over their own. Padding compares the real tokens alone.
 
     Args:
-      subject: from `fresh` or `opened`.
+      subject: from `fresh`, `opened` or `of_params`.
       length: tokens in a row.
       rows: rows; the second is padded by 5 slots, the third by 10 and so on.
       layers: only the first so many, whose output is taken for the last.
@@ -112,7 +112,7 @@ def measure(
     tokens_BT = subject.tokens(rows, length + (rows - 1) * _PAD)
     findings: list[str] = []
     found = {
-        dtype: _through_layers(subject, tokens_BT, dtype, length, count, findings)
+        dtype: _through_layers(subject.in_dtype(dtype), tokens_BT, length, count, findings)
         for dtype in dtypes
     }
     moved = found["float32"]["moves"] if "float32" in found else {}
@@ -126,11 +126,11 @@ def measure(
 
 
 def _through_layers(
-    subject: Subject, tokens_BT: np.ndarray, dtype: str, length: int, count: int, findings: list
+    subject: Subject, tokens_BT: np.ndarray, length: int, count: int, findings: list[str]
 ) -> dict[str, Any]:
-    """The measurements of one dtype; float32's add to the findings."""
+    """The measurements in the subject's dtype; float32's add to the findings."""
     still, *moved = (ways := moves(len(tokens_BT)))
-    x_BTD = subject.embed(tokens_BT).astype(dtype)
+    x_BTD = subject.embed(tokens_BT)
     own = {name: _padded(x_BTD, move.pads_B) for name, move in ways.items()}
     measured, masses = {name: [] for name in moved}, []
     for layer in range(count):
@@ -141,7 +141,7 @@ def _through_layers(
             measured[name].append(_numbers(_change(base, alone)))
         own = {name: _see(block, x, ways[name], length).x_BTD for name, x in own.items()}
         masses.append(_numbers(dict(zip(("nope_mass", "rope_mass"), base.mass_P, strict=True))))
-        if dtype == "float32":
+        if subject.config.execution.dtype == "float32":
             findings += _violations(layer, _contents(block, x_BTD))
         x_BTD = base.x_BTD
     logits = {
@@ -186,9 +186,9 @@ def _see(block, x_BTD, move, length):
     by_part = [jnp.minimum(weights, softmax(x, move.pads_B)).sum(-1) for x in parts]
     return Seen(
         *map(cut, parts),
-        _real(attention.head_outputs(o_BTPV), move.pads_B, length, (0,)),
+        _real(attention._sum(o_BTPV), move.pads_B, length, (0,)),
         tuple(_real(x, move.pads_B, length, (1,)).mean((0, 2)) for x in by_part),
-        block.rest(x_BTD, attention.result(y, o_BTPV)),
+        block._rest(x_BTD, attention.result(y, o_BTPV)),
     )
 
 

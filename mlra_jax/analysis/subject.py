@@ -23,7 +23,7 @@ from mlra_jax.settings_tree import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model of which one block exists at a time; products are float32."""
+    """A model of which one block exists at a time."""
 
     name: str
     config: ModelConfig
@@ -31,6 +31,8 @@ class Subject:
     final_norm: RMSNorm
     block: Callable[[int], Block]
     """The block of a layer, numbered from 0."""
+    in_dtype: Callable[[str], "Subject"]
+    """The same weights with products in another dtype."""
     tokenizer: str | None = None
 
     def tokens(self, rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -44,6 +46,7 @@ def fresh(
     name: str,
     config: ModelConfig,
     *,
+    dtype: str = "float32",
     seed: int = 0,
     attention: type[Attention] | None = None,
 ) -> Subject:
@@ -52,44 +55,66 @@ def fresh(
     Args:
       name: for tables and figures.
       config: its sizes; how it is computed is not asked.
+      dtype: of the products.
       seed: of the weights.
       attention: another class than the mechanism's own.
     """
-    config = _in_float32(config)
-    mesh = sharding.make_mesh()
+    config, mesh = _computed_in(dtype, config), sharding.make_mesh()
     at = lambda place: nnx.Rngs(jax.random.fold_in(jax.random.key(seed), place))
 
     def block(layer: int) -> Block:
         return Block(config, mesh=mesh, rngs=at(layer), attention=attention)
 
-    embed = Embedding(config, mesh=mesh, rngs=at(config.num_layers))
-    norm = RMSNorm(config.embed_dim, config=config, rngs=at(config.num_layers))
-    return Subject(name, config, embed, norm, block)
+    return Subject(
+        name=name,
+        config=config,
+        embed=Embedding(config, mesh=mesh, rngs=at(config.num_layers)),
+        final_norm=RMSNorm(config.embed_dim, config=config, rngs=at(config.num_layers)),
+        block=block,
+        in_dtype=lambda other: fresh(name, config, dtype=other, seed=seed, attention=attention),
+    )
 
 
 def opened(checkpoint: str | Path, step: int | None = None) -> Subject:
-    """The model of a training run's or a converted checkpoint, as it is stored, on one device.
+    """The model of a training run's or a converted checkpoint, on one device, in float32.
 
     Raises CheckpointError where it is missing or damaged.
     """
     found = checkpoints.open_checkpoint(checkpoint, step)
-    definition, shapes = models.structure(_in_float32(found.model), sharding.make_mesh())
-    model = nnx.merge(definition, found.restore("params", shapes))
-    return of_model(Path(checkpoint).absolute().name, model, found.tokenizer)
+    _, shapes = models.structure(found.model, sharding.make_mesh())
+    params = found.restore("params", shapes)
+    return of_params(Path(checkpoint).absolute().name, found.model, params, found.tokenizer)
 
 
-def of_model(name: str, model: models.Model, tokenizer: str | None = None) -> Subject:
-    """A model in its training form."""
+def of_params(
+    name: str,
+    config: ModelConfig,
+    params: dict,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+) -> Subject:
+    """A model whose parameters are there, as a nested dict with its layers stacked."""
+    config = _computed_in(dtype, config)
+    definition, _ = models.structure(config, sharding.make_mesh())
+    model = nnx.merge(definition, params)
     of_block, stacked = nnx.split(model.layers)
 
     def block(layer: int) -> Block:
         return nnx.merge(of_block, jax.tree.map(lambda x: x[layer], stacked))
 
-    return Subject(name, model.config, model.embed, model.final_norm, block, tokenizer)
+    return Subject(
+        name=name,
+        config=config,
+        embed=model.embed,
+        final_norm=model.final_norm,
+        block=block,
+        in_dtype=lambda other: of_params(name, config, params, tokenizer, other),
+        tokenizer=tokenizer,
+    )
 
 
-def _in_float32(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, execution=Execution(dtype="float32", remat=False))
+def _computed_in(dtype: str, config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, execution=Execution(dtype=dtype, remat=False))
 
 
 def presets(names: str, **changes) -> dict[str, ModelConfig]:

@@ -116,7 +116,7 @@ def _moments(attention, x_BTD):
     if q.shape[-1] > R:
         arrays |= {"keys, NoPE": k[..., :-R], "scores, NoPE": parts.nope[..., *seen]}
     arrays |= {"keys, RoPE": k[..., -R:], "scores, RoPE": parts.rope[..., *seen], "values": v}
-    arrays |= {"branch outputs": o_BTPV, "head outputs": attention.head_outputs(o_BTPV)}
+    arrays |= {"branch outputs": o_BTPV, "head outputs": attention._sum(o_BTPV)}
     cached = attention.prefill(x_BTD, positions_BT)[1]
     arrays |= {f"cached {name}": array for name, array in cached.items()}
     return {name: (array.astype(jnp.float32) ** 2).mean() for name, array in arrays.items()}

@@ -58,9 +58,8 @@ class Attention(nnx.Module):
         """As `__call__`, and what decoding needs to keep: `[B, T, ...]` arrays by name."""
         y = self.inputs(x_BTD)
         kept = self._kept(y, positions_BT)
-        operands = self._operands(self._queries(y, positions_BT), kept)
-        o_BTPV = sharded.whole_sequence(*operands, scale=self.scale, mesh=self.mesh)
-        return self.result(y, o_BTPV), self._entries(kept)
+        o_BTHV = self._whole(self._queries(y, positions_BT), kept)
+        return self._output(y, o_BTHV), self._entries(kept)
 
     def decode(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Entries, lengths_B: jax.Array
@@ -103,11 +102,7 @@ class Attention(nnx.Module):
 
     def result(self, y: dict[str, jax.Array], o_BTPV: jax.Array) -> jax.Array:
         """`[B, T, D]` from what the softmaxes of `operands` gave."""
-        return self._output(y, self.head_outputs(o_BTPV))
-
-    def head_outputs(self, o_BTPV: jax.Array) -> jax.Array:
-        """`[B, T, H, V]`: each head's output, the sum of its branches where it has several."""
-        return o_BTPV
+        return self._output(y, self._sum(o_BTPV))
 
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
@@ -140,9 +135,19 @@ class Attention(nnx.Module):
     def _kept(self, y: dict[str, jax.Array], positions_BT: jax.Array) -> Any:
         """What attention needs of each token, however the mesh repeats it."""
 
+    def _whole(self, q_BTHK: jax.Array, kept: Any) -> jax.Array:
+        """`[B, T, H, V]`: causal attention of the sequence to itself."""
+        operands = self._operands(q_BTHK, kept)
+        o_BTPV = sharded.whole_sequence(*operands, scale=self.scale, mesh=self.mesh)
+        return self._sum(o_BTPV)
+
     @abc.abstractmethod
     def _operands(self, q_BTHK: jax.Array, kept: Any) -> Operands:
-        """Queries, keys and values of the sequence's attention to itself."""
+        """What `operands` gives."""
+
+    def _sum(self, o_BTPV: jax.Array) -> jax.Array:
+        """`[B, T, H, V]`: each head's output, the sum of its branches where it has several."""
+        return o_BTPV
 
     @abc.abstractmethod
     def _entries(self, kept: Any) -> Entries:

@@ -134,7 +134,7 @@ class LatentAttention(Attention):
             self.v_up.kernel[...].astype(z_BTPC.dtype),
             precision=precision(z_BTPC.dtype),
         )
-        return self.head_outputs(self._by_branch_head(o_BTPK))
+        return self._sum(self._by_branch_head(o_BTPK))
 
     def _up(self, c_BTLC, projection):
         """Keys or values of every branch head from its latent head."""
@@ -150,7 +150,7 @@ class LatentAttention(Attention):
     def _by_branch_head(self, x_BTPK):
         return sharding.constrain(x_BTPK, self.mesh, "batch", "length", "latent_heads", "head_dim")
 
-    def head_outputs(self, o_BTPK):
+    def _sum(self, o_BTPK):
         """Of the branches, with the factor that keeps its variance."""
         a, (B, T) = self.config, o_BTPK.shape[:2]
         o_BTHK = o_BTPK.reshape(B, T, a.branches, a.num_heads, a.value_dim)

@@ -56,7 +56,7 @@ class PartedLatentAttention(LatentAttention):
     def _by_head(self, x_BTHK):
         return x_BTHK
 
-    def head_outputs(self, o_BTPK):
+    def _sum(self, o_BTPK):
         (B, T), ways = o_BTPK.shape[:2], sharding.size(self.mesh, sharding.MODEL)
         n = part_heads(self.config, ways).shape[1]
         o_BTwbnK = o_BTPK.reshape(B, T, ways, -1, n, self.config.value_dim)

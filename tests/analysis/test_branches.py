@@ -11,7 +11,7 @@ from tiny import random_model
 
 from mlra_jax import checkpoints
 from mlra_jax.analysis import branches
-from mlra_jax.analysis.subject import of_model
+from mlra_jax.analysis.subject import of_params
 from mlra_jax.sharding import make_mesh
 
 T = 12
@@ -20,7 +20,7 @@ T = 12
 def read(name, change=lambda attention: None, rows=2):
     model = random_model(tiny.config(name), make_mesh())
     change(model.layers.attention)
-    subject = of_model(name, model)
+    subject = of_params(name, model.config, nnx.to_pure_dict(nnx.state(model)))
     tokens_BT = subject.tokens(rows, T)
     (layer,) = branches.read(subject, tokens_BT)
     return {what: np.array(values) for what, values in layer.items()}, subject, tokens_BT

@@ -11,7 +11,7 @@ from tiny import ATTENTIONS, random_model
 
 from mlra_jax.analysis import equivariance
 from mlra_jax.analysis.equivariance import SHIFTS, kept, measure
-from mlra_jax.analysis.subject import fresh, of_model
+from mlra_jax.analysis.subject import fresh, of_params
 from mlra_jax.attention.latent import LatentAttention
 from mlra_jax.layers import Projection, rotate
 from mlra_jax.sharding import make_mesh
@@ -20,7 +20,8 @@ LENGTH = 9
 
 
 def measured(name, **settings):
-    subject = of_model(name, random_model(tiny.config(name, 2), make_mesh()))
+    model = random_model(tiny.config(name, 2), make_mesh())
+    subject = of_params(name, model.config, nnx.to_pure_dict(nnx.state(model)))
     return measure(subject, length=LENGTH, dtypes=("float32",), **settings)
 
 
