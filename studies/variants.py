@@ -97,9 +97,16 @@ def finished(study: Study, workdir: str | Path) -> dict[str, list[Result]]:
     found = {}
     for name in study.names:
         files = [_file(Path(workdir), name, seed) for seed in range(study.seeds)]
-        if results := [json.loads(file.read_text()) for file in files if file.exists()]:
+        if results := [_read(file) for file in files if file.exists()]:
             found[name] = results
     return found
+
+
+def _read(file: Path) -> Result:
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise ConfigError(f"{file} is damaged; delete it, and the run is made again") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mlra_jax.analysis.subject import Subject, opened, positive, scores, softmax, weighted
+from mlra_jax.analysis.subject import (
+    Subject,
+    add_common_flags,
+    opened,
+    output_folder,
+    positive,
+    scores,
+    softmax,
+    weighted,
+)
 from mlra_jax.command import Parser, run
 from mlra_jax.config import LatentConfig
 from mlra_jax.data.pipeline import make_validation_batches
@@ -120,12 +129,10 @@ def table(layers: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def save(name: str, layers: Sequence[dict[str, Any]], folder: str | Path) -> None:
+def save(name: str, layers: Sequence[dict[str, Any]], folder: Path) -> None:
     """Writes `branches.json` and `branches.png`."""
     import matplotlib.figure
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "branches.json") as file:
         json.dump({"model": name, "layers": list(layers)}, file)
     figure = matplotlib.figure.Figure(figsize=(13, 8), layout="constrained")
@@ -185,23 +192,22 @@ def main(argv: list[str] | None = None) -> int:
     """Reads as the flags say; see `command.run` for the exit codes."""
     parser = Parser("mlra_jax.analysis.branches", "What each branch attends to.")
     parser.add_argument("--checkpoint", required=True, help="training run or converted checkpoint")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
-    parser.add_argument("--layers", type=positive, help="only the first so many")
+    add_common_flags(parser)
     parser.add_argument("--source", default="pydoc", help="text or token file, its held-out end")
     parser.add_argument("--rows", type=positive, default=4, help="pieces of the text")
     parser.add_argument("--length", type=positive, default=128, help="tokens of a piece")
-    parser.add_argument("--output", help="folder for the numbers (JSON) and figures")
     flags = parser.parse_args(argv)
     if flags.length < 2:
         parser.error("--length must be at least 2: a single token sees nothing but itself")
 
     def work():
+        output = output_folder(flags.output)
         subject = opened(flags.checkpoint, flags.step)
         tokens_BT = text_tokens(subject, flags.source, flags.rows, flags.length)
         layers = read(subject, tokens_BT, flags.layers)
         print(table(layers))
-        if flags.output:
-            save(subject.name, layers, flags.output)
+        if output:
+            save(subject.name, layers, output)
 
     return run(parser, work)
 

@@ -21,6 +21,8 @@ from mlra_jax.analysis.subject import (
     add_flags,
     fresh,
     opened,
+    output_folder,
+    parse,
     positive,
     presets,
     scores,
@@ -310,12 +312,10 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save(reports: Sequence[dict[str, Any]], folder: str | Path) -> None:
+def save(reports: Sequence[dict[str, Any]], folder: Path) -> None:
     """Writes `equivariance.json` and `equivariance.png`."""
     import matplotlib.figure
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "equivariance.json") as file:
         json.dump(list(reports), file)
     figure = matplotlib.figure.Figure(figsize=(11, 4.5), layout="constrained")
@@ -358,12 +358,13 @@ def main(argv: list[str] | None = None) -> int:
     add_flags(parser)
     parser.add_argument("--length", type=positive, default=32, help="tokens in a row")
     parser.add_argument("--rows", type=positive, default=4, help="rows of random tokens")
-    flags = parser.parse_args(argv)
+    flags = parse(parser, argv)
     if flags.rows < 3:
         parser.error("--rows must be at least 3, to tell tokens from positions")
 
     def work():
-        if flags.checkpoint:
+        output = output_folder(flags.output)
+        if flags.checkpoint is not None:
             subjects = iter([opened(flags.checkpoint, flags.step)])
         else:
             named = presets(flags.preset, zero_init=False)
@@ -374,8 +375,8 @@ def main(argv: list[str] | None = None) -> int:
                 measure(subject, length=flags.length, rows=flags.rows, layers=flags.layers)
             )
             print(table(reports[-1]), flush=True)
-        if flags.output:
-            save(reports, flags.output)
+        if output:
+            save(reports, output)
 
     return run(parser, work)
 

@@ -133,9 +133,36 @@ def add_flags(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="training run or converted checkpoint")
     what.add_argument("--preset", help="fresh models of these names, joined by commas")
+    add_common_flags(parser)
+
+
+def add_common_flags(parser: Parser) -> None:
+    """`--step`, `--layers` and `--output`."""
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
     parser.add_argument("--layers", type=positive, help="only the first so many")
     parser.add_argument("--output", help="folder for the numbers (JSON) and figures")
+
+
+def parse(parser: Parser, argv: list[str] | None):
+    """The flags of `add_flags` and others, refused where one would not be heeded."""
+    flags = parser.parse_args(argv)
+    if flags.preset is not None and flags.step is not None:
+        parser.error("--step is of a checkpoint; a fresh model has none")
+    return flags
+
+
+def output_folder(path: str | None) -> Path | None:
+    """The folder of `--output`, made before anything is measured.
+
+    Raises ConfigError where a file is in the way.
+    """
+    if path is None:
+        return None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--output={path} is a file or lies in one; name a folder") from None
+    return Path(path)
 
 
 def positive(text: str) -> int:

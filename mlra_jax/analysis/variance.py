@@ -27,6 +27,8 @@ from mlra_jax.analysis.subject import (
     Subject,
     add_flags,
     opened,
+    output_folder,
+    parse,
     positive,
     presets,
     scores,
@@ -181,7 +183,7 @@ def table(named: Mapping[str, tuple[Moments, Moments]]) -> str:
     return "\n".join(lines)
 
 
-def save_fresh(named: Mapping[str, tuple[Moments, Moments]], folder: str | Path) -> None:
+def save_fresh(named: Mapping[str, tuple[Moments, Moments]], folder: Path) -> None:
     """Writes `variance.json` and `variance.png`: circles are predicted, crosses measured."""
     figure, panels = _panels(_SHARED)
     for what, axes in panels.items():
@@ -193,7 +195,7 @@ def save_fresh(named: Mapping[str, tuple[Moments, Moments]], folder: str | Path)
     _write(folder, rows, figure, panels)
 
 
-def save_run(expected: Moments, steps: Mapping[int, list[Moments]], folder: str | Path) -> None:
+def save_run(expected: Moments, steps: Mapping[int, list[Moments]], folder: Path) -> None:
     """The same two files for a run: a line for each layer over the steps, dashed the prediction."""
     figure, panels = _panels([what for what in _SHARED if what in expected])
     for what, axes in panels.items():
@@ -226,13 +228,11 @@ def _panels(names):
     return figure, dict(zip(names, figure.subplots(2, 4).ravel(), strict=False))
 
 
-def _write(folder: str | Path, numbers: Any, figure, panels) -> None:
+def _write(folder: Path, numbers: Any, figure, panels) -> None:
     for what, axes in panels.items():
         axes.set(title=what, yscale="log")
         axes.grid(alpha=0.3)
     next(iter(panels.values())).legend(fontsize=7)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "variance.json") as file:
         json.dump(numbers, file)
     with whole_file(folder / "variance.png", "wb") as file:
@@ -244,28 +244,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("mlra_jax.analysis.variance", "Second moments, predicted and measured.")
     add_flags(parser)
     parser.add_argument("--length", type=positive, default=64, help="tokens in a row")
-    flags = parser.parse_args(argv)
+    flags = parse(parser, argv)
+    if flags.preset is not None and flags.layers is not None:
+        parser.error("--layers is of a checkpoint; of a fresh model the first layer is measured")
 
     def work():
-        if flags.preset:
+        output = output_folder(flags.output)
+        if flags.preset is not None:
             named = {}
             for name, config in settings_of_factors(presets(flags.preset)).items():
                 found = at_initialisation(config, length=flags.length)
                 named[name] = predicted(config, flags.length), found
                 print(table({name: named[name]}), flush=True)
-            if flags.output:
-                save_fresh(named, flags.output)
+            if output:
+                save_fresh(named, output)
             return
         chosen = open_checkpoint(flags.checkpoint, flags.step)
-        wanted = [chosen.step] if flags.step else finished_steps(flags.checkpoint)
+        wanted = finished_steps(flags.checkpoint) if flags.step is None else [chosen.step]
         expected, steps = predicted(chosen.model, flags.length), {}
         for step in wanted:
             subject = opened(flags.checkpoint, step)
             steps[step] = of_layers(subject, length=flags.length, layers=flags.layers)
             for layer, found in enumerate(steps[step]):
                 print(table({f"step {step}, layer {layer}": (expected, found)}), flush=True)
-        if flags.output:
-            save_run(expected, steps, flags.output)
+        if output:
+            save_run(expected, steps, output)
 
     return run(parser, work)
 

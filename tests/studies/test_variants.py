@@ -133,6 +133,9 @@ def test_a_study_goes_on_where_it_stopped_and_repeats_nothing(tmp_path, monkeypa
     assert variants.conduct(more, tmp_path, 1, lines.append) and calls[3:] == [("gqa", [0])]
     with pytest.raises(ConfigError, match="steps is 4 there and 6 here; use another workdir"):
         variants.conduct(dataclasses.replace(settings, steps=6), tmp_path, 1, lines.append)
+    (tmp_path / "runs" / "gqa_0.json").write_text("{")
+    with pytest.raises(ConfigError, match="gqa_0.json is damaged; delete it"):
+        variants.finished(more, tmp_path)
     found = variants.finished(settings, tmp_path)
     assert [r["validation_loss"][-1][1] for r in found["mla"]] == [3.0, 9.0, 3.2]
 
