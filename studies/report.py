@@ -154,13 +154,19 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
     by_cache = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
     by_tokens = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
     caches, tokens = by_cache.subplots(), by_tokens.subplots()
+    places = {name: cache_values(study.model(name), _AT) for name in results}
     for i, (name, runs) in enumerate(results.items()):
         style = dict(color=f"C{i % 10}", label=name)
         mean, error = mean_and_error([*last_losses(runs).values()])
-        values = cache_values(study.model(name), _AT)
+        values = places[name]
         if values is not None:
+            # Those that cache as much stand side by side.
+            beside = [other for other in places if places[other] == values]
+            values *= 1.04 ** (beside.index(name) - (len(beside) - 1) / 2)
             caches.errorbar(values, mean, None if math.isnan(error) else error, fmt="o", **style)
-            caches.annotate(name, (values, mean), (4, 4), textcoords="offset points", fontsize=7)
+            caches.annotate(
+                name, (values, mean), (3, 6), textcoords="offset points", fontsize=7, rotation=60
+            )
         curves = np.array([run["validation_loss"] for run in runs])
         seen = curves[0, :, 0] * runs[0]["tokens"] / curves[0, -1, 0]
         tokens.plot(seen, curves[:, :, 1].mean(0), "-" if i < 10 else "--", linewidth=1, **style)
