@@ -14,7 +14,7 @@ FLOORS = (
     {"model", "costs"},
     {"convert", "decoder", "training"},
     {"loading", "generation", "export"},
-    {"evaluate"},
+    {"evaluate", "analysis"},
 )
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads, sharded
+from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels import target
@@ -80,7 +80,7 @@ class LatentAttention(Attention):
         k_rope_BTR = rotate(y["k_rope"][:, :, None], positions_BT, self.rope_base)[:, :, 0]
         return sharding.constrain(c_BTLC, self.mesh, *axes), k_rope_BTR
 
-    def _whole(self, q_BTHK, kept):
+    def _operands(self, q_BTHK, kept):
         a, (c_BTLC, k_rope_BTR) = self.config, kept
         B, T = c_BTLC.shape[:2]
         q_BTPK = self._by_branch_head(jnp.tile(q_BTHK, (1, 1, a.branches, 1)))
@@ -90,9 +90,7 @@ class LatentAttention(Attention):
         k_BTPK = self._by_branch_head(
             jnp.concatenate([self._up(c_BTLC, self.k_up), rope_BTPR], axis=-1)
         )
-        v_BTPK = self._by_branch_head(self._up(c_BTLC, self.v_up))
-        o_BTPK = sharded.whole_sequence(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
-        return self._sum(o_BTPK)
+        return q_BTPK, k_BTPK, self._by_branch_head(self._up(c_BTLC, self.v_up))
 
     def _entries(self, kept):
         c_BTLC, k_rope_BTR = kept
