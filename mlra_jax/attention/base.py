@@ -135,6 +135,7 @@ class Attention(nnx.Module):
         q_BTJGK, k_BSJK, v_BSJV = self._grouped(queries, entries)
         o_BTJGV, lse_BTJG = chunk_attention(q_BTJGK, k_BSJK, v_BSJV, lengths_B, scale=self.scale)
         return self._ungrouped(o_BTJGV), self._ungrouped(lse_BTJG)
+
     def operands(
         self, y: dict[str, jax.Array], positions_BT: jax.Array, key_positions_BT: jax.Array
     ) -> Operands:
