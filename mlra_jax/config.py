@@ -1,19 +1,26 @@
-"""Sizes of a model, and the presets of the paper. The only place that validates sizes."""
+"""Sizes of a model, and the presets of the paper. The only place that validates sizes.
+
+Every size is a whole number in [1, 2**31); what must divide what, the message says.
+"""
 
 import contextlib
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
 import numpy as np
 
-from mlra_jax.settings_tree import ConfigError, at_least, build, closest
+from mlra_jax.settings_tree import ConfigError, at_least, build, check_kinds, closest, within
 from mlra_jax.settings_tree import require as _require
 
 
-def _require_positive(config) -> None:
-    at_least(1, config, "", *(f.name for f in dataclasses.fields(config) if f.type is int))
+def _check_fields(config) -> None:
+    """Sizes are whole numbers in [1, 2**31): devices count in int32. Switches are True or False."""
+    check_kinds(config, "")
+    for name in (f.name for f in dataclasses.fields(config) if f.type is int):
+        at_least(1, config, "", name)
+        size = getattr(config, name)
+        _require(size < 2**31, f"{name}={size} must lie in [1, 2**31)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class LatentConfig:
     """Calibration factors on the query latent, the latents and the branch sum."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.groups == 0,
             f"num_heads={self.num_heads} does not divide into groups={self.groups}",
@@ -94,7 +101,7 @@ class GroupedConfig(_WholeHeads):
     gated: bool = False
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
@@ -112,7 +119,7 @@ class TiedConfig(_WholeHeads):
     head_dim: int
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
@@ -134,7 +141,7 @@ class MultiMatrixConfig(_WholeHeads):
     q_latent_dim: int
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
 
@@ -149,7 +156,7 @@ class TensorProductConfig(_WholeHeads):
     q_rank: int
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
 
@@ -198,6 +205,7 @@ class Execution:
 
     def __post_init__(self):
         _normalise_dtype(self, "dtype")
+        check_kinds(self, "")
 
 
 def _with_execution(values: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +248,9 @@ class ModelConfig:
     context_length: int = 2048
     """Tokens in a training sequence; decoding is limited by its cache, not by this."""
     norm_eps: float = 1e-6
+    """Added to the mean square in the norms; in (0, inf), as float32 has it."""
     rope_base: float = 10000.0
+    """Rotary pair i of n turns by `position / rope_base**(i / n)`; in [1, inf)."""
     zero_init: bool = True
     """Attention output and MLP down projections begin at zero (the paper's choice)."""
     param_dtype: str = "float32"
@@ -251,14 +261,9 @@ class ModelConfig:
             type(self.attention) in _KINDS.values(),
             f"attention={self.attention!r} is none of {', '.join(_KINDS)}",
         )
-        _require_positive(self)
-        for name in ("norm_eps", "rope_base"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int | float) and math.isfinite(value) and value > 0,
-                f"{name}={value!r} must be a positive number",
-            )
         _normalise_dtype(self, "param_dtype")
+        _check_fields(self)
+        within(self, "", norm_eps="(0, inf)", rope_base="[1, inf)")
 
     def identity(self) -> dict[str, Any]:
         """What the model is, JSON-ready: `to_dict` without how it is computed."""

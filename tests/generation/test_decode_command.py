@@ -109,7 +109,7 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
         (["--prompt=x", "--mesh=tensors=2"], "'tensors=2' is not one of"),
         (["--prompt=x", "--mesh=tensor=3"], "4 latent heads and tensor=3"),
         (["--prompt=x", "--mesh=data=2"], "1 prompts do not divide over the 2 devices"),
-        (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be 0 or more"),
+        (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
         (["--prompt=x", "--top_p=0"], "top_p=0.0 must be above 0"),
         (["--prompt=x", "--dtype=int8"], "dtype='int8' is none of"),
         (["--prompt=x", "--tokenizer=/nowhere"], "/nowhere"),
