@@ -21,6 +21,7 @@ GZIP = Kind("gzip data", "decompress it: gzip -d")
 ZSTD = Kind("Zstandard data", "pip install backports.zstd, or decompress it: zstd -d")
 TOKENS = Kind("a file of tokens", "give it a name that ends with .bin")
 OLD_TORCH = Kind("weights as PyTorch saved them before 1.6", "there is no text in it")
+PICKLE = Kind("a Python pickle", "it is a program and not run")
 _UNPACK = "unpack it first"
 _NO_TEXT = "there is no text in it"
 _EXTRACT = "extract its text first"
@@ -58,10 +59,7 @@ _SIGNATURES = (
     ),
     (0, b"GGUF", Kind("a GGUF model", _NO_TEXT)),
     (0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", OLD_TORCH),
-    *(
-        (0, b"\x80%c" % n, Kind("a Python pickle", "it is a program and not run"))
-        for n in range(2, 6)
-    ),
+    *((0, b"\x80%c" % protocol, PICKLE) for protocol in range(2, 6)),
     (0, b"\x7fELF", Kind("a program", _NO_TEXT)),
     (0, b"\x89PNG\r\n\x1a\n", Kind("a picture", _NO_TEXT)),
     (0, b"\xff\xd8\xff", Kind("a picture", _NO_TEXT)),
