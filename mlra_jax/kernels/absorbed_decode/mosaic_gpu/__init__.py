@@ -102,17 +102,20 @@ def absorbed_decode(
         x_BNRX = jnp.swapaxes(x_BTNHX, 1, 2).reshape(B, N, T * H, X)
         return jnp.pad(x_BNRX, ((0, 0), (0, 0), (0, shape.rows - T * H), (0, 0)))
 
-    bounds = (lengths_BT, starts_B)
-    if B > 1:
-        bounds += (schedule.table(shape, lengths_BT, starts_B),)
-    parts, lses = walk.launch(shape, float(scale))(
-        as_rows(q_BTLHC),
-        as_rows(q_rope_BTGHR),
-        latents_BSLC.reshape(B, S, L * C),
-        k_rope_BSR,
-        *bounds,
-    )
-    out_BLRC, lse_BLR = join.launch(shape)(parts, lses, *bounds)
+    # The GPU counts in int32, also where a program has set `jax_enable_x64`: what is traced here has
+    # indices of that type, Python's numbers included.
+    bounds = lengths_BT.astype(jnp.int32), starts_B.astype(jnp.int32)
+    with jax.enable_x64(False):
+        if B > 1:
+            bounds += (schedule.table(shape, *bounds),)
+        parts, lses = walk.launch(shape, float(scale))(
+            as_rows(q_BTLHC),
+            as_rows(q_rope_BTGHR),
+            latents_BSLC.reshape(B, S, L * C),
+            k_rope_BSR,
+            *bounds,
+        )
+        out_BLRC, lse_BLR = join.launch(shape)(parts, lses, *bounds)
     out_BTLHC = jnp.swapaxes(out_BLRC[:, :, : T * H].reshape(B, L, T, H, C), 1, 2)
     lse_BTLH = jnp.swapaxes(lse_BLR[:, :, : T * H].reshape(B, L, T, H), 1, 2)
     return out_BTLHC, lse_BTLH
