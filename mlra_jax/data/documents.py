@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,10 @@ Layout = Literal["text", "lines", "array", "objects"]
 _COMPRESSED = (".gz", ".zst", ".zstd")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _BLOCK_BYTES = 1 << 16
+# Parsed, JSON may take thirty times its size. Beyond so many bytes a document must be mostly text:
+# not have more of the signs that values begin or end with.
+_LARGE_BYTES = 4 << 20
+_MOST_SIGNS = 1 << 21
 _DECODER = json.JSONDecoder()
 
 
@@ -112,6 +116,8 @@ def _lines(path: Path, start: int = 0) -> Iterator[tuple[int, Any]]:
     """The places and values of lines that are not blank."""
     for place, line in read_lines(path, start):
         if line.strip():
+            if _too_many_values(line, (b'"', b"[", b"{", b",")):
+                raise _fault(path, place, _TOO_MANY)
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
@@ -170,7 +176,10 @@ class _Cursor:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except (ValueError, RecursionError):
-                if len(self._text) - self._at > MAX_DOCUMENT_BYTES or not self._more():
+                rest = self._text[self._at :]
+                if _too_many_values(rest, '"[{,'):
+                    raise _fault(self._path, place, _TOO_MANY) from None
+                if len(rest) > MAX_DOCUMENT_BYTES or not self._more():
                     raise _fault(self._path, place, "no JSON") from None
             else:
                 self._skip(end)
@@ -178,11 +187,11 @@ class _Cursor:
 
     def _more(self) -> bool:
         """Reads as much as there is left to parse, so that a long value is not parsed often."""
-        rest = self._text[self._at :]
-        parts = [rest]
+        parts = [self._text[self._at :]]
+        wanted = len(parts[0]) + min(len(parts[0]), _LARGE_BYTES)
         for part in self._parts:
             parts.append(part)
-            if sum(map(len, parts)) >= 2 * len(rest):
+            if sum(map(len, parts)) >= wanted:
                 break
         self._text, self._at = "".join(parts), 0
         return len(parts) > 1
@@ -190,6 +199,13 @@ class _Cursor:
     def _skip(self, end: int) -> None:
         self.place += len(self._text[self._at : end].encode())
         self._at = end
+
+
+_TOO_MANY = f"more than {_MOST_SIGNS:,} values in a document of more than {_LARGE_BYTES >> 20} MiB"
+
+
+def _too_many_values(document: Any, signs: Sequence[Any]) -> bool:
+    return len(document) > _LARGE_BYTES and sum(map(document.count, signs)) > _MOST_SIGNS
 
 
 def _fault(path: Path, place: int, what: str) -> ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import glob
+import math
 import os
 import re
 import zlib
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from mlra_jax.data import token_file
 from mlra_jax.data.documents import layout
-from mlra_jax.data.text_reader import read_pieces
+from mlra_jax.data.text_reader import is_compressed, read_pieces
 from mlra_jax.data.tokenizers import Tokenizer
 
 PYDOC = "pydoc"
@@ -25,6 +26,8 @@ PYDOC = "pydoc"
 # rest as it is read: 100 GB must not delay the first step.
 _TOKENS_CHECKED_FIRST = 100_000_000
 _TOKENS_CHECKED_AT_ONCE = 1 << 22
+# A small compressed file may hold any amount of text, and this text is in memory.
+_MAX_UNPACKED = 64 << 20
 _MAX_HELD_OUT = 10_000_000
 _VALIDATION_WORDS = frozenset(("val", "valid", "validation", "test"))
 _TRAINING_WORDS = frozenset(("train", "training"))
@@ -320,15 +323,21 @@ def _encode(files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size
 
 def _pieces(path: Path | str) -> Iterator[tuple[bool, str]]:
     """The text of one file in pieces, each with whether a document begins there."""
+    prepare = f"python -m mlra_jax.data.prepare --source={path} --destination=DIR"
     if path == PYDOC:
         yield from ((True, document) for document in pydoc_documents())
     elif layout(path, "text") != "text":
-        raise ValueError(
-            f"{path} holds documents in JSON; make token files of it first: python -m "
-            f"mlra_jax.data.prepare --source={path} --destination=DIR"
-        )
+        raise ValueError(f"{path} holds documents in JSON; make token files of it first: {prepare}")
     else:
-        yield from ((start == 0, piece) for start, piece in read_pieces(path))
+        left = _MAX_UNPACKED if is_compressed(path) else math.inf
+        for start, piece in read_pieces(path):
+            left -= len(piece)
+            if left < 0:
+                raise ValueError(
+                    f"{path} holds more than {_MAX_UNPACKED >> 20} Mi characters; make token files "
+                    f"of it first: {prepare}"
+                )
+            yield start == 0, piece
 
 
 def _hold_out(

@@ -169,6 +169,12 @@ def head(path: Path, size: int) -> bytes:
     return next(read_blocks(path, 0, size), b"")
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file is read decompressed."""
+    with open(path, "rb") as file:
+        return file_kinds.kind(file.read(file_kinds.HEAD_BYTES)) in _DECOMPRESSORS
+
+
 def _mark_bytes(path: Path) -> int:
     """The length of a file's byte-order mark."""
     return len(codecs.BOM_UTF8) if head(path, 3) == codecs.BOM_UTF8 else 0

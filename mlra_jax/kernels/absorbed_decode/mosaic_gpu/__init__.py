@@ -58,6 +58,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.kernels import target
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu import join, schedule, walk
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import (
     Config,
@@ -73,6 +74,7 @@ __all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "supports"]
 
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
+@target.int32_indices
 def absorbed_decode(
     q_BTLHC: jax.Array,
     q_rope_BTGHR: jax.Array,
@@ -102,20 +104,17 @@ def absorbed_decode(
         x_BNRX = jnp.swapaxes(x_BTNHX, 1, 2).reshape(B, N, T * H, X)
         return jnp.pad(x_BNRX, ((0, 0), (0, 0), (0, shape.rows - T * H), (0, 0)))
 
-    # The GPU counts in int32, also where a program has set `jax_enable_x64`: what is traced here has
-    # indices of that type, Python's numbers included.
-    bounds = lengths_BT.astype(jnp.int32), starts_B.astype(jnp.int32)
-    with jax.enable_x64(False):
-        if B > 1:
-            bounds += (schedule.table(shape, *bounds),)
-        parts, lses = walk.launch(shape, float(scale))(
-            as_rows(q_BTLHC),
-            as_rows(q_rope_BTGHR),
-            latents_BSLC.reshape(B, S, L * C),
-            k_rope_BSR,
-            *bounds,
-        )
-        out_BLRC, lse_BLR = join.launch(shape)(parts, lses, *bounds)
+    bounds = (lengths_BT, starts_B)
+    if B > 1:
+        bounds += (schedule.table(shape, lengths_BT, starts_B),)
+    parts, lses = walk.launch(shape, float(scale))(
+        as_rows(q_BTLHC),
+        as_rows(q_rope_BTGHR),
+        latents_BSLC.reshape(B, S, L * C),
+        k_rope_BSR,
+        *bounds,
+    )
+    out_BLRC, lse_BLR = join.launch(shape)(parts, lses, *bounds)
     out_BTLHC = jnp.swapaxes(out_BLRC[:, :, : T * H].reshape(B, L, T, H, C), 1, 2)
     lse_BTLH = jnp.swapaxes(lse_BLR[:, :, : T * H].reshape(B, L, T, H), 1, 2)
     return out_BTLHC, lse_BTLH
