@@ -162,6 +162,7 @@ def test_settings_outside_their_range_are_refused(options, words):
 
 def test_numbers_of_numpy_are_numbers():
     assert Sampling(np.float32(0.5), np.int64(3), np.float64(1)) == Sampling(0.5, 3, 1.0)
+    assert Sampling(jnp.float32(0.5), jnp.int32(3), np.array(1.0)) == Sampling(0.5, 3, 1.0)
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-45, 1e-300])

@@ -154,8 +154,8 @@ def _check_finite(name: str, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         wrong = values[~np.isfinite(values)]
         raise CheckpointFileError(
-            f"tensor {name} has {wrong.size} numbers that are not finite ({wrong[0]}, say): its "
-            "training had failed, or the file is damaged"
+            f"tensor {name} has numbers that are not finite ({wrong[0]}, say): its training had "
+            "failed, or the file is damaged"
         )
 
 

@@ -80,15 +80,19 @@ def layout(path: Path, text_key: str) -> Layout:
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = next((s for s in reversed(suffixes) if s not in _COMPRESSED), "")
-    first = head(path, _BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")[:1]
+    beginning = head(path, _BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
+    first = beginning[:1]
     if suffix in (".jsonl", ".ndjson"):
         return "lines"
     if first == b"{":
         lines = _parsed(_lines(path), 2)
         if _has(text_key, lines[0]) or all(isinstance(value, dict) for value in lines):
             return "lines"
-        if suffix == ".json" and _has(text_key, _parsed(_values(path, 0, False), 1)[0]):
-            return "objects"
+        if suffix == ".json":
+            (value,) = _parsed(_values(path, 0, False), 1)
+            # What cannot be read and speaks of the field is documents, of which something is wrong.
+            broken = value is None and json.dumps(text_key).encode() in beginning
+            return "objects" if broken or _has(text_key, value) else "text"
     if first == b"[":
         # What follows the bracket shows whether it is JSON; the reader says what is wrong with it.
         value = next(iter(_parsed(_values(path, 0, True), 1)), None)
@@ -130,15 +134,12 @@ def _values(path: Path, start: int, array: bool) -> Iterator[tuple[int, Any]]:
     cursor = _Cursor(path, start)
     if array and start == 0:
         cursor.take("[")
-        if cursor.sign() == "]":
-            return
-    while sign := cursor.sign():
+    more = cursor.sign() not in ("", "]")
+    while more:
         yield cursor.value()
-        sign = cursor.sign()
-        if array and sign != "]":
+        more = cursor.sign() not in ("", "]" if array else "")
+        if more and array:
             cursor.take(",")
-        elif array:
-            break
     if array:
         cursor.take("]")
         if cursor.sign():
@@ -171,6 +172,7 @@ class _Cursor:
 
     def value(self) -> tuple[int, Any]:
         """The value that begins at the next sign, and its place."""
+        self.sign()
         place = self.place
         while True:
             try:

@@ -117,7 +117,7 @@ def _is_text(head: bytes) -> bool:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
-    return text.isprintable() or all(c.isprintable() or c in "\t\r\n\f" for c in text)
+    return all(c.isprintable() or c in "\t\r\n\f" for c in text)
 
 
 def _refuse_header(path: Path, token_format: str) -> None:

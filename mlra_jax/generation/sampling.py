@@ -26,7 +26,8 @@ class Sampling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, np.generic):
+            # Numbers of NumPy and JAX.
+            if hasattr(value, "item"):
                 object.__setattr__(self, field.name, value.item())
         within(self, "", temperature="[0, inf)", top_p="(0, 1]")
         at_least(0, self, "", "top_k")
@@ -64,8 +65,8 @@ def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], ro
 
     Raises ValueError for other seeds, and for more or fewer settings or seeds than rows.
     """
-    for each in np.ravel(np.asarray(seed, object)):
-        if not isinstance(each, int | np.integer) or not 0 <= each < 2**32:
+    for each in seed if isinstance(seed, Sequence | np.ndarray) else [seed]:
+        if not hasattr(each, "__index__") or not 0 <= each < 2**32:
             raise ValueError(f"seed={each!r} must be a whole number in [0, 2**32)")
     sampling = [sampling] * rows if isinstance(sampling, Sampling) else list(sampling)
     if isinstance(seed, Sequence | np.ndarray):
