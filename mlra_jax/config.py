@@ -1,7 +1,4 @@
-"""Sizes of a model, and the presets of the paper. The only place that validates sizes.
-
-Every size is a whole number in [1, 2**31); what must divide what, the message says.
-"""
+"""Sizes of a model, and the presets of the paper. The only place that validates sizes."""
 
 import contextlib
 import dataclasses
@@ -33,14 +30,20 @@ class LatentConfig:
 
     kind: ClassVar[str] = "latent"
     num_heads: int
+    """In [1, 2**31), a multiple of `groups`."""
     groups: int
+    """In [1, 2**31)."""
     branches: int
+    """In [1, 2**31)."""
     latent_dim: int
-    """d_c, the width of all latents together (the released configs' `kv_lora_rank`)."""
+    """d_c, the width of all latents together (the released configs' `kv_lora_rank`); in [1, 2**31),
+    a multiple of the number of latents."""
     q_latent_dim: int
-    """d_q, the width of the query latent (`q_lora_rank`)."""
+    """d_q, the width of the query latent (`q_lora_rank`); in [1, 2**31)."""
     nope_dim: int
+    """Width of a head's key without rotation, and of its value; in [1, 2**31)."""
     rope_dim: int
+    """Width of the shared rotary key; even, in [2, 2**31)."""
     gated: bool = False
     scaled: bool = True
     """Calibration factors on the query latent, the latents and the branch sum."""
@@ -96,8 +99,11 @@ class GroupedConfig(_WholeHeads):
 
     kind: ClassVar[str] = "grouped"
     num_heads: int
+    """In [1, 2**31), a multiple of `num_kv_heads`."""
     num_kv_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """Even, in [2, 2**31)."""
     gated: bool = False
 
     def __post_init__(self):
@@ -115,8 +121,11 @@ class TiedConfig(_WholeHeads):
 
     kind: ClassVar[str] = "tied"
     num_heads: int
+    """In [1, 2**31), a multiple of `num_kv_heads`."""
     num_kv_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """A multiple of 4, in [4, 2**31)."""
 
     def __post_init__(self):
         _check_fields(self)
@@ -137,8 +146,11 @@ class MultiMatrixConfig(_WholeHeads):
 
     kind: ClassVar[str] = "multi_matrix"
     num_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """Even, in [2, 2**31)."""
     q_latent_dim: int
+    """In [1, 2**31)."""
 
     def __post_init__(self):
         _check_fields(self)
@@ -151,9 +163,13 @@ class TensorProductConfig(_WholeHeads):
 
     kind: ClassVar[str] = "tensor_product"
     num_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """Even, in [2, 2**31)."""
     rank: int
+    """Of keys and of values; in [1, 2**31)."""
     q_rank: int
+    """Of queries; in [1, 2**31)."""
 
     def __post_init__(self):
         _check_fields(self)
@@ -242,11 +258,15 @@ class ModelConfig:
 
     attention: AttentionConfig
     vocab_size: int
+    """In [1, 2**31); at least the tokenizer's, and more so that it divides over a mesh."""
     num_layers: int
+    """In [1, 2**31)."""
     embed_dim: int
+    """In [1, 2**31)."""
     mlp_dim: int
+    """In [1, 2**31)."""
     context_length: int = 2048
-    """Tokens in a training sequence; decoding is limited by its cache, not by this."""
+    """Tokens in a training sequence, in [1, 2**31); decoding is limited by its cache only."""
     norm_eps: float = 1e-6
     """Added to the mean square in the norms; in (0, inf), as float32 has it."""
     rope_base: float = 10000.0

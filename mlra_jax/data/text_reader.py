@@ -153,7 +153,9 @@ def read_blocks(path: Path, start: int = 0, size: int = 0) -> Iterator[bytes]:
             file = opened(plain) if opened else plain
             inner = file_kinds.kind(file.read(file_kinds.HEAD_BYTES))
             if inner:
-                raise ValueError(f"{path} is {inner.what} within {kind.what}: {inner.remedy}")
+                raise ValueError(
+                    f"{path} is {inner.what} within {kind.what}: decompress it, then {inner.remedy}"
+                )
             file.seek(start)
             while block := file.read(size or _BLOCK_BYTES):
                 yield block

@@ -105,7 +105,7 @@ def _what_instead(path: Path, head: bytes, size: int, magic: int) -> str:
     if size < HEADER_BYTES:
         found = f"{size} bytes, expected a header of {HEADER_BYTES}"
     if size and _is_text(head):
-        return "it is text; give it another name than .bin"
+        return "it is text; call it otherwise, and mlra_jax.data.prepare makes token files of it"
     if kind or not size or size % 2:
         return found
     return f"{found}; if nanoGPT wrote it, tokens without a header, say token_format=uint16"

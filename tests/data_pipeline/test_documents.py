@@ -180,7 +180,7 @@ def test_what_is_no_text_is_named_with_a_remedy(tmp_path, name):
         (
             tmp_path / "data.gz",
             gzip.compress(content),
-            f"data.gz is {message.replace(':', ' within gzip data:', 1)}",
+            f"data.gz is {message.replace(':', ' within gzip data: decompress it, then', 1)}",
         ),
     ):
         path.write_bytes(data)

@@ -111,8 +111,12 @@ def test_a_source_takes_the_format_and_the_vocabulary_decides(tmp_path):
         (b"PK\x03\x04" + b"\0" * 2000, "header", "it is a zip archive"),
         (b"PK\x03\x04" + b"\0" * 2000, "uint16", "is a zip archive .*, not uint16 tokens"),
         (b"\x80\x02}" + b"\0" * 2000, "header", "it is a Python pickle"),
-        (b"Once upon a time, " * 100, "header", "it is text; give it another name than .bin"),
-        ("Überall é".encode() * 100, "header", "it is text; give it another name"),
+        (
+            b"Once upon a time, " * 100,
+            "header",
+            "it is text; call it otherwise, and mlra_jax.data.prepare makes",
+        ),
+        ("Überall é".encode() * 100, "header", "it is text; call it otherwise"),
     ],
 )
 def test_what_is_no_token_file_is_named(tmp_path, content, token_format, message):
