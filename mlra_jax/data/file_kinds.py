@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 HEAD_BYTES = 512
+_SHORTEST = 100
 
 
 class Kind(NamedTuple):
@@ -30,6 +31,7 @@ _ROWS = (
     ".to_json(NEW, orient='records', lines=True)"
 )
 _RECODE = "make it UTF-8: iconv -f {0} -t UTF-8 FILE > NEW"
+_ZEROS = Kind("no text, but many zeros", "if they are UTF-16's, " + _RECODE.format("UTF-16LE"))
 # Where the signature lies, the signature, and what it says. The first that is there counts.
 _SIGNATURES = (
     (0, b"\x1f\x8b", GZIP),
@@ -78,3 +80,9 @@ def kind(head: bytes) -> Kind | None:
         if head.startswith(signature, offset):
             return found
     return None
+
+
+def in_place_of_text(head: bytes) -> Kind | None:
+    """As `kind`, and what is valid UTF-8 but a third zeros, as UTF-16 text without a mark is."""
+    zeros = len(head) >= _SHORTEST and head.count(0) * 3 >= len(head)
+    return kind(head) or (_ZEROS if zeros else None)

@@ -45,7 +45,8 @@ class TrainIterator(Iterator[Batch]):
                 continue  # Runs begun before it was noted have the fingerprint only.
             if saved != value:
                 raise ValueError(
-                    f"cannot resume the data: {key} was {saved} in the saved run and is {value} now"
+                    f"cannot resume the data: {key} was {saved} in the saved run and is {value} "
+                    "now; give the data and settings of that run, or another workdir"
                 )
         self._iterator.set_state({"next_index": state["next_batch"]})
 

@@ -144,14 +144,14 @@ def read_blocks(path: Path, start: int = 0, size: int = 0) -> Iterator[bytes]:
         file, a PDF, …), which the message names with a way to get text of it.
     """
     with open(path, "rb") as plain:
-        kind = file_kinds.kind(plain.read(file_kinds.HEAD_BYTES))
+        kind = file_kinds.in_place_of_text(plain.read(file_kinds.HEAD_BYTES))
         plain.seek(0)
         opened = _DECOMPRESSORS.get(kind)
         if kind and not opened:
             raise ValueError(f"{path} is {kind.what}: {kind.remedy}")
         try:
             file = opened(plain) if opened else plain
-            inner = file_kinds.kind(file.read(file_kinds.HEAD_BYTES))
+            inner = file_kinds.in_place_of_text(file.read(file_kinds.HEAD_BYTES))
             if inner:
                 raise ValueError(
                     f"{path} is {inner.what} within {kind.what}: decompress it, then {inner.remedy}"

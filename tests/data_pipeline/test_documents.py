@@ -165,6 +165,11 @@ KINDS = {
         "a pointer of git-lfs: get the file: git",
     ),
     "utf16": ("text".encode("utf-16"), "UTF-16 text: make it UTF-8: iconv -f UTF-16"),
+    "utf16 without a mark": (
+        ("text, " * 50).encode("utf-16-le"),
+        "no text, but many zeros: if they are UTF-16's, make it UTF-8",
+    ),
+    "zeros": (bytes(4096), "no text, but many zeros: "),
     "utf32": ("text".encode("utf-32"), "UTF-32 text: make it UTF-8: iconv -f UTF-32"),
     "tokens": (struct.pack("<256i", 20240520, 1, 0, *[0] * 253), "a file of tokens: .* with .bin"),
     "llama": (struct.pack("<256i", 20240801, 7, 0, *[0] * 253), "a file of tokens: .* with .bin"),
