@@ -41,6 +41,7 @@ def supports(mesh: Mesh, axis_names: Sequence[str], size: int) -> str | None:
     return None
 
 
+@target.int32_indices
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("mesh", "axis_names", "dtype"))
 def all_reduce(
