@@ -86,9 +86,9 @@ class LatentAttention(Attention):
             k_rope_BTR[:, :, None], (B, T, a.branches * a.num_heads, a.rope_dim)
         )
         k_BTPK = self._by_branch_head(
-            jnp.concatenate([_up(c_BTLC, self.k_up.kernel[...]), rope_BTPR], axis=-1)
+            jnp.concatenate([self._up(c_BTLC, self.k_up.kernel[...]), rope_BTPR], axis=-1)
         )
-        v_BTPK = self._by_branch_head(_up(c_BTLC, self.v_up.kernel[...]))
+        v_BTPK = self._by_branch_head(self._up(c_BTLC, self.v_up.kernel[...]))
         o_BTPK = sharded.whole_sequence(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
         return self._sum(o_BTPK)
 
@@ -145,7 +145,7 @@ class LatentAttention(Attention):
     def _grouped(self, queries, entries, *up):
         latents_BSLC, k_rope_BSR = entries["latents"], entries["k_rope"]
         if up:
-            k_BSPK, v_BSPK = (_up(latents_BSLC, kernel_PCK) for kernel_PCK in up)
+            k_BSPK, v_BSPK = (self._up(latents_BSLC, kernel_PCK) for kernel_PCK in up)
             return queries[:, :, :, None], heads.with_shared(k_BSPK, k_rope_BSR), v_BSPK
         (B, T), q_BTPX = queries[0].shape[:2], jnp.concatenate(queries, axis=-1)
         q_BTLHX = q_BTPX.reshape(B, T, latents_BSLC.shape[2], -1, q_BTPX.shape[-1])
@@ -164,6 +164,17 @@ class LatentAttention(Attention):
         )
         return self._sum(self._by_branch_head(o_BTPK))
 
+    def _up(self, c_BTLC, kernel_PCK):
+        """Keys or values of every branch head from its latent head."""
+        (B, T, L, C), kernel_PCK = c_BTLC.shape, kernel_PCK.astype(c_BTLC.dtype)
+        up_BTLHK = jnp.einsum(
+            "btlc,lhck->btlhk",
+            c_BTLC,
+            kernel_PCK.reshape(L, -1, C, kernel_PCK.shape[-1]),
+            precision=precision(c_BTLC.dtype),
+        )
+        return up_BTLHK.reshape(B, T, kernel_PCK.shape[0], -1)
+
     def _by_branch_head(self, x_BTPK):
         return sharding.constrain(x_BTPK, self.mesh, "batch", "length", "latent_heads", "head_dim")
 
@@ -175,21 +186,9 @@ class LatentAttention(Attention):
 
 
 def absorbs(a: LatentConfig) -> bool:
-    """Whether many tokens attend to latents, too, instead of to keys and values made of them.
+    """Whether whole sequences attend to latents, too, instead of to keys and values made of them.
 
     That costs as many products or fewer where a latent is no wider than a head's key; MLA's one and
     GLA-2's two latents are wider.
     """
     return a.latent_head_dim <= a.nope_dim
-
-
-def _up(c_BTLC, kernel_PCK):
-    """Keys or values of every branch head from its latent head."""
-    (B, T, L, C), P = c_BTLC.shape, kernel_PCK.shape[0]
-    up_BTLHK = jnp.einsum(
-        "btlc,lhck->btlhk",
-        c_BTLC,
-        kernel_PCK.astype(c_BTLC.dtype).reshape(L, P // L, C, -1),
-        precision=precision(c_BTLC.dtype),
-    )
-    return up_BTLHK.reshape(B, T, P, -1)
