@@ -73,6 +73,7 @@ def decode(flags: argparse.Namespace) -> None:
         sampling=sampling,
         seed=flags.seed,
         cache_length=flags.cache_length,
+        stop_token=tokenizer.end_of_text if flags.stop else None,
         tokens_per_call=flags.tokens_per_call,
     )
     loading = time.perf_counter() - started
