@@ -96,7 +96,8 @@ def test_arrays_are_cast_one_after_the_other(tmp_path):
         restored = jax.tree.leaves(opened.restore("params", dict.fromkeys(params, asked)))
         grown = (kilobytes("VmHWM") - before) << 10
     assert all(x.dtype == jnp.bfloat16 and (x == 1).all() for x in restored)
-    assert grown < sum(x.nbytes for x in restored) + 5 * ones.nbytes
+    # As read, with its checksums verified, and cast.
+    assert grown < sum(x.nbytes for x in restored) + 8 * ones.nbytes
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 2), (1, 8, 1, 1)])
@@ -266,6 +267,8 @@ def test_each_missing_or_cut_file_is_an_error_or_harmless(copy, written, capfd):
 
 
 def test_damaged_descriptions_are_named(copy):
+    """Also where no checksums are, as in checkpoints of earlier versions."""
+    (copy / "checkpoints/3/checksums.json").unlink()
     model = copy / "checkpoints/3/model/metadata"
     described = json.loads(model.read_text())
     model.write_text(json.dumps(described)[:50])

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mlra_jax import checkpoints
+from mlra_jax import checkpoints, checksums
 from mlra_jax.command import progress_bar
 from mlra_jax.config import (
     DTYPES,
@@ -163,7 +163,7 @@ def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder / checkpoints.SUBFOLDER,
         item_handlers={
-            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "params": ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry),
             "model": ocp.JsonCheckpointHandler(),
         },
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -182,6 +182,7 @@ def _write(
         params = ocp.args.PyTreeSave(chunks.nested(arrays))
         model = ocp.args.JsonSave(dict(described))
         manager.save(0, args=ocp.args.Composite(params=params, model=model))
+    checksums.seal(folder / checkpoints.SUBFOLDER / "0")
     return handler.checksums
 
 

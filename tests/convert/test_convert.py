@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from mlra_jax.convert.lazy import open_arrays
 from mlra_jax.convert.released import EMBEDDING, HEAD
 from mlra_jax.convert.torch_format.reader import TorchFile
 from mlra_jax.convert.weights import read_json
+from mlra_jax.files import only_writer
 from mlra_jax.sharding import mesh_sizes
 
 from .files import RELEASED, archive, read_folder, training_pickle, write_folder
@@ -252,10 +252,8 @@ def test_interrupted_and_repeated(tmp_path, monkeypatch):
     partial = tmp_path / ".out.partial"
     (partial / "checkpoints" / "0" / "params").mkdir(parents=True)
     (partial / "checkpoints" / "0" / "params" / "junk").write_text("half")
-    lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    refuse("another run", RELEASED / "mha", tmp_path)
-    os.close(lock)
+    with only_writer(tmp_path / ".out.lock", tmp_path / "out"):
+        refuse(f"process {os.getpid()} on .* is writing", RELEASED / "mha", tmp_path)
     convert(RELEASED / "mha", tmp_path / "out", quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not list((tmp_path / "out").rglob("junk"))
@@ -275,7 +273,7 @@ def test_a_write_that_lies_is_found(tmp_path, monkeypatch):
         return sums
 
     monkeypatch.setattr(conversion, "_write", lying)
-    refuse("reads back differently", RELEASED / "mha", tmp_path)
+    refuse("Digest mismatch", RELEASED / "mha", tmp_path)
 
 
 def test_any_orbax_manager_restores_it(converted):
