@@ -99,13 +99,21 @@ def seal(step: Path) -> None:
     for item in sorted(step.iterdir()):
         if (item / "manifest.ocdbt").exists():
             _check_stored(item)
-    sums = {str(file.relative_to(step)): zlib.crc32(file.read_bytes()) for file in _small(step)}
+    # Of the items; those beside them are times and marks, which Orbax writes last.
+    small = (
+        file
+        for file in step.glob("*/**/*")
+        if file.is_file() and file.parent.name != _CHECKED_FOLDER
+    )
+    sums = {str(file.relative_to(step)): zlib.crc32(file.read_bytes()) for file in small}
     text = json.dumps(sums, indent=1, sort_keys=True) + "\n"
     (step / CHECKSUMS_FILE).write_text(text)
 
 
 def verify(step: Path) -> None:
-    """Compares the small files of a step with their checksums; steps without any pass.
+    """Compares the small files of a step with their checksums.
+
+    Steps of earlier versions have none and pass; so do items that were deleted as a whole.
 
     Raises:
       DamageError: naming the first file that differs.
@@ -118,18 +126,12 @@ def verify(step: Path) -> None:
         sums = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
         raise DamageError(f"{CHECKSUMS_FILE} is damaged") from None
-    found = {str(file.relative_to(step)) for file in _small(step)}
-    for name in sorted(found | sums.keys()):
-        if name not in found:
+    for name, crc in sums.items():
+        file, item = step / name, step / name.partition("/")[0]
+        if item.exists() and not file.exists():
             raise DamageError(f"{name} is missing")
-        if zlib.crc32((step / name).read_bytes()) != sums.get(name):
+        if item.exists() and zlib.crc32(file.read_bytes()) != crc:
             raise DamageError(f"{name} has changed since it was written")
-
-
-def _small(step: Path) -> list[Path]:
-    """Of the items; those beside them are times and marks, which Orbax writes last."""
-    files = (path for path in sorted(step.glob("*/**/*")) if path.is_file())
-    return [path for path in files if path.parent.name != _CHECKED_FOLDER]
 
 
 def _check_stored(item: Path) -> None:

@@ -39,6 +39,7 @@ def convert(
     variant: str | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
+    allow_nonfinite: bool = False,
     note: Callable[[str], object] = print,
     quiet: bool = False,
 ) -> ModelConfig:
@@ -54,6 +55,7 @@ def convert(
       variant: released name of the model where weights cannot tell, as in `mlra_2_no_scale`.
       dtype: of the stored parameters, float32, bfloat16 or float16; by default that of the files.
       mesh: axis name to size: chunks on disk will be what one device of such a mesh holds.
+      allow_nonfinite: converts infinities and NaN, too.
       note: told what the user should know, a line each.
       quiet: no progress bars.
 
@@ -80,7 +82,7 @@ def convert(
         config = dataclasses.replace(
             config, param_dtype=dtype or stored.name, execution=Execution(compute)
         )
-        arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
+        arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh), allow_nonfinite)
         for line in (*weights.notes, *notes):
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
@@ -110,16 +112,23 @@ def _compute_dtype(values: Mapping) -> str:
 
 
 def _arrays(
-    weights: Weights, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+    weights: Weights,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    allow_nonfinite: bool,
 ) -> dict[str, lazy.LazyArray]:
     dtype = np.dtype(getattr(ml_dtypes, config.param_dtype, config.param_dtype))
     return {
-        path: lazy.LazyArray(leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype))
+        path: lazy.LazyArray(
+            leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype, allow_nonfinite)
+        )
         for path, leaf in layout(config).leaves.items()
     }
 
 
-def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Slices], np.ndarray]:
+def _reader(
+    weights: Weights, leaf: Leaf, dtype: np.dtype, allow_nonfinite: bool
+) -> Callable[[lazy.Slices], np.ndarray]:
     """A function from slices of a leaf to its values, which reads no more than they need."""
 
     def read(slices: lazy.Slices) -> np.ndarray:
@@ -134,13 +143,24 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Sli
                 if name == EMBEDDING and name not in weights.specs:
                     name = HEAD
                 view = part.view(weights.read(name))
-                pieces.append(cast(view[(slice(low - start, high - start), *rest)], dtype, name))
+                piece = view[(slice(low - start, high - start), *rest)]
+                if not (allow_nonfinite or np.isfinite(piece).all()):
+                    raise _not_finite(weights, name)
+                pieces.append(cast(piece, dtype, name))
             start = stop
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         weights.release()
         return values[None] if leaf.stacked else values
 
     return read
+
+
+def _not_finite(weights: Weights, name: str) -> CheckpointFileError:
+    values = weights.read(name)
+    return CheckpointFileError(
+        f"{weights.folder}: tensor {name} has {np.count_nonzero(~np.isfinite(values))} of "
+        f"{values.size} numbers that are not finite; give --allow_nonfinite to take them"
+    )
 
 
 def _check_tied(weights: Weights) -> None:

@@ -5,7 +5,7 @@
 
 import sys
 
-from mlra_jax.command import Parser, run
+from mlra_jax.command import Parser, Switch, run
 from mlra_jax.evaluate.perplexity import MAX_TOKENS, WINDOW, evaluate, table
 from mlra_jax.sharding import parse_mesh
 
@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="windows at a time (default: 4 per device)")
     parser.add_argument("--dtype", help="of parameters and products (default: the checkpoint's)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
+    parser.add_argument(
+        "--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too"
+    )
     flags = parser.parse_args(argv)
 
     def work():
@@ -35,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             batch=flags.batch,
             dtype=flags.dtype,
             step=flags.step,
+            allow_nonfinite=flags.allow_nonfinite,
         )
         print(table(result))
 

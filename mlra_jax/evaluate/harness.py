@@ -33,6 +33,7 @@ class HarnessModel(TemplateLM):
       batch_size: sequences at a time, a multiple of the devices that split the batch.
       dtype: of parameters and products, by default the checkpoint's.
       max_length: tokens that the model sees, by default its `context_length`.
+      allow_nonfinite: as for `load_model`.
       **_: what the harness gives every model (device and the like).
 
     Raises:
@@ -47,11 +48,13 @@ class HarnessModel(TemplateLM):
         batch_size: int | str = 8,
         dtype: DTypeLike | None = None,
         max_length: int | None = None,
+        allow_nonfinite: bool = False,
         **_: Any,
     ):
         super().__init__()
         # A command line in which `mesh=` comes more than once is cut at its commas by the harness.
-        model = load_model(checkpoint, sharding.parse_mesh(str(mesh)), dtype)
+        places = sharding.parse_mesh(str(mesh))
+        model = load_model(checkpoint, places, dtype, allow_nonfinite=allow_nonfinite)
         self.text = tokenizer_of(model, tokenizer)
         self.model = with_tokenizer(model, self.text)
         self.batch_size = int(batch_size)

@@ -100,6 +100,7 @@ def evaluate(
     batch: int | None = None,
     dtype: DTypeLike | None = None,
     step: int | None = None,
+    allow_nonfinite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of each token file, exp(mean loss), and the mean over the files.
@@ -118,6 +119,7 @@ def evaluate(
       batch: windows at a time, by default 4 for each device that splits the batch.
       dtype: of parameters and products; see `load_model`.
       step: of the checkpoint, by default the latest.
+      allow_nonfinite: as for `load_model`; a loss that is not finite is refused all the same.
       quiet: no progress bars.
 
     Returns:
@@ -148,7 +150,7 @@ def evaluate(
     store = _Store(output, settings)
     if store.result is not None:
         return store.result
-    model = load_model(checkpoint, mesh, dtype, opened.step)
+    model = load_model(checkpoint, mesh, dtype, opened.step, allow_nonfinite)
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
     check_batch(model, batch)
     with store.kept():
