@@ -50,7 +50,7 @@ class ArrayHandler(ocp.type_handlers.NumpyHandler):
 
         async def write():
             try:
-                await asyncio.gather(*map(_write, values, parts, infos, args))
+                await _all(*map(_write, values, parts, infos, args))
             except Exception as error:
                 self.failure = error
                 raise
@@ -165,9 +165,16 @@ async def _write(value, parts: list[tuple[Any, np.ndarray]], info: Any, arg: Any
     shape = value.shape
     chunk = value.sharding.shard_shape(shape) if isinstance(value, jax.Array) else shape
     array = await create_array(info, arg, shape, chunk, value.dtype)
-    await asyncio.gather(
+    await _all(
         *(
             array[where].write(part, can_reference_source_data_indefinitely=True)
             for where, part in parts
         )
     )
+
+
+async def _all(*tasks: Any) -> None:
+    """Waits for all, also where one fails: none may report later, when nobody listens."""
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
