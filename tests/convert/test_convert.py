@@ -163,6 +163,23 @@ def test_spoiled_tensors(fault, mha, tmp_path):
     assert str(folder) in refuse(match, folder, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_numbers_that_are_not_finite_are_refused(mha, tmp_path, dtype):
+    """In any tensor, in any place of it; `allow_nonfinite` takes them as they are."""
+    arrays, config = mha
+    name = "transformer.h.1.mlp.c_fc1.weight"
+    spoiled = arrays[name].copy()
+    spoiled[-1, [0, 3, -1]] = np.nan, np.inf, -np.inf
+    folder = write_folder(tmp_path / "mha", dict(arrays) | {name: spoiled}, config)
+    line = f"tensor {name} has 3 of {spoiled.size} numbers that are not finite; give --allow_nonf"
+    refuse(line, folder, tmp_path, dtype=dtype)
+    convert(folder, tmp_path / "out", dtype=dtype, quiet=True, allow_nonfinite=True)
+    values = np.concatenate([x.reshape(-1) for x in params_of(tmp_path / "out").values()])
+    assert np.count_nonzero(~np.isfinite(values)) == 3
+    with pytest.raises(CheckpointError, match="not finite"):
+        mlra_jax.load_model(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "match"),
     [
@@ -508,11 +525,15 @@ def test_every_flag_of_the_command_line_arrives(monkeypatch):
     flags = ["--source=S", "--destination=D"]
     assert command.main(flags) == 0
     sizes = ["--variant=mla_no_scale", "--dtype=float16", "--mesh=tensor=4,fsdp=2"]
+    sizes.append("--allow_nonfinite")
     assert command.main([*flags, *sizes]) == 0
     mesh = dict(data=1, fsdp=2, tensor=4, context=1)
     assert asked == [
-        (("S", "D"), dict(variant=None, dtype=None, mesh=None)),
-        (("S", "D"), dict(variant="mla_no_scale", dtype="float16", mesh=mesh)),
+        (("S", "D"), dict(variant=None, dtype=None, mesh=None, allow_nonfinite=False)),
+        (
+            ("S", "D"),
+            dict(variant="mla_no_scale", dtype="float16", mesh=mesh, allow_nonfinite=True),
+        ),
     ]
 
 

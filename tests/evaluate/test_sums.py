@@ -116,7 +116,9 @@ def test_what_is_loaded_is_what_was_asked_for(place, calls, monkeypatch):
     assert run(place, output=None, step=1, mesh=mesh, dtype="float16")["step"] == 1
     latest, named = asked
     assert (latest["step"], latest["mesh"].size, latest["dtype"]) == (2, 1, None)
-    assert named == dict(path=place / "run", step=1, mesh=mesh, dtype="float16")
+    assert named == dict(
+        path=place / "run", step=1, mesh=mesh, dtype="float16", allow_nonfinite=False
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, ml_dtypes.bfloat16, np.dtype("bfloat16")])
@@ -149,7 +151,7 @@ def test_a_batch_changes_no_bit(place, calls, batch):
 def test_the_model_is_the_one_that_was_asked_for(place, calls):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     run(place, step=1, dtype="float16", mesh=mesh, batch=None)
-    assert loaded == [(place / "run", mesh, "float16", 1)]
+    assert loaded == [(place / "run", mesh, "float16", 1, False)]
     # Four windows for each device that splits the batch.
     assert [len(inputs) for inputs, _ in calls] == [16, 16]
     run(place, output=None, batch=None)
