@@ -117,9 +117,8 @@ def evaluate(
       output: JSON file for the result.
       mesh: the batch is split over `data` and `fsdp`, the model over the rest; one device.
       batch: windows at a time, by default 4 for each device that splits the batch.
-      dtype: of parameters and products; see `load_model`.
+      dtype, allow_nonfinite: as for `load_model`; a loss that is not finite is refused always.
       step: of the checkpoint, by default the latest.
-      allow_nonfinite: as for `load_model`; a loss that is not finite is refused all the same.
       quiet: no progress bars.
 
     Returns:
@@ -161,13 +160,12 @@ def evaluate(
             for tally in _shown(sums, Path(file).name, done, total, quiet):
                 store.note(file, tally)
     results = {file: store.tally(file, window).result() for file in files}
-    mean = sum(result["perplexity"] for result in results.values()) / len(results)
     result = {
         "checkpoint": str(checkpoint),
         "step": opened.step,
         "settings": settings,
         "sets": results,
-        "mean_perplexity": mean,
+        "mean_perplexity": sum(r["perplexity"] for r in results.values()) / len(results),
     }
     store.finish(result)
     return result

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mlra_jax import checkpoints, sharding
+from mlra_jax import checkpoints, checksums, sharding
 from mlra_jax.config import GroupedConfig, ModelConfig
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows
@@ -155,7 +155,7 @@ def test_the_model_is_the_one_that_was_asked_for(place, calls):
     # Four windows for each device that splits the batch.
     assert [len(inputs) for inputs, _ in calls] == [16, 16]
     run(place, output=None, batch=None)
-    assert loaded[1][2:] == (None, 2) and loaded[1][1].size == 1
+    assert loaded[1][2:] == (None, 2, False) and loaded[1][1].size == 1
     assert len(calls[2][0]) == 4
 
 
@@ -261,6 +261,7 @@ def another_checkpoint(place):
 def other_model(place):
     item = place / "run" / "checkpoints" / "2" / "model" / "metadata"
     item.write_text(item.read_text().replace("10000.0", "50000.0"))
+    checksums.seal(item.parents[1])
     return {}
 
 
