@@ -110,7 +110,7 @@ def evaluate(
     call goes on from there; finished results are read again, not computed again.
 
     Args:
-      checkpoint: folder of a training run or a conversion.
+      checkpoint, step: folder of a training run or a conversion; its latest step by default.
       tokens: `.bin` files, each a set by itself, or patterns (`c4/**/*.bin`) of them.
       window: tokens that the model sees at once.
       max_tokens: of each set; whole windows only.
@@ -118,7 +118,6 @@ def evaluate(
       mesh: the batch is split over `data` and `fsdp`, the model over the rest; one device.
       batch: windows at a time, by default 4 for each device that splits the batch.
       dtype, allow_nonfinite: as for `load_model`; a loss that is not finite is refused always.
-      step: of the checkpoint, by default the latest.
       quiet: no progress bars.
 
     Returns:
@@ -160,12 +159,13 @@ def evaluate(
             for tally in _shown(sums, Path(file).name, done, total, quiet):
                 store.note(file, tally)
     results = {file: store.tally(file, window).result() for file in files}
+    mean = sum(result["perplexity"] for result in results.values()) / len(results)
     result = {
         "checkpoint": str(checkpoint),
         "step": opened.step,
         "settings": settings,
         "sets": results,
-        "mean_perplexity": sum(r["perplexity"] for r in results.values()) / len(results),
+        "mean_perplexity": mean,
     }
     store.finish(result)
     return result
