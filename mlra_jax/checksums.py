@@ -84,6 +84,9 @@ async def create_array(
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "crc32c"},
     ]
+    spec["dtype"] = np.dtype(dtype).name
+    # Zeros are written, too: what is not there is missing.
+    spec["store_data_equal_to_fill_value"] = True
     if process == 0:
         return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
     return await ts.open(ts.Spec(spec), open=True, assume_metadata=True, context=info.ts_context)

@@ -70,7 +70,8 @@ class Lock:
         except BaseException:
             os.close(self._file)
             raise
-        threading.Thread(target=self._live, daemon=True).start()
+        self._life = threading.Thread(target=self._live, daemon=True)
+        self._life.start()
 
     def held(self) -> bool:
         """False if the folder was moved or removed, or another host took it over."""
@@ -86,6 +87,8 @@ class Lock:
     def release(self) -> None:
         """Lets the next one in."""
         self._released.set()
+        # It must not write to a file that is closed, or to the next one of that number.
+        self._life.join()
         with contextlib.suppress(OSError):
             if self.held():
                 self._path.unlink()
@@ -125,8 +128,9 @@ class Lock:
 
     def _sign(self, beat: int) -> None:
         text = json.dumps(self._name | {"beat": beat}).encode().ljust(_LOCK_BYTES - 1) + b"\n"
-        os.pwrite(self._file, text, 0)
-        os.fsync(self._file)
+        with naming(self._path):
+            os.pwrite(self._file, text, 0)
+            os.fsync(self._file)
 
     def _live(self) -> None:
         beat = 0
@@ -278,7 +282,10 @@ def _flock(file: int) -> bool:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(file), os.stat(path))
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _empty(folder: Path) -> None:
