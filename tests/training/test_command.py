@@ -32,11 +32,12 @@ class Process:
         self._out, self._err = (
             starter.folder / f"{len(starter.codes)}.{x}" for x in ("out", "err")
         )
-        self.pid = starter.start(arguments, self._out, self._err)
+        self._number = starter.start(arguments, self._out, self._err)
+        self.pid = starter.pids[self._number]
 
     @property
     def returncode(self) -> int | None:
-        return self._starter.codes[self.pid]
+        return self._starter.codes[self._number]
 
     def poll(self) -> int | None:
         self._starter.listen(0)
@@ -64,7 +65,11 @@ class Starter:
     """The process that imports everything once and forks for each command line."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
-        self.folder, self.codes, self._unread = folder, {}, b""
+        self.folder, self._unread = folder, b""
+        # Of each process by its number; the system uses a PID again.
+        self.pids: list[int] = []
+        self.codes: list[int | None] = []
+        self._running: dict[int, int] = {}
         self._process = subprocess.Popen(
             [sys.executable, "tests/training/fork.py"],
             cwd=ROOT,
@@ -80,7 +85,7 @@ class Starter:
         self._process.stdin.flush()
         while len(self.codes) == before:
             self.listen(300)
-        return list(self.codes)[-1]
+        return before
 
     def listen(self, seconds: float) -> None:
         """Notes what has started and ended; waits at most so long for the first news."""
@@ -90,9 +95,11 @@ class Starter:
             *lines, self._unread = (self._unread + read).split(b"\n")
             for line in map(json.loads, lines):
                 if "started" in line:
-                    self.codes[line["started"]] = None
+                    self._running[line["started"]] = len(self.codes)
+                    self.pids.append(line["started"])
+                    self.codes.append(None)
                 else:
-                    self.codes[line["ended"]] = line["code"]
+                    self.codes[self._running.pop(line["ended"])] = line["code"]
             seconds = 0
 
     def close(self) -> None:
