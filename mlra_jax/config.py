@@ -3,18 +3,22 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
 import numpy as np
 
 from mlra_jax.scaling import SIZES, scale_attention, scale_mlp, split_size
-from mlra_jax.settings_tree import ConfigError, at_least, build, closest
+from mlra_jax.settings_tree import ConfigError, at_least, build, check_kinds, closest, within
 from mlra_jax.settings_tree import require as _require
 
 
-def _require_positive(config) -> None:
-    at_least(1, config, "", *(f.name for f in dataclasses.fields(config) if f.type is int))
+def _check_fields(config) -> None:
+    """Sizes are whole numbers in [1, 2**31): devices count in int32. Switches are True or False."""
+    check_kinds(config, "")
+    for name in (f.name for f in dataclasses.fields(config) if f.type is int):
+        at_least(1, config, "", name)
+        size = getattr(config, name)
+        _require(size < 2**31, f"{name}={size} must lie in [1, 2**31)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +31,27 @@ class LatentConfig:
 
     kind: ClassVar[str] = "latent"
     num_heads: int
-    """Query heads."""
+    """In [1, 2**31); query heads, a multiple of `groups`."""
     groups: int
-    """Of query heads, each with latents of its own."""
+    """In [1, 2**31); of query heads, each with latents of its own."""
     branches: int
-    """Latents of a group; a head attends in each and the outputs are summed."""
+    """In [1, 2**31); latents of a group; a head attends in each, the outputs are summed."""
     latent_dim: int
-    """d_c, the width of all latents together (the released configs' `kv_lora_rank`)."""
+    """In [1, 2**31); width of all latents together, d_c (the released configs' `kv_lora_rank`), a
+    multiple of their number."""
     q_latent_dim: int
-    """d_q, the width of the query latent (`q_lora_rank`)."""
+    """In [1, 2**31); width of the query latent, d_q (`q_lora_rank`)."""
     nope_dim: int
-    """Width of a head's values, and of its queries and keys without the rotary part."""
+    """In [1, 2**31); width of a head's values, and of its queries and keys before rotation."""
     rope_dim: int
-    """Width of the rotary part, shared by all heads' keys; even."""
+    """In [2, 2**31), even; width of the rotary part, which all heads' keys share."""
     gated: bool = False
     """A sigmoid of the block's input scales each head's output."""
     scaled: bool = True
     """Calibration factors on the query latent, the latents and the branch sum."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.groups == 0,
             f"num_heads={self.num_heads} does not divide into groups={self.groups}",
@@ -89,6 +94,11 @@ class _WholeHeads:
     def value_dim(self) -> int:
         return self.head_dim
 
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a query and a key that are rotated, the last ones; here all."""
+        return self.head_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupedConfig(_WholeHeads):
@@ -96,14 +106,15 @@ class GroupedConfig(_WholeHeads):
 
     kind: ClassVar[str] = "grouped"
     num_heads: int
+    """In [1, 2**31); query heads, a multiple of `num_kv_heads`."""
     num_kv_heads: int
-    """Key/value heads; divides `num_heads`."""
+    """In [1, 2**31); key/value heads."""
     head_dim: int
-    """Width of a head; even."""
+    """In [2, 2**31), even; width of a head."""
     gated: bool = False
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
@@ -117,13 +128,14 @@ class TiedConfig(_WholeHeads):
 
     kind: ClassVar[str] = "tied"
     num_heads: int
+    """In [1, 2**31); query heads, a multiple of `num_kv_heads`."""
     num_kv_heads: int
-    """Heads that are key and value in one; divides `num_heads`."""
+    """In [1, 2**31); heads that are key and value in one."""
     head_dim: int
-    """Width of a head; a multiple of 4."""
+    """In [4, 2**31), a multiple of 4; width of a head."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
@@ -141,12 +153,14 @@ class MultiMatrixConfig(_WholeHeads):
 
     kind: ClassVar[str] = "multi_matrix"
     num_heads: int
+    """In [1, 2**31); query heads."""
     head_dim: int
-    """Width of a head; even."""
+    """In [2, 2**31), even; width of a head."""
     q_latent_dim: int
+    """In [1, 2**31); width of the query latent, d_q."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
 
@@ -156,15 +170,16 @@ class TensorProductConfig(_WholeHeads):
 
     kind: ClassVar[str] = "tensor_product"
     num_heads: int
+    """In [1, 2**31); query heads."""
     head_dim: int
-    """Width of a head; even."""
+    """In [2, 2**31), even; width of a head."""
     rank: int
-    """Outer products that keys and values are sums of."""
+    """In [1, 2**31); outer products that keys and values are sums of."""
     q_rank: int
-    """Outer products that queries are sums of."""
+    """In [1, 2**31); outer products that queries are sums of."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
 
@@ -214,6 +229,7 @@ class Execution:
 
     def __post_init__(self):
         _normalise_dtype(self, "dtype")
+        check_kinds(self, "")
 
 
 def _with_execution(values: dict[str, Any]) -> dict[str, Any]:
@@ -250,19 +266,19 @@ class ModelConfig:
 
     attention: AttentionConfig
     vocab_size: int
-    """Token ids, padding included."""
+    """In [1, 2**31); at least the tokenizer's, and more so that it divides over a mesh."""
     num_layers: int
-    """Blocks."""
+    """In [1, 2**31); blocks."""
     embed_dim: int
-    """Width of the model."""
+    """In [1, 2**31); width of the model."""
     mlp_dim: int
-    """Width of the MLP."""
+    """In [1, 2**31); width of the MLP."""
     context_length: int = 2048
-    """Tokens in a training sequence; decoding is limited by its cache, not by this."""
+    """In [1, 2**31); tokens in a training sequence. Decoding is limited by its cache only."""
     norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm."""
+    """In (0, inf), as float32 has it; added to the mean square in the norms."""
     rope_base: float = 10000.0
-    """Of the rotary frequencies."""
+    """In [1, inf); rotary pair i of n turns by `position / rope_base**(i / n)`."""
     zero_init: bool = True
     """Attention output and MLP down projections begin at zero (the paper's choice)."""
     param_dtype: str = "float32"
@@ -274,14 +290,9 @@ class ModelConfig:
             type(self.attention) in KINDS.values(),
             f"attention={self.attention!r} is none of {', '.join(KINDS)}",
         )
-        _require_positive(self)
-        for name in ("norm_eps", "rope_base"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int | float) and math.isfinite(value) and value > 0,
-                f"{name}={value!r} must be a positive number",
-            )
         _normalise_dtype(self, "param_dtype")
+        _check_fields(self)
+        within(self, "", norm_eps="(0, inf)", rope_base="[1, inf)")
 
     def identity(self) -> dict[str, Any]:
         """What the model is, JSON-ready: `to_dict` without how it is computed."""

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mlra_jax import checkpoints
+from mlra_jax import checkpoints, checksums
 from mlra_jax.command import progress_bar
 from mlra_jax.config import (
     DTYPES,
@@ -41,6 +41,7 @@ def convert(
     dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
     expected: str | Path | None = None,
+    allow_nonfinite: bool = False,
     note: Callable[[str], object] = print,
     quiet: bool = False,
 ) -> ModelConfig:
@@ -58,6 +59,7 @@ def convert(
       mesh: axis name to size: chunks on disk will be what one device of such a mesh holds.
       expected: .npz file with `tokens` [B, T] and the `logits` [B, T, V] that the weights should
         give: they are computed in float32 and compared before the destination appears.
+      allow_nonfinite: converts infinities and NaN, too.
       note: told what the user should know, a line each.
       quiet: no progress bars.
 
@@ -77,20 +79,20 @@ def convert(
         shapes = {name: spec.shape for name, spec in weights.specs.items()}
         try:
             config, notes = recognise(shapes, weights.config, variant, folder.name)
-            stored = check_tensors(config, weights.specs, weights.complete)
+            stored, more = check_tensors(config, weights.specs)
             compute = _compute_dtype(weights.config)
         except (CheckpointFileError, ConfigError) as error:
             raise CheckpointFileError(f"{folder}: {error}") from None
         config = dataclasses.replace(
             config, param_dtype=dtype or stored.name, execution=Execution(compute)
         )
-        arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
+        arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh), allow_nonfinite)
         wanted = None if expected is None else read_expected(expected, config)
-        for line in (*weights.notes, *notes):
+        for line in (*weights.notes, *notes, *more):
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
             weights.verify(progress)
-        _check_tied(weights)
+        _check_tied(weights, _dtype(config.param_dtype))
         total = sum(array.nbytes for array in arrays.values())
         with (
             in_one_line(destination),
@@ -117,17 +119,28 @@ def _compute_dtype(values: Mapping) -> str:
     return found
 
 
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def _arrays(
-    weights: Weights, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+    weights: Weights,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    allow_nonfinite: bool,
 ) -> dict[str, lazy.LazyArray]:
-    dtype = np.dtype(getattr(ml_dtypes, config.param_dtype, config.param_dtype))
+    dtype = _dtype(config.param_dtype)
     return {
-        path: lazy.LazyArray(leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype))
+        path: lazy.LazyArray(
+            leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype, allow_nonfinite)
+        )
         for path, leaf in layout(config).leaves.items()
     }
 
 
-def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Slices], np.ndarray]:
+def _reader(
+    weights: Weights, leaf: Leaf, dtype: np.dtype, allow_nonfinite: bool
+) -> Callable[[lazy.Slices], np.ndarray]:
     """A function from slices of a leaf to its values, which reads no more than they need."""
 
     def read(slices: lazy.Slices) -> np.ndarray:
@@ -142,7 +155,10 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Sli
                 if name == EMBEDDING and name not in weights.specs:
                     name = HEAD
                 view = part.view(weights.read(name))
-                pieces.append(cast(view[(slice(low - start, high - start), *rest)], dtype, name))
+                piece = view[(slice(low - start, high - start), *rest)]
+                if not (allow_nonfinite or np.isfinite(piece).all()):
+                    raise _not_finite(weights, name)
+                pieces.append(cast(piece, dtype, name))
             start = stop
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         weights.release()
@@ -151,7 +167,15 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Sli
     return read
 
 
-def _check_tied(weights: Weights) -> None:
+def _not_finite(weights: Weights, name: str) -> CheckpointFileError:
+    values = weights.read(name)
+    return CheckpointFileError(
+        f"{weights.folder}: tensor {name} has {np.count_nonzero(~np.isfinite(values))} of "
+        f"{values.size} numbers that are not finite; give --allow_nonfinite to take them"
+    )
+
+
+def _check_tied(weights: Weights, dtype: np.dtype) -> None:
     """The embedding and the output head are one tensor; it is stored once, so it must be one."""
     if not {EMBEDDING, HEAD} <= weights.specs.keys() or weights.same_bytes(EMBEDDING, HEAD):
         return
@@ -159,9 +183,15 @@ def _check_tied(weights: Weights) -> None:
     step = max(1, _ROWS_AT_ONCE // width)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        if weights.read(EMBEDDING)[part].tobytes() != weights.read(HEAD)[part].tobytes():
+        a, b = (cast(weights.read(name)[part], dtype, name) for name in (EMBEDDING, HEAD))
+        if a.tobytes() != b.tobytes():
+            row, column = np.argwhere(a.view(f"u{dtype.itemsize}") != b.view(f"u{dtype.itemsize}"))[
+                0
+            ]
             raise CheckpointFileError(
-                f"{weights.folder}: {EMBEDDING} and {HEAD} differ; a model has one tensor for both"
+                f"{weights.folder}: {EMBEDDING} and {HEAD} differ, first in row {start + row}, "
+                f"column {column} ({a[row, column]} and {b[row, column]}); a model has one tensor "
+                "for both: was this one trained with a head of its own?"
             )
         weights.release()
 
@@ -171,7 +201,7 @@ def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder / checkpoints.SUBFOLDER,
         item_handlers={
-            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "params": ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry),
             "model": ocp.JsonCheckpointHandler(),
         },
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -190,6 +220,7 @@ def _write(
         params = ocp.args.PyTreeSave(chunks.nested(arrays))
         model = ocp.args.JsonSave(dict(described))
         manager.save(0, args=ocp.args.Composite(params=params, model=model))
+    checksums.seal(folder / checkpoints.SUBFOLDER / "0")
     return handler.checksums
 
 

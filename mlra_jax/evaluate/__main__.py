@@ -5,7 +5,8 @@
 
 import sys
 
-from mlra_jax.command import Parser, run, use_cpu
+from mlra_jax.command import Parser, Switch, run, use_cpu
+from mlra_jax.data import token_file
 from mlra_jax.evaluate.perplexity import MAX_TOKENS, WINDOW, evaluate, table
 from mlra_jax.sharding import parse_mesh
 
@@ -27,6 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="windows at a time (default: 4 per device)")
     parser.add_argument("--dtype", help="of parameters and products (default: the checkpoint's)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
+    parser.add_argument(
+        "--token_format",
+        default="header",
+        choices=token_file.FORMATS,
+        help="uint16 or uint32 for files without a header, as nanoGPT writes them",
+    )
+    parser.add_argument(
+        "--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too"
+    )
     flags = parser.parse_args(argv)
 
     def work():
@@ -42,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             batch=flags.batch,
             dtype=flags.dtype,
             step=flags.step,
+            token_format=flags.token_format,
+            allow_nonfinite=flags.allow_nonfinite,
         )
         print(table(result))
 

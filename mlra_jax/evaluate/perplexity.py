@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from tqdm import tqdm
 from mlra_jax import checkpoints, sharding
 from mlra_jax.config import DTypeLike, dtype_name
 from mlra_jax.data import token_file
-from mlra_jax.data.sources import Segment, Windows, fingerprint
+from mlra_jax.data.content import arrays_identity
+from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
+from mlra_jax.evaluate.stored import check_same, checkpoint_identity
 from mlra_jax.files import whole_file
 from mlra_jax.loading import compute_line, load_model
 
@@ -101,6 +102,8 @@ def evaluate(
     batch: int | None = None,
     dtype: DTypeLike | None = None,
     step: int | None = None,
+    token_format: str = "header",
+    allow_nonfinite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of each token file, exp(mean loss), and the mean over the files.
@@ -110,15 +113,15 @@ def evaluate(
     call goes on from there; finished results are read again, not computed again.
 
     Args:
-      checkpoint: folder of a training run or a conversion.
+      checkpoint, step: folder of a training run or a conversion; its latest step by default.
       tokens: `.bin` files, each a set by itself, folders or patterns (`c4/**/*.bin`) of them.
       window: tokens that the model sees at once.
       max_tokens: of each set; whole windows only.
       output: JSON file for the result.
       mesh: the batch is split over `data` and `fsdp`, the model over the rest; one device.
       batch: windows at a time, by default 4 for each device that splits the batch.
-      dtype: of parameters and products; see `load_model`.
-      step: of the checkpoint, by default the latest.
+      dtype, allow_nonfinite: as for `load_model`; a loss that is not finite is refused always.
+      token_format: of the token files, see `token_file.read`.
       quiet: no progress bars.
 
     Returns:
@@ -134,38 +137,37 @@ def evaluate(
     files = _expand(tokens)
     _check(files, window, max_tokens)
     opened = checkpoints.open_checkpoint(checkpoint, step)
-    sets = {}
-    for file in files:
-        segment = Segment(file, token_file.read(file))
-        sets[file] = segment, Windows([segment], window, opened.model.vocab_size, "evaluation")
+    sets = {file: token_file.read(file, token_format) for file in files}
+    windows = _windows(sets, window, opened.model.vocab_size)
     settings = {
-        "checkpoint": _checkpoint_identity(opened.folder),
+        "checkpoint": checkpoint_identity(opened.folder),
         "window": window,
         "max_tokens": max_tokens,
         "param_dtype": dtype or opened.model.param_dtype,
         "dtype": dtype or opened.model.execution.dtype,
-        "tokens": {file: fingerprint([segment]) for file, (segment, _) in sets.items()},
+        "tokens": {file: arrays_identity([part]) for file, part in sets.items()},
     }
     store = _Store(output, settings)
     if store.result is not None:
         return store.result
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
-    model = _load(checkpoint, mesh, dtype, opened.step, batch, quiet)
+    model = load_model(checkpoint, mesh, dtype, opened.step, allow_nonfinite)
+    check_batch(model, batch)
+    _say_dtype(model, dtype, quiet)
     with store.kept():
-        for file, (_, windows) in sets.items():
-            total = min(len(windows), max_tokens // window)
+        for file in files:
+            total = min(len(windows[file]), max_tokens // window)
             done = store.tally(file, window)
-            sums = tallies(model, windows, total, batch, done)
+            sums = tallies(model, windows[file], total, batch, done)
             for tally in _shown(sums, Path(file).name, done, total, quiet):
                 store.note(file, tally)
     results = {file: store.tally(file, window).result() for file in files}
-    mean = sum(result["perplexity"] for result in results.values()) / len(results)
     result = {
         "checkpoint": str(checkpoint),
         "step": opened.step,
         "settings": settings,
         "sets": results,
-        "mean_perplexity": mean,
+        "mean_perplexity": sum(r["perplexity"] for r in results.values()) / len(results),
     }
     store.finish(result)
     return result
@@ -233,12 +235,7 @@ class _Store:
             settings = dict(stored["settings"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no result of an evaluation; delete it") from None
-        for name, value in self.settings.items():
-            if settings.get(name) != value:
-                raise ValueError(
-                    f"{path} is of another evaluation: {name} is {settings.get(name)} there and "
-                    f"{value} here; delete it or give another --output"
-                )
+        check_same(path, settings, self.settings, "evaluation", "--output")
         return stored
 
 
@@ -274,12 +271,9 @@ def _shown(
             bar.update(tally.tokens - bar.n)
 
 
-def _load(checkpoint, mesh, dtype, step, batch, quiet) -> Decoder:
-    model = load_model(checkpoint, mesh, dtype, step)
-    check_batch(model, batch)
+def _say_dtype(model: Decoder, dtype: str | None, quiet: bool) -> None:
     if not quiet:
         print(compute_line(model.config, dtype and "as --dtype says"), file=sys.stderr, flush=True)
-    return model
 
 
 def _expand(tokens: Sequence[str | Path]) -> list[str]:
@@ -297,6 +291,13 @@ def _expand(tokens: Sequence[str | Path]) -> list[str]:
     return files
 
 
+def _windows(sets: Mapping[str, np.ndarray], window: int, vocab_size: int) -> dict[str, Windows]:
+    return {
+        file: Windows([Segment(file, tokens)], window, vocab_size, "evaluation")
+        for file, tokens in sets.items()
+    }
+
+
 def _check(files: Sequence[str], window: int, max_tokens: int) -> None:
     if not files:
         raise ValueError("no token file: give --tokens=FILE.bin")
@@ -306,14 +307,3 @@ def _check(files: Sequence[str], window: int, max_tokens: int) -> None:
         raise ValueError(
             f"window={window} and max_tokens={max_tokens}: at least one window of one token"
         )
-
-
-def _checkpoint_identity(folder: Path) -> str:
-    """Changes when another checkpoint is put in this place, not when this one is moved."""
-    listed = sorted(
-        (str(path.relative_to(folder)), path.stat().st_size)
-        for path in folder.rglob("*")
-        if path.is_file()
-    )
-    digest = zlib.crc32(json.dumps(listed).encode())
-    return f"{zlib.crc32((folder / 'model' / 'metadata').read_bytes(), digest):08x}"

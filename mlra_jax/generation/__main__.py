@@ -21,6 +21,8 @@ from mlra_jax.generation import Sampling, Stream
 from mlra_jax.generation.texts import Printer, Recorder, json_prompts
 from mlra_jax.loading import compute_line, load_model, tokenizer_of, with_tokenizer
 
+_MOST_PROMPTS, _MOST_CHARACTERS = 1 << 16, 64 << 20
+
 
 def main(argv: list[str] | None = None) -> int:
     """Decodes as the flags say; see `command.run` for the exit codes."""
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cache_length", type=int, help="cache slots; by default what the prompts need")
     add("--tokens_per_call", type=int, default=1, help="tokens of a prompt that a program makes")
     add("--dtype", help="bfloat16 by default on GPUs and TPUs, else the checkpoint's")
+    add("--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too")
     add("--tokenizer", help="name or tiktoken ranks file, if not the checkpoint's")
     add("--stop", action=Switch, default=True, help="end a prompt at the end-of-text token")
     flags = parser.parse_args(argv)
@@ -64,7 +67,13 @@ def decode(flags: argparse.Namespace) -> None:
     if dtype is None and sharding.platform(mesh) != "cpu":
         dtype, why = "bfloat16", f"the default on a {sharding.platform(mesh)}"
     _say(f"loading {flags.checkpoint} ...")
-    model = load_model(flags.checkpoint, mesh=mesh, dtype=dtype, step=flags.step)
+    model = load_model(
+        flags.checkpoint,
+        mesh=mesh,
+        dtype=dtype,
+        step=flags.step,
+        allow_nonfinite=flags.allow_nonfinite,
+    )
     # From here on warnings are about kernels.
     logging.set_verbosity(logging.WARNING)
     tokenizer = tokenizer_of(model, flags.tokenizer)
@@ -76,6 +85,7 @@ def decode(flags: argparse.Namespace) -> None:
         sampling=sampling,
         seed=flags.seed,
         cache_length=flags.cache_length,
+        stop_token=tokenizer.end_of_text if flags.stop else None,
         tokens_per_call=flags.tokens_per_call,
     )
     loading = time.perf_counter() - started
@@ -144,7 +154,7 @@ def _lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file that are not blank; of .jsonl, the prompts in them."""
     if not path.is_file():
         raise ValueError(f"--prompt_file={path} is not a file")
-    prompts, numbers, number = [], [], 1
+    prompts, numbers, number, size = [], [], 1, 0
     for number, (_, content) in enumerate(text_reader.read_lines(path), 1):
         try:
             line = content.decode()
@@ -155,6 +165,12 @@ def _lines(path: Path) -> list[str]:
         if line.strip():
             prompts.append(line)
             numbers.append(number)
+        size += len(line)
+        if len(prompts) > _MOST_PROMPTS or size > _MOST_CHARACTERS:
+            raise ValueError(
+                f"--prompt_file={path} has more than {_MOST_PROMPTS:,} prompts or "
+                f"{_MOST_CHARACTERS >> 20} Mi characters; all are one batch, so give it in parts"
+            )
     if not prompts:
         raise ValueError(
             f"--prompt_file={path} has no prompt: it is blank from line 1 to line {number}"

@@ -21,6 +21,7 @@ from mlra_jax.training import record, start
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
+from mlra_jax.training.saver import Saver, only_run
 from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
@@ -44,7 +45,8 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     Raises:
       ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
         workdir; nothing has been written then.
-      TrainingError: a metric was not finite.
+      DestinationError: another run writes the workdir.
+      TrainingError: a metric was not finite, or a file could not be written.
     """
     first = jax.process_index() == 0
     say = say if first else lambda line: None
@@ -56,14 +58,14 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
-    state, step, seconds = _found(experiment, workdir, tokenizer, abstract, batches, say)
-    changes = record.changes(workdir, experiment) if step else []
-
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
         enter(contextlib.closing(batches))
+        lock = enter(only_run(workdir))
+        state, step, seconds = _found(experiment, workdir, tokenizer, abstract, batches, say)
+        changes = record.changes(workdir, experiment) if step else []
         description = checkpoints.describe(model, tokenizer)
-        saver = enter(Saver(workdir, experiment.keep, description, step or None))
+        saver = enter(Saver(workdir, experiment.keep, description, lock))
         stop = enter(StopSignals())
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
@@ -105,7 +107,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 stop=stop,
             )
             if loop.run(state, batch):
-                say(f"stopped and saved at step {saver.last}; the same command resumes")
+                say(f"stopped and saved at step {progress.step}; the same command resumes")
         if first:
             say(f"loss curve: {plot_losses(workdir, model.vocab_size)}")
 
@@ -120,47 +122,6 @@ def mean_loss(
     for batch in batches:
         sums += np.asarray(jax.device_get(validate(params, batch)), np.float64)
     return float(sums[0] / sums[1]), int(sums[1])
-
-
-class Saver:
-    """Writes the checkpoints of a run while it is entered, and waits for them at the end.
-
-    Args:
-      workdir: their folder, made if it does not exist.
-      keep: how many stay.
-      description: the `model` item of each.
-      last: the step that is there already and was restored.
-    """
-
-    def __init__(self, workdir: Path, keep: int, description: dict[str, Any], last: int | None):
-        self.last = last
-        self._folder, self._description = workdir / checkpoints.SUBFOLDER, description
-        self._manager = checkpoints.make_manager(workdir, keep=keep)
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-    @property
-    def last_good(self) -> str | None:
-        """The folder of the last checkpoint."""
-        return None if self.last is None else str(self._folder / str(self.last))
-
-    def save(self, step: int, state: TrainState, position: dict, seconds: float) -> None:
-        """Begins to write step `step`; its arrays may be donated when this returns."""
-        checkpoints.save(
-            self._manager,
-            step,
-            params=state.params,
-            optimizer=state.optimizer,
-            model=self._description,
-            iterator=position,
-            progress={"step": step, "seconds": seconds},
-        )
-        self.last = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,12 +161,13 @@ class _Loop:
         while True:
             state, metrics = self.compute(state, batch)
             step, position = self.progress.count(), self.batches.get_state()
+            self.saver.poll()
             last, stop = step == self.due.steps, self.stop.after(step)
             log, check, save = self.due.after(step)
             save |= stop
             if log or check or save:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                check_finite(step, values, self.saver.last_good)
+                check_finite(step, values)
             if log:
                 self.progress.log(values)
             # What is written for a step is on the disk before its checkpoint, which is where a
@@ -215,6 +177,7 @@ class _Loop:
             if save:
                 self.saver.save(step, state, position, self.progress.seconds)
             if last or stop:
+                self.saver.finish()
                 return not last
             batch = next(self.batches)
             if log or check or save:
@@ -257,9 +220,9 @@ def _found(
                 f"with them, take another workdir and --config.init_from={found.folder.parents[1]}"
             )
         checkpoints.check_same_model(found, experiment.model, tokenizer, workdir)
-        state, seconds = _restore(found, abstract, batches)
-        say(f"resuming {workdir} from step {found.step}")
-        return state, found.step, seconds
+        state, step, seconds = _restore(found, abstract, batches)
+        say(f"resuming {workdir} from step {step}")
+        return state, step, seconds
     if experiment.init_from:
         found = start.open_weights(experiment, tokenizer)
         say(start.described(found, experiment))
@@ -269,8 +232,8 @@ def _found(
 
 def _restore(
     found: Checkpoint, abstract: TrainState, batches: TrainBatches
-) -> tuple[TrainState, float]:
-    """The state of a checkpoint, and the seconds the run had taken; sets the data's place."""
+) -> tuple[TrainState, int, float]:
+    """The state of a checkpoint, its step and the seconds up to it; sets the data's place."""
     progress = found.read_json("progress")
     batches.set_state(found.read_json("iterator"))
     step = jax.jit(lambda: jnp.int32(progress["step"]), out_shardings=abstract.step.sharding)()
@@ -279,7 +242,7 @@ def _restore(
         params=found.restore("params", abstract.params),
         optimizer=found.restore("optimizer", abstract.optimizer),
     )
-    return state, progress["seconds"]
+    return state, found.step, progress["seconds"]
 
 
 def _begin(

@@ -5,36 +5,14 @@ which may override any key; `Experiment.from_dict` checks what comes back.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from mlra_jax.config import ModelConfig
-from mlra_jax.settings_tree import at_least, build, require
-
-
-def _within(settings: Any, prefix: str, **ranges: str) -> None:
-    """Raises ConfigError unless each field of a dataclass lies in its range.
-
-    `[0, 1)` has the 0 and not the 1. What counts is what float32 on a device makes of the number:
-    a decay of 1 - 1e-9 is 1 there, and an eps of 1e-40 is 0.
-    """
-    at_least(0, settings, prefix, *ranges)
-    for name, written in ranges.items():
-        value = getattr(settings, name)
-        lower, upper = map(float, written[1:-1].split(","))
-        with np.errstate(over="ignore"):
-            number = float(np.float32(value))
-        if abs(number) < np.finfo(np.float32).tiny:
-            number = 0.0
-        above = number > lower or (written[0] == "[" and number == lower)
-        below = number < upper or (written[-1] == "]" and number == upper)
-        changed = number in (0, 1, math.inf) and number != value
-        rounded = f" (float32 makes it {number:g})" if changed else ""
-        require(above and below, f"{prefix}{name}={value} must lie in {written}{rounded}")
+from mlra_jax.data.token_file import FORMATS
+from mlra_jax.settings_tree import at_least, build, check_kinds, require, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +48,8 @@ class DataSettings:
     """Validate on this many tokens at most."""
     tokenizer: str = "gpt2"
     """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`)."""
+    token_format: str = "header"
+    """Of token files: `header`, or `uint16` or `uint32` where they have none, as nanoGPT's."""
     global_batch: int = 480
     """Sequences of `model.context_length` tokens in one step, over all devices."""
     accumulate: int = 1
@@ -77,8 +57,13 @@ class DataSettings:
 
     def __post_init__(self):
         at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
+        check_kinds(self, "data.")
         require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
-        _within(self, "data.", validation_fraction="(0, 1)")
+        require(
+            self.token_format in FORMATS,
+            f"data.token_format={self.token_format!r} is none of {', '.join(FORMATS)}",
+        )
+        within(self, "data.", validation_fraction="(0, 1)")
 
     @property
     def part_batch(self) -> int:
@@ -110,7 +95,7 @@ class OptimizerSettings:
 
     def __post_init__(self):
         at_least(0, self, "optimizer.", "warmup_steps")
-        _within(
+        within(
             self,
             "optimizer.",
             peak_learning_rate="[0, inf)",
@@ -122,7 +107,7 @@ class OptimizerSettings:
         )
         at_least(0, self, "optimizer.", "clip_norm")
         if self.clip_norm:
-            _within(self, "optimizer.", clip_norm="(0, inf)")
+            within(self, "optimizer.", clip_norm="(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,9 @@ class TrainState:
     optimizer: Any
 
 
-def _initial(experiment: Experiment, mesh: Mesh) -> TrainState:
-    params = models.fresh_params(experiment.model, mesh, experiment.seed)
+def initial_state(experiment: Experiment, mesh: Mesh, seed: int | jax.Array) -> TrainState:
+    """The state before the first step; `seed` is a whole number or a random key."""
+    params = models.fresh_params(experiment.model, mesh, seed)
     optimizer = make_optimizer_state(experiment, params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer)
 
@@ -44,7 +45,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """
     _, params = models.structure(experiment.model, mesh)
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
-    shapes = jax.eval_shape(lambda: _initial(experiment, mesh))
+    shapes = jax.eval_shape(lambda: initial_state(experiment, mesh, experiment.seed))
     everywhere = sharding.named(mesh)
     shardings = TrainState(
         step=everywhere,
@@ -70,6 +71,8 @@ def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     # What runs once needs no optimising: on a CPU this spares most of the compilation.
     options = {"xla_backend_optimization_level": 1} if sharding.platform(mesh) == "cpu" else None
     create = jax.jit(
-        lambda: _initial(experiment, mesh), out_shardings=shardings, compiler_options=options
+        lambda: initial_state(experiment, mesh, experiment.seed),
+        out_shardings=shardings,
+        compiler_options=options,
     )
     return create()

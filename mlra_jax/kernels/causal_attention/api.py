@@ -50,7 +50,9 @@ def implementation_for(device: Any, dtype: jnp.dtype) -> str:
     """What serves a device (anything with a `platform`) fastest."""
     if target.is_gpu(device) and dtype != jnp.float32:
         return "cudnn"
-    return "splash" if device.platform == "tpu" else "reference"
+    # The library's indices are of the program's own type, and TPUs have no int64.
+    splash = device.platform == "tpu" and not jax.config.jax_enable_x64
+    return "splash" if splash else "reference"
 
 
 def _check(q_BTHK, k_BTJK, v_BTJV) -> None:
