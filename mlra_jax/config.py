@@ -1,12 +1,9 @@
 """Sizes of a model, and the presets of the paper. The only place that validates sizes."""
 
-import contextlib
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
-import numpy as np
-
+from mlra_jax.execution import Execution, normalise_dtype, takes_execution, with_execution
 from mlra_jax.scaling import SIZES, scale_attention, scale_mlp, split_size
 from mlra_jax.settings_tree import ConfigError, at_least, build, check_kinds, closest, within
 from mlra_jax.settings_tree import require as _require
@@ -191,70 +188,9 @@ KINDS = {
     for c in (LatentConfig, GroupedConfig, TiedConfig, MultiMatrixConfig, TensorProductConfig)
 }
 """Config of each attention by its `kind`; `attention.register` adds to it."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
-DTypeLike = str | type | np.dtype
-"""A dtype as people pass it: "float32", np.float32, jnp.float32, np.dtype(...), x.dtype."""
-
-
-def dtype_name(value: DTypeLike, what: str = "dtype") -> str:
-    """The name, one of `DTYPES`, of a dtype however NumPy or JAX write it.
-
-    Raises ConfigError, which calls the setting `what`, for all others.
-    """
-    if isinstance(value, str) and value in DTYPES:
-        return value  # also bfloat16, which NumPy knows by this name only beside ml_dtypes
-    name = ""
-    with contextlib.suppress(TypeError, ValueError, SyntaxError):
-        name = np.dtype(value).name
-    shown = " ".join(repr(value).split())[:100]
-    _require(name in DTYPES, f"{what}={shown} is none of {', '.join(DTYPES)}")
-    return name
-
-
-def _normalise_dtype(config, name: str) -> None:
-    object.__setattr__(config, name, dtype_name(getattr(config, name), name))
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a model is computed. Another one computes the same model."""
-
-    dtype: str = "bfloat16"
-    """Of activations and products; norms' statistics, softmax and logits are float32. It may be
-    given as NumPy or JAX write it (`jnp.bfloat16`), and is kept by name."""
-    remat: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
-
-    def __post_init__(self):
-        _normalise_dtype(self, "dtype")
-        check_kinds(self, "")
-
-
-def _with_execution(values: dict[str, Any]) -> dict[str, Any]:
-    """The same settings of a model with those of `Execution` gathered in one."""
-    how = {f.name for f in dataclasses.fields(Execution)} & values.keys()
-    if not how:
-        return values
-    execution = values.get("execution", Execution())
-    execution = dataclasses.replace(execution, **{name: values[name] for name in how})
-    return {n: x for n, x in values.items() if n not in how} | {"execution": execution}
-
-
-def _takes_execution(cls: Any) -> Any:
-    """Lets a config be made, or replaced, with fields of its `execution` by their own names."""
-    made = cls.__init__
-
-    @functools.wraps(made)
-    def init(self, *args, **values):
-        made(self, *args, **_with_execution(values))
-
-    cls.__init__ = init
-    return cls
-
-
-@_takes_execution
+@takes_execution
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder: embedding, `num_layers` blocks of attention and SwiGLU, tied output head.
@@ -290,7 +226,7 @@ class ModelConfig:
             type(self.attention) in KINDS.values(),
             f"attention={self.attention!r} is none of {', '.join(KINDS)}",
         )
-        _normalise_dtype(self, "param_dtype")
+        normalise_dtype(self, "param_dtype")
         _check_fields(self)
         within(self, "", norm_eps="(0, inf)", rope_base="[1, inf)")
 
@@ -314,7 +250,7 @@ class ModelConfig:
         if kind not in KINDS:
             raise ConfigError(f"attention.kind={kind!r} is none of {', '.join(KINDS)}")
         attention = build(KINDS[kind], attention, "attention.", "model setting")
-        values = {"attention": attention} | _with_execution(values)
+        values = {"attention": attention} | with_execution(values)
         return build(cls, values, what="model setting")
 
 

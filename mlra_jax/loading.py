@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
-from mlra_jax.config import GPT2_VOCABULARY, DTypeLike, ModelConfig, dtype_name
+from mlra_jax.config import GPT2_VOCABULARY, ModelConfig
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Decoder, Vocabulary
+from mlra_jax.execution import DTypeLike, dtype_name
 from mlra_jax.settings_tree import flatten
 
 _GPT2_TOKENS = 50257
@@ -42,7 +43,7 @@ def load_model(
 
     Raises:
       CheckpointError: missing or damaged, or a weight that is not finite in `dtype`.
-      ConfigError: sizes that do not divide over the mesh, another dtype than `config.DTYPES`.
+      ConfigError: sizes that do not divide over the mesh, another dtype than `execution.DTYPES`.
     """
     dtype = None if dtype is None else dtype_name(dtype)
     checkpoint = checkpoints.open_checkpoint(path, step)

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
 from mlra_jax.checkpoints import CheckpointError
-from mlra_jax.config import DTypeLike, dtype_name
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.decoder import Decoder, recipe
+from mlra_jax.execution import DTypeLike, dtype_name
 from mlra_jax.model import Model
 
 _NAMED = ("bytes", "gpt2")
@@ -38,7 +38,7 @@ def load_trainable(
 
     Raises:
       CheckpointError: missing or damaged.
-      ConfigError: sizes that do not divide over the mesh, another dtype than `config.DTYPES`.
+      ConfigError: sizes that do not divide over the mesh, another dtype than `execution.DTYPES`.
     """
     checkpoint = checkpoints.open_checkpoint(path, step)
     dtype = dtype_name(param_dtype, "param_dtype")

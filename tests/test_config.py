@@ -12,10 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlra_jax.config import (
-    DTYPES,
     PRESETS,
     ConfigError,
-    Execution,
     GroupedConfig,
     LatentConfig,
     ModelConfig,
@@ -24,6 +22,7 @@ from mlra_jax.config import (
     TiedConfig,
     preset,
 )
+from mlra_jax.execution import DTYPES, Execution
 
 few = st.integers(1, 6)
 wide = st.integers(1, 4096)

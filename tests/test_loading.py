@@ -12,9 +12,10 @@ from flax import nnx
 from tiny import relative_error
 
 from mlra_jax import checkpoints, loading
-from mlra_jax.config import DTYPES, ConfigError
+from mlra_jax.config import ConfigError
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Vocabulary
+from mlra_jax.execution import DTYPES
 from mlra_jax.sharding import make_mesh
 
 CONFIG = tiny.config("mlra_2", num_layers=3, vocab_size=264)

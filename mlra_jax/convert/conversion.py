@@ -11,15 +11,7 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints, checksums
 from mlra_jax.command import progress_bar
-from mlra_jax.config import (
-    DTYPES,
-    GPT2_VOCABULARY,
-    ConfigError,
-    DTypeLike,
-    Execution,
-    ModelConfig,
-    dtype_name,
-)
+from mlra_jax.config import GPT2_VOCABULARY, ConfigError, ModelConfig
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.expected import check_logits, read_expected
@@ -28,6 +20,7 @@ from mlra_jax.convert.lazy import cast
 from mlra_jax.convert.recognise import check_tensors, recognise
 from mlra_jax.convert.released import COMPUTE_DTYPE, EMBEDDING, HEAD, LAYER, Leaf, layout
 from mlra_jax.convert.weights import Weights
+from mlra_jax.execution import DTYPES, DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
 
 _ROWS_AT_ONCE = 4 << 20

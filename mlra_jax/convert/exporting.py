@@ -12,7 +12,7 @@ import numpy as np
 
 from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
-from mlra_jax.config import DTypeLike, Execution, LatentConfig, ModelConfig, dtype_name
+from mlra_jax.config import LatentConfig, ModelConfig
 from mlra_jax.convert import lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.released import (
@@ -28,6 +28,7 @@ from mlra_jax.convert.released import (
     released_values,
 )
 from mlra_jax.convert.weights import SAFETENSORS_DTYPES
+from mlra_jax.execution import DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
 
 SHARD_BYTES = 5_000_000_000

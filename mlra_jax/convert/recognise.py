@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mlra_jax.config import (
-    DTYPES,
     AttentionConfig,
     GroupedConfig,
     LatentConfig,
@@ -20,6 +19,7 @@ from mlra_jax.config import (
 from mlra_jax.convert import foreign
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, Shape, base_name, layout
+from mlra_jax.execution import DTYPES
 
 _VARIANT = re.compile(
     r"(?P<base>mha|mqa|gqa|gta|mfa|tpa|mla|gla_2|gla_4|mlra_2|mlra_4)(?P<gated>_gated)?"

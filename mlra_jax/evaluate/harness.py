@@ -13,9 +13,9 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from mlra_jax import checkpoints, sharding
-from mlra_jax.config import DTypeLike
 from mlra_jax.evaluate import scoring
 from mlra_jax.evaluate.stored import Answers, checkpoint_identity
+from mlra_jax.execution import DTypeLike
 from mlra_jax.generation import Sampling
 from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
 

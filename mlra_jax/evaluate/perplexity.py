@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mlra_jax import checkpoints, sharding
-from mlra_jax.config import DTypeLike, dtype_name
 from mlra_jax.data import token_file
 from mlra_jax.data.content import arrays_identity
 from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
 from mlra_jax.evaluate.stored import check_same, checkpoint_identity
+from mlra_jax.execution import DTypeLike, dtype_name
 from mlra_jax.files import whole_file
 from mlra_jax.loading import compute_line, load_model
 

@@ -8,8 +8,9 @@ import re
 import textwrap
 from typing import Any
 
-from mlra_jax import config
-from mlra_jax.config import DTYPES, KINDS, Execution, LatentConfig, ModelConfig
+from mlra_jax import config, execution
+from mlra_jax.config import KINDS, LatentConfig, ModelConfig
+from mlra_jax.execution import DTYPES, Execution
 from mlra_jax.training import settings
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
@@ -101,7 +102,7 @@ def _range(kind: Any, meaning: str) -> tuple[str, str]:
 def _documented() -> dict[tuple[str, str], str]:
     """The line below each field, by class and field."""
     found = {}
-    for module in (settings, config):
+    for module in (settings, config, execution):
         for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.ClassDef):
                 for field, below in zip(node.body, node.body[1:], strict=False):
