@@ -60,9 +60,13 @@ def measure_limits(pool: jax.Array) -> dict[str, float]:
     start = launch_seconds()
     found = dict(start=start) | read_bandwidth(pool, start)
     found["copy"] = 2 * pool.nbytes / queued_seconds(lambda x: x + jnp.bfloat16(1), pool, start)
-    square = lax.slice(pool, [0], [8192 * 8192]).reshape(8192, 8192)
-    found["matrix"] = 2 * 8192**3 / queued_seconds(lambda a: a @ a.T, square, start)
-    return found
+    return found | {"matrix": matrix_rate(pool, start)}
+
+
+def matrix_rate(pool: jax.Array, start: float, width: int = 8192) -> float:
+    """FLOP per second of the product of two `width` x `width` matrices, from `random_pool`."""
+    square = lax.slice(pool, [0], [width * width]).reshape(width, width)
+    return 2 * width**3 / queued_seconds(lambda a: a @ a.T, square, start)
 
 
 def describe(limit: dict[str, float]) -> str:

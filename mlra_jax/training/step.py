@@ -95,13 +95,14 @@ def make_train_step(experiment: Experiment, mesh: Mesh):
     def step(state: TrainState, batch):
         compute = jax.value_and_grad(loss_of) if parts == 1 else accumulated
         loss, gradients = compute(state.params, batch)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        params = optax.apply_updates(state.params, updates)
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
