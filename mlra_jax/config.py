@@ -186,6 +186,10 @@ def _normalise_dtype(config, name: str) -> None:
     object.__setattr__(config, name, dtype_name(getattr(config, name), name))
 
 
+REMAT = ("none", "block", "attention", "products", "offload")
+ATTENTION_KERNELS = ("auto", "cudnn", "cudnn_padded", "splash", "reference")
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How a model is computed. Another one computes the same model."""
@@ -193,11 +197,27 @@ class Execution:
     dtype: str = "bfloat16"
     """Of activations and products; norms' statistics, softmax and logits are float32. It may be
     given as NumPy or JAX write it (`jnp.bfloat16`), and is kept by name."""
-    remat: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    remat: str | bool = "block"
+    """What the backward pass finds kept of a block and what it computes again, one of `REMAT`
+    (`mlra_jax.remat`); True is "block" and False "none"."""
+    unroll: int = 1
+    """Blocks that follow each other in the body of the loop over blocks, from 1 on. More of them
+    take longer to compile."""
+    attention_kernel: str = "auto"
+    """Of whole sequences, one of `ATTENTION_KERNELS`; "auto" takes the fastest of the device
+    (`mlra_jax.kernels.causal_attention`)."""
 
     def __post_init__(self):
         _normalise_dtype(self, "dtype")
+        at_least(1, self, "", "unroll")
+        as_name = {"true": "block", "false": "none"}
+        remat = as_name.get(str(self.remat).lower(), self.remat)
+        object.__setattr__(self, "remat", remat)
+        _require(remat in REMAT, f"remat={remat!r} is none of {', '.join(REMAT)}")
+        _require(
+            self.attention_kernel in ATTENTION_KERNELS,
+            f"attention_kernel={self.attention_kernel!r} is none of {', '.join(ATTENTION_KERNELS)}",
+        )
 
 
 def _with_execution(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mlra_jax import sharding
+from mlra_jax import remat, sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.config import ModelConfig
 from mlra_jax.kernels.softmax import precision
@@ -122,11 +122,14 @@ class Model(nnx.Module):
         positions_BT = positions(tokens_BT) if positions_BT is None else positions_BT
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, positions_BT), None
+        def body(x_BTD, layer):
+            block = nnx.merge(graphdef, layer)
+            return block(remat.name_stream(x_BTD), positions_BT), None
 
-        body = jax.checkpoint(body) if self.config.execution.remat else body
-        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+        how = self.config.execution
+        in_loop = how.unroll < self.config.num_layers
+        body = remat.checkpointed(body, how.remat, in_loop=in_loop)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=how.unroll)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

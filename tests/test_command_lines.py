@@ -330,8 +330,8 @@ def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_pa
         mesh=dataclasses.replace(plain.mesh, fsdp=8),
     )
     # Where they stand does not matter, and a switch may be named alone.
-    switched = experiment("--noconfig.model.remat", f"--config={file}:mla")
-    assert switched.model.execution.remat is False
+    switched = experiment("--noconfig.model.zero_init", f"--config={file}:mla")
+    assert switched.model.zero_init is False
     (tmp_path / "none.py").write_text("def get_config():\n    return 3\n")
     (tmp_path / "broken.py").write_text("def get_config():\n    raise ValueError('for a reason')\n")
     for arguments, line in (

@@ -34,7 +34,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         a = config.attention
         self.config, self.mesh, self.rope_base = a, mesh, config.rope_base
-        self.scale = 1 / math.sqrt(a.query_dim)
+        self.scale, self.kernel = 1 / math.sqrt(a.query_dim), config.execution.attention_kernel
         heads.check_heads(a.num_heads, mesh)
         project = functools.partial(Projection, config=config, rngs=rngs)
         self._add_parameters(config, project, rngs)
@@ -125,6 +125,12 @@ class Attention(nnx.Module):
     @abc.abstractmethod
     def _attend(self, queries: Any, cache: Entries, lengths_BT: jax.Array):
         """(o_BThV, lse_BTh) of one device's heads over its share of the cache."""
+
+    def _to_itself(self, q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array) -> jax.Array:
+        """Causal attention, `[B, T, H, V]`; key/value heads that divide over the mesh."""
+        return sharded.whole_sequence(
+            q_BTHK, k_BTJK, v_BTJV, scale=self.scale, mesh=self.mesh, implementation=self.kernel
+        )
 
     def _ask(self, q_BTHK: jax.Array) -> Any:
         """The queries as the cache is asked them."""

@@ -3,7 +3,7 @@
 import jax
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads, sharded
+from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import GroupedConfig
 from mlra_jax.kernels.grouped_decode import grouped_decode
@@ -45,7 +45,7 @@ class GroupedAttention(Attention):
 
     def _whole(self, q_BTHK, kept):
         k_BTJK, v_BTJK = (heads.repeat_for_mesh(x, self.mesh) for x in kept)
-        return sharded.whole_sequence(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
+        return self._to_itself(q_BTHK, k_BTJK, v_BTJK)
 
     def _entries(self, kept):
         k_BTJK, v_BTJK = kept

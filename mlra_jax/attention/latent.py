@@ -16,7 +16,7 @@ import math
 import jax.numpy as jnp
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads, sharded
+from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
@@ -79,6 +79,8 @@ class LatentAttention(Attention):
         return sharding.constrain(c_BTLC, self.mesh, *axes), k_rope_BTR
 
     def _whole(self, q_BTHK, kept):
+        if absorbs(self.config):
+            return self._whole_absorbed(q_BTHK, *kept)
         a, (c_BTLC, k_rope_BTR) = self.config, kept
         B, T = c_BTLC.shape[:2]
         q_BTPK = self._by_branch_head(jnp.tile(q_BTHK, (1, 1, a.branches, 1)))
@@ -89,8 +91,31 @@ class LatentAttention(Attention):
             jnp.concatenate([self._up(c_BTLC, self.k_up), rope_BTPR], axis=-1)
         )
         v_BTPK = self._by_branch_head(self._up(c_BTLC, self.v_up))
-        o_BTPK = sharded.whole_sequence(q_BTPK, k_BTPK, v_BTPK, scale=self.scale, mesh=self.mesh)
-        return self._sum(o_BTPK)
+        return self._sum(self._to_itself(q_BTPK, k_BTPK, v_BTPK))
+
+    def _whole_absorbed(self, q_BTHK, c_BTLC, k_rope_BTR):
+        """The same without a key or value of any branch head: each latent is a key/value head."""
+        a, (B, T, H, _) = self.config, q_BTHK.shape
+        # As in `_ask`; the branches of a head are columns of one product.
+        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+        q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
+        k_up_bHCK = self.k_up.kernel[...].astype(q_BTHK.dtype)
+        q_BTbHC = jnp.einsum(
+            "bthk,rhck->btrhc",
+            q_nope_BTHK,
+            k_up_bHCK.reshape(a.branches, H, -1, a.nope_dim),
+            precision=precision(q_BTHK.dtype),
+        )
+        rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
+        q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
+        rope_BTLR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*c_BTLC.shape[:3], a.rope_dim))
+        k_BTJX = heads.repeat_for_mesh(jnp.concatenate([c_BTLC, rope_BTLR], axis=-1), self.mesh)
+        z_BTPC = self._to_itself(
+            self._by_branch_head(q_BTbHX.reshape(B, T, a.branches * H, -1)),
+            k_BTJX,
+            heads.repeat_for_mesh(c_BTLC, self.mesh),
+        )
+        return self._joined(z_BTPC)
 
     def _entries(self, kept):
         c_BTLC, k_rope_BTR = kept
@@ -154,6 +179,35 @@ class LatentAttention(Attention):
 
     def _sum(self, o_BTPK):
         """Of the branches, with the factor that keeps its variance."""
-        a, (B, T) = self.config, o_BTPK.shape[:2]
-        o_BTHK = o_BTPK.reshape(B, T, a.branches, a.num_heads, a.value_dim)
-        return o_BTHK.sum(2) * self.branch_factor
+        (B, T, _, K), (ways, heads) = o_BTPK.shape, self._parts()
+        o_BTwbHK = o_BTPK.reshape(B, T, ways, -1, heads, K)
+        return self._by_part(o_BTwbHK.sum(3) * self.branch_factor)
+
+    def _joined(self, z_BTPC):
+        """As `_answer`, the sum over branches being that of one product."""
+        (B, T, _, C), (ways, heads) = z_BTPC.shape, self._parts()
+        v_up_PCK = self.v_up.kernel[...].astype(z_BTPC.dtype)
+        o_BTwHK = jnp.einsum(
+            "btwrhc,wrhck->btwhk",
+            z_BTPC.reshape(B, T, ways, -1, heads, C),
+            v_up_PCK.reshape(ways, -1, heads, C, v_up_PCK.shape[-1]),
+            precision=precision(z_BTPC.dtype),
+        )
+        return self._by_part(o_BTwHK * self.branch_factor)
+
+    def _parts(self):
+        """The branch heads are so many parts, of which each adds up branches of so many heads."""
+        return 1, self.config.num_heads
+
+    def _by_part(self, o_BTwHK):
+        B, T, ways, heads, K = o_BTwHK.shape
+        return o_BTwHK.reshape(B, T, ways * heads, K)
+
+
+def absorbs(a: LatentConfig) -> bool:
+    """Whether whole sequences attend to latents, too, instead of to keys and values made of them.
+
+    That costs as many products or fewer where a latent is no wider than a head's key; MLA's one and
+    GLA-2's two latents are wider.
+    """
+    return a.latent_head_dim <= a.nope_dim

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.attention import heads, sharded
+from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import ConfigError, TensorProductConfig
 from mlra_jax.kernels.softmax import precision, visible_softmax
@@ -78,7 +78,7 @@ class TensorProductAttention(Attention):
     def _whole(self, q_BTHK, kept):
         k_BTHK = self._product(kept["k_a"], kept["k_b"])
         v_BTHK = self._product(kept["v_a"], kept["v_b"])
-        return sharded.whole_sequence(q_BTHK, k_BTHK, v_BTHK, scale=self.scale, mesh=self.mesh)
+        return self._to_itself(q_BTHK, k_BTHK, v_BTHK)
 
     def _entries(self, kept):
         return kept

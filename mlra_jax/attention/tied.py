@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads, sharded
+from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import TiedConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
@@ -54,7 +54,7 @@ class TiedAttention(Attention):
         v_BTJK = heads.repeat_for_mesh(tied_BTJK, self.mesh)
         rope_BTJR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*v_BTJK.shape[:3], R))
         k_BTJK = jnp.concatenate([v_BTJK[..., :-R], rope_BTJR], axis=-1)
-        return sharded.whole_sequence(q_BTHK, k_BTJK, v_BTJK, scale=self.scale, mesh=self.mesh)
+        return self._to_itself(q_BTHK, k_BTJK, v_BTJK)
 
     def _entries(self, kept):
         tied_BTJK, k_rope_BTR = kept
