@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 from mlra_jax import remat, sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels.softmax import precision
-from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param
+from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param, weigh
 
 
 class Block(nnx.Module):
@@ -80,13 +79,7 @@ class Embedding(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]`, split over the vocabulary."""
-        logits_BTV = jnp.einsum(
-            "btd,vd->btv",
-            x_BTD,
-            self.embedding[...].astype(x_BTD.dtype),
-            precision=precision(x_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits_BTV = weigh(x_BTD, self.embedding[...], "btd,vd->btv", "float32")
         return sharding.constrain(logits_BTV, self.mesh, "batch", "length", "vocab")
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from tiny import relative_error
 
 from mlra_jax import model as models
-from mlra_jax.layers import Projection, RMSNorm, SwiGLU, rotate
+from mlra_jax.layers import Projection, RMSNorm, SwiGLU, rotate, weigh
 from mlra_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -69,6 +69,24 @@ def test_projections_contract_the_dimensions_they_should():
     wide.kernel[...] = jnp.asarray(w, jnp.float32)
     want = np.einsum("btd,dhk->bthk", x, w)
     assert relative_error(wide(jnp.asarray(x, jnp.float32)), want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_product_and_what_dtype_they_are_summed_in(dtype):
+    """8,192 tokens that all add a little: a gradient rounded on its way would stop growing."""
+    x, w = RNG.normal(size=(4, 2048, 6)), RNG.normal(size=(6, 2, 5))
+    slope = RNG.normal(size=(4, 2048, 2, 5))
+    x, slope = (jnp.asarray(a, dtype) for a in (x, slope))
+    w = jnp.asarray(jnp.asarray(w, dtype), jnp.float32)
+    out, back = jax.vjp(lambda *a: weigh(*a, "btd,dhk->bthk"), x, w)
+    x_slope, w_slope = back(slope)
+    assert (out.dtype, x_slope.dtype, w_slope.dtype) == (x.dtype, x.dtype, jnp.float32)
+    exact = [np.asarray(a, np.float64) for a in (x, w, slope)]
+    rounding = 1e-6 if dtype == "float32" else 5e-3
+    assert relative_error(out, np.einsum("btd,dhk->bthk", exact[0], exact[1])) < rounding
+    assert relative_error(x_slope, np.einsum("bthk,dhk->btd", exact[2], exact[1])) < rounding
+    # Not rounded to bfloat16, neither in the sum nor at its end.
+    assert relative_error(w_slope, np.einsum("btd,bthk->dhk", exact[0], exact[2])) < 1e-5
 
 
 def test_swiglu():

@@ -21,7 +21,7 @@ from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.kernels.softmax import precision
-from mlra_jax.layers import RMSNorm, rotate
+from mlra_jax.layers import RMSNorm, rotate, weigh
 
 
 class LatentAttention(Attention):
@@ -99,13 +99,8 @@ class LatentAttention(Attention):
         # As in `_ask`; the branches of a head are columns of one product.
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
-        k_up_bHCK = self.k_up.kernel[...].astype(q_BTHK.dtype)
-        q_BTbHC = jnp.einsum(
-            "bthk,rhck->btrhc",
-            q_nope_BTHK,
-            k_up_bHCK.reshape(a.branches, H, -1, a.nope_dim),
-            precision=precision(q_BTHK.dtype),
-        )
+        k_up_bHCK = self.k_up.kernel[...].reshape(a.branches, H, -1, a.nope_dim)
+        q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
         rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
         q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
         rope_BTLR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*c_BTLC.shape[:3], a.rope_dim))
@@ -165,14 +160,9 @@ class LatentAttention(Attention):
 
     def _up(self, c_BTLC, projection):
         """Keys or values of every branch head from its latent head."""
-        (B, T, L, C), kernel_PCK = c_BTLC.shape, projection.kernel[...].astype(c_BTLC.dtype)
-        up_BTLHK = jnp.einsum(
-            "btlc,lhck->btlhk",
-            c_BTLC,
-            kernel_PCK.reshape(L, -1, C, kernel_PCK.shape[-1]),
-            precision=precision(c_BTLC.dtype),
-        )
-        return up_BTLHK.reshape(B, T, kernel_PCK.shape[0], -1)
+        (B, T, L, C), kernel_PCK = c_BTLC.shape, projection.kernel[...]
+        kernel_LHCK = kernel_PCK.reshape(L, -1, C, kernel_PCK.shape[-1])
+        return weigh(c_BTLC, kernel_LHCK, "btlc,lhck->btlhk").reshape(B, T, len(kernel_PCK), -1)
 
     def _by_branch_head(self, x_BTPK):
         return sharding.constrain(x_BTPK, self.mesh, "batch", "length", "latent_heads", "head_dim")
@@ -186,13 +176,9 @@ class LatentAttention(Attention):
     def _joined(self, z_BTPC):
         """As `_answer`, the sum over branches being that of one product."""
         (B, T, _, C), (ways, heads) = z_BTPC.shape, self._parts()
-        v_up_PCK = self.v_up.kernel[...].astype(z_BTPC.dtype)
-        o_BTwHK = jnp.einsum(
-            "btwrhc,wrhck->btwhk",
-            z_BTPC.reshape(B, T, ways, -1, heads, C),
-            v_up_PCK.reshape(ways, -1, heads, C, v_up_PCK.shape[-1]),
-            precision=precision(z_BTPC.dtype),
-        )
+        v_up_wbHCK = self.v_up.kernel[...].reshape(ways, -1, heads, C, self.config.value_dim)
+        z_BTwbHC = z_BTPC.reshape(B, T, ways, -1, heads, C)
+        o_BTwHK = weigh(z_BTwbHC, v_up_wbHCK, "btwrhc,wrhck->btwhk")
         return self._by_part(o_BTwHK * self.branch_factor)
 
     def _parts(self):
