@@ -203,6 +203,8 @@ class Execution:
     unroll: int = 1
     """Blocks that follow each other in the body of the loop over blocks, from 1 on. More of them
     take longer to compile."""
+    float32_stream: bool = False
+    """Keep the sum that blocks add to in float32, also where activations are narrower."""
     attention_kernel: str = "auto"
     """Of whole sequences, one of `ATTENTION_KERNELS`; "auto" takes the fastest of the device
     (`mlra_jax.kernels.causal_attention`)."""
@@ -214,6 +216,10 @@ class Execution:
         remat = as_name.get(str(self.remat).lower(), self.remat)
         object.__setattr__(self, "remat", remat)
         _require(remat in REMAT, f"remat={remat!r} is none of {', '.join(REMAT)}")
+        _require(
+            isinstance(self.float32_stream, bool),
+            f"float32_stream={self.float32_stream!r} must be true or false",
+        )
         _require(
             self.attention_kernel in ATTENTION_KERNELS,
             f"attention_kernel={self.attention_kernel!r} is none of {', '.join(ATTENTION_KERNELS)}",

@@ -104,7 +104,8 @@ class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x²) + eps) * scale`, statistics in float32, over blocks of `width`.
 
     With `blocks > 1` the last dimension is cut into that many contiguous parts, each normalised by
-    itself. `factor` multiplies the result (the calibration factors of the latent family).
+    itself. `factor` multiplies the result (the calibration factors of the latent family), which has
+    the compute dtype.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class RMSNorm(nnx.Module):
         factor: float = 1.0,
     ):
         self.blocks, self.width, self.factor, self.eps = blocks, width, factor, config.norm_eps
+        self.dtype = config.execution.dtype
         self.scale = param(
             rngs, nnx.initializers.ones, (blocks * width,), ("norm",), config.param_dtype
         )
@@ -124,7 +126,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         blocked = x.astype(jnp.float32).reshape(*x.shape[:-1], self.blocks, self.width)
         normed = blocked * jax.lax.rsqrt(jnp.mean(blocked**2, axis=-1, keepdims=True) + self.eps)
-        return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(x.dtype)
+        return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(self.dtype)
 
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:

@@ -60,7 +60,8 @@ class Embedding(nnx.Module):
     """Token vectors, and the output head that is the same tensor."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        self.mesh, self.dtype = mesh, config.execution.dtype
+        how = config.execution
+        self.mesh, self.dtype = mesh, "float32" if how.float32_stream else how.dtype
         self.embedding = param(
             rngs,
             nnx.initializers.normal(INIT_STDDEV),
@@ -70,7 +71,7 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """`[B, T, D]` in the compute dtype."""
+        """`[B, T, D]` in the dtype of the stream that blocks add to."""
         # Gathered over the devices that split the batch: their tokens' vectors would be far more.
         table_VD = sharding.constrain(self.embedding[...], self.mesh, "vocab", None)
         # Cast after the look-up: else gradients of a token seen often are summed in that dtype.

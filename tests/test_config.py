@@ -110,7 +110,8 @@ def test_how_a_model_is_computed_is_no_part_of_its_identity():
     config = tiny.config("gta")
     other = dataclasses.replace(config, execution=Execution("float16", remat=False))
     assert config != other and config.identity() == other.identity()
-    how = {"dtype": "float16", "remat": "none", "unroll": 1, "attention_kernel": "auto"}
+    how = dict(dtype="float16", remat="none", unroll=1, float32_stream=False)
+    how["attention_kernel"] = "auto"
     assert other.to_dict() == config.identity() | how
     assert ModelConfig.from_dict(config.identity()).execution == Execution()
     with pytest.raises(ConfigError, match="^dtype='int8' is none of float32, bfloat16, float16$"):

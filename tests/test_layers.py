@@ -17,25 +17,34 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize("blocks, factor, eps", [(1, 1.0, 1e-6), (3, 2.5, 1e-2), (2, 1.0, 0.3)])
 def test_rms_norm(blocks, factor, eps):
-    config = tiny.config("mla", norm_eps=eps)
-    norm = RMSNorm(8, config=config, rngs=nnx.Rngs(0), blocks=blocks, factor=factor)
-    assert norm.scale.shape == (8 * blocks,)
+    wide, narrow = (
+        RMSNorm(
+            8,
+            config=tiny.config("mla", norm_eps=eps, dtype=dtype),
+            rngs=nnx.Rngs(0),
+            blocks=blocks,
+            factor=factor,
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert wide.scale.shape == (8 * blocks,)
     scale = RNG.normal(size=8 * blocks)
-    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    wide.scale[...] = narrow.scale[...] = jnp.asarray(scale, jnp.float32)
     # Rows of very different sizes, so that eps decides some and not others.
     x = RNG.normal(size=(4, 5, 8 * blocks)) * np.array([1e-4, 0.1, 1, 30])[:, None, None]
     parts = x.reshape(4, 5, blocks, 8)
     want = parts / np.sqrt((parts**2).mean(-1, keepdims=True) + eps)
     want = want.reshape(x.shape) * scale * factor
     for row in range(4):
-        got = norm(jnp.asarray(x[row], jnp.float32))
+        got = wide(jnp.asarray(x[row], jnp.float32))
         assert relative_error(got, want[row]) < 1e-6
-    # Statistics in float32, whatever the activations are.
-    narrow = jnp.asarray(x, jnp.bfloat16)
-    got = norm(narrow)
-    assert got.dtype == jnp.bfloat16
-    exact = norm(narrow.astype(jnp.float32)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(exact, np.float32))
+    # Statistics in float32, whatever the activations are; the result in the compute dtype.
+    rounded = jnp.asarray(x, jnp.bfloat16)
+    exact = np.asarray(wide(rounded.astype(jnp.float32)).astype(jnp.bfloat16), np.float32)
+    for given in (rounded, rounded.astype(jnp.float32)):
+        got = narrow(given)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(got, np.float32), exact)
 
 
 @pytest.mark.parametrize("base, width", [(10000.0, 64), (500.0, 6), (1e6, 4)])

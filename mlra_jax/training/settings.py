@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mlra_jax.config import ModelConfig
+from mlra_jax.config import ModelConfig, dtype_name
 from mlra_jax.settings_tree import at_least, build, require
 
 
@@ -103,6 +103,9 @@ class OptimizerSettings:
     """On every parameter; in [0, inf)."""
     clip_norm: float = 1.0
     """Largest norm of all gradients together, in (0, inf); 0 means that nothing is clipped."""
+    moment_dtype: str = ""
+    """In which both means are kept between steps, which compute in float32; empty: all in the dtype
+    of the parameters."""
 
     def __post_init__(self):
         at_least(0, self, "optimizer.", "warmup_steps")
@@ -116,6 +119,9 @@ class OptimizerSettings:
             eps="(0, inf)",
             weight_decay="[0, inf)",
         )
+        if self.moment_dtype:
+            name = dtype_name(self.moment_dtype, "optimizer.moment_dtype")
+            object.__setattr__(self, "moment_dtype", name)
         at_least(0, self, "optimizer.", "clip_norm")
         if self.clip_norm:
             _within(self, "optimizer.", clip_norm="(0, inf)")

@@ -132,3 +132,22 @@ def test_schedule_at_its_ends(warmup, final):
     assert np.float32(schedule(warmup)) == np.float32(peak)
     for after in (STEPS, STEPS + 1, 1000):
         np.testing.assert_allclose(schedule(after), final * peak, rtol=1e-6, atol=1e-10)
+
+
+def test_moments_may_be_kept_narrower_than_the_parameters():
+    """Both are rounded between steps and nowhere else."""
+    generator = np.random.default_rng(3)
+    draw = lambda: jnp.asarray(generator.standard_normal((40, 30)), jnp.float32)
+    params, first, second = draw(), draw(), draw()
+    wide = make_optimizer(SETTINGS, STEPS)
+    narrow = make_optimizer(dataclasses.replace(SETTINGS, moment_dtype="bfloat16"), STEPS)
+    kept = narrow.init(params)
+    assert {x.dtype.name for x in jax.tree.leaves(kept) if x.ndim} == {"bfloat16"}
+    _, kept = narrow.update(first, kept, params)
+    wanted, moments = wide.update(first, wide.init(params), params)
+    round_trip = lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.ndim else x
+    wanted, moments = wide.update(second, jax.tree.map(round_trip, moments), params)
+    got, kept = narrow.update(second, kept, params)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(moments), strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.float32), round_trip(b).astype(jnp.float32))

@@ -163,6 +163,7 @@ def test_the_defaults_are_the_papers_recipe():
             "eps": 1e-8,
             "weight_decay": 0.1,
             "clip_norm": 1.0,
+            "moment_dtype": "",
         },
         "steps": 100_000,
         "seed": 0,
