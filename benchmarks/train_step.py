@@ -1,7 +1,8 @@
 """Times whole training steps of the published 2.9B models beside what their products take.
 
     python -m benchmarks.train_step [--models=mlra_4,mla] [--mesh=fsdp=2] [--batch=2,4] [--seq=2048]
-        [--remat=block,attention] [--set=NAME=VALUE ...] [--no_profile] [--output=FILE.json]
+        [--remat=block,attention] [--set=NAME=VALUE ...] [--materialise] [--no_profile]
+        [--output=FILE.json]
 
 A step is the one that `train.py` runs: forward, backward, AdamW; weights and tokens are random,
 which does not change the time. Steps follow each other as they do there; the median of several runs
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from benchmarks.limits import launch_seconds, matrix_rate, random_pool
 from benchmarks.profile import Kernel, kernels
 from mlra_jax import sharding
+from mlra_jax.attention import latent
 from mlra_jax.config import preset
 from mlra_jax.costs import flops_per_token
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
@@ -198,15 +200,23 @@ def main() -> int:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--remat", default="", help="values of model.remat, commas between")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "--materialise",
+        action="store_true",
+        help="make keys and values of all branch heads where latents would be attended to",
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON, written after every point")
     flags = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if flags.materialise:
+        latent.absorbs = lambda _: False
     device, width = jax.devices()[0], 512 if flags.tiny else 8192
     matrix = matrix_rate(random_pool(0, 2 * width**2), launch_seconds(), width)
     print(f"{device.device_kind}, JAX {jax.__version__}, products {matrix / 1e12:.2f} TFLOP/s")
     result = dict(device=device.device_kind, jax=jax.__version__, matrix=matrix, rows=[])
+    result["arguments"] = sys.argv[1:]
     for text, name, changes, batch in tqdm(list(_points(flags)), file=sys.stderr):
         row = dict(model=name, mesh=text, batch=batch, seq=flags.seq, changes=changes)
         try:
