@@ -213,7 +213,7 @@ def main() -> int:
     if flags.materialise:
         latent.absorbs = lambda _: False
     device, width = jax.devices()[0], 512 if flags.tiny else 8192
-    matrix = matrix_rate(random_pool(0, 2 * width**2), launch_seconds(), width)
+    matrix = matrix_rate(random_pool(0, 8 * width**2), launch_seconds(), width)
     print(f"{device.device_kind}, JAX {jax.__version__}, products {matrix / 1e12:.2f} TFLOP/s")
     result = dict(device=device.device_kind, jax=jax.__version__, matrix=matrix, rows=[])
     result["arguments"] = sys.argv[1:]
