@@ -21,7 +21,7 @@ from mlra_jax.attention import MODULES
 from mlra_jax.attention.base import Attention
 from mlra_jax.attention.parted import PartedLatentAttention, part_columns
 from mlra_jax.config import LatentConfig, ModelConfig
-from mlra_jax.layers import Projection, RMSNorm
+from mlra_jax.layers import Projection, RMSNorm, SummedProjection
 from mlra_jax.model import Block, Embedding, Model, positions
 
 _LEAST_ROWS = 8
@@ -193,8 +193,7 @@ class _Form(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         attention = PartedLatentAttention if _parted(config, mesh) else _mechanism(config)
-        if names := _joined_names(config, mesh):
-            attention = _joined(attention, names)
+        attention = _decoding(attention, _joined_names(config, mesh))
         block = functools.partial(Block, config, mesh=mesh, rngs=rngs)
         self.embed = Embedding(config, mesh=mesh, rngs=rngs)
         self.layers = nnx.List(
@@ -220,13 +219,16 @@ def _parted(config: ModelConfig, mesh: Mesh) -> bool:
 
 
 @functools.cache
-def _joined(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attention]:
+def _decoding(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attention]:
     """The mechanism with these projections of its input in one matrix `[D, N]`."""
 
-    class Joined(mechanism):
+    class Decoding(mechanism):
         def __init__(self, config, *, mesh, rngs):
             super().__init__(config, mesh=mesh, rngs=rngs)
+            self.out = SummedProjection(self.out, mesh)
             self.outputs = {name: getattr(self, name).kernel.shape[1:] for name in names}
+            if not names:
+                return
             for name in names:
                 delattr(self, name)
             columns = sum(map(math.prod, self.outputs.values()))
@@ -235,6 +237,8 @@ def _joined(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attentio
             )
 
         def inputs(self, x_BTD):
+            if not names:
+                return super().inputs(x_BTD)
             ends = np.cumsum([math.prod(shape) for shape in self.outputs.values()])
             parts = jnp.split(self.joined(x_BTD), ends[:-1], axis=-1)
             y = {
@@ -244,7 +248,7 @@ def _joined(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attentio
             others = (n for n in self.input_names(self.config) if n not in y)
             return y | {name: getattr(self, name)(x_BTD) for name in others}
 
-    return Joined
+    return Decoding
 
 
 class _JoinedSwiGLU(nnx.Module):
@@ -254,7 +258,7 @@ class _JoinedSwiGLU(nnx.Module):
         self.mesh, D, F = mesh, config.embed_dim, padded_width(config, mesh)
         project = functools.partial(Projection, config=config, rngs=rngs)
         self.gate_up = project((D, 2, F), ("embed", None, "mlp"))
-        self.down = project((F, D), ("mlp", "embed"))
+        self.down = SummedProjection(project((F, D), ("mlp", "embed")), mesh)
 
     def __call__(self, x_BTD):
         y_BT2F = sharding.constrain(self.gate_up(x_BTD), self.mesh, "batch", "length", None, "mlp")

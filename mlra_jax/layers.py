@@ -1,6 +1,7 @@
 """The parts every block is made of: RMSNorm, projections, rotary positions, SwiGLU."""
 
 import functools
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
+from mlra_jax.kernels import all_reduce
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -93,6 +95,36 @@ class Projection(nnx.Module):
         of_kernel = features[: self.kernel.ndim]
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
         return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
+
+
+class SummedProjection(Projection):
+    """`projection` in a decoding step, its contracted dimensions split over the devices of `mesh`.
+
+    Of a few rows on GPUs the devices add up their parts by `kernels.all_reduce`, otherwise by XLA.
+    """
+
+    def __init__(self, projection: Projection, mesh: Mesh):
+        self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
+        self.axes = tuple(projection.kernel.get_metadata()["out_sharding"][: self.num_in])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mesh = self.mesh
+        size = math.prod((*x.shape[: -self.num_in], *self.kernel.shape[self.num_in :]))
+        if all_reduce.supports(mesh, sharding.MODEL, size) is not None:
+            return super().__call__(x)
+
+        def local(x, kernel):
+            part = jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)
+            return all_reduce.all_reduce(part, mesh, sharding.MODEL, x.dtype)
+
+        rows = ("batch", "length")
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(sharding.spec(*rows, *self.axes), sharding.spec(*self.axes)),
+            out_specs=sharding.spec(*rows),
+            check_vma=False,
+        )(x, self.kernel[...].astype(x.dtype))
 
 
 def output_init(config: ModelConfig):
