@@ -41,6 +41,7 @@ from mlra_jax import sharding
 from mlra_jax.attention import latent
 from mlra_jax.config import preset
 from mlra_jax.costs import flops_per_token
+from mlra_jax.training.fitting import bytes_needed, compile_step
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.state import abstract_state, create_state
 from mlra_jax.training.step import abstract_batch, make_train_step
@@ -96,17 +97,12 @@ def by_kind(found: Iterable[Kernel], text: str) -> dict[str, float]:
 
 def measure(experiment: Experiment, mesh: Mesh, matrix: float, profile: bool) -> dict[str, Any]:
     """One point; `matrix` is the FLOP per second of a product on one device."""
-    step = make_train_step(experiment, mesh)
     abstract = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
-    began = time.perf_counter()
-    program = step.lower(*abstract).compile()
-    row: dict[str, Any] = dict(compile_seconds=time.perf_counter() - began)
-    memory = program.memory_analysis()
-    held, work = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    row["planned_GiB"] = (
-        held + work + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    ) / 2**30
-    row["work_GiB"] = work / 2**30
+    began, said = time.perf_counter(), []
+    program = compile_step(make_train_step, experiment, mesh, abstract, said.append)
+    row: dict[str, Any] = dict(compile_seconds=time.perf_counter() - began, chosen=said)
+    row["planned_GiB"] = bytes_needed(program) / 2**30
+    row["work_GiB"] = program.memory_analysis().temp_size_in_bytes / 2**30
 
     peak_before = _peak_bytes()
     state, rng = create_state(experiment, mesh), np.random.default_rng()
@@ -164,6 +160,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{name}\n    {row['error'][:160]}"
     peak = row["peak_GiB"]
     lines = [
+        *row["chosen"],
         f"{name}\n    {row['milliseconds']:.1f} ms, {row['tokens_per_second']:.0f} tokens/s, "
         f"{row['model_TFLOP_per_second_per_device']:.0f} TFLOP/s a device, "
         f"{100 * row['share_of_matrix_rate']:.1f}% of the matrix rate, planned "

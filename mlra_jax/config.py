@@ -186,7 +186,7 @@ def _normalise_dtype(config, name: str) -> None:
     object.__setattr__(config, name, dtype_name(getattr(config, name), name))
 
 
-REMAT = ("none", "block", "attention", "products", "offload")
+REMAT = ("auto", "none", "block", "attention", "products", "offload")
 ATTENTION_KERNELS = ("auto", "cudnn", "cudnn_padded", "splash", "reference")
 
 
@@ -197,12 +197,13 @@ class Execution:
     dtype: str = "bfloat16"
     """Of activations and products; norms' statistics, softmax and logits are float32. It may be
     given as NumPy or JAX write it (`jnp.bfloat16`), and is kept by name."""
-    remat: str | bool = "block"
+    remat: str | bool = "auto"
     """What the backward pass finds kept of a block and what it computes again, one of `REMAT`
-    (`mlra_jax.remat`); True is "block" and False "none"."""
-    unroll: int = 1
-    """Blocks that follow each other in the body of the loop over blocks, from 1 on. More of them
-    take longer to compile."""
+    (`mlra_jax.remat`); True is "block" and False "none". "auto" is the fastest that fits, chosen
+    when a training step is compiled (`mlra_jax.training.fitting`), and "block" elsewhere."""
+    unroll: int = 0
+    """Blocks that follow each other in the body of the loop over blocks, from 0 on. More of them
+    take longer to compile; 0 is all of them on GPUs and one elsewhere."""
     float32_stream: bool = False
     """Keep the sum that blocks add to in float32, also where activations are narrower."""
     attention_kernel: str = "auto"
@@ -211,7 +212,7 @@ class Execution:
 
     def __post_init__(self):
         _normalise_dtype(self, "dtype")
-        at_least(1, self, "", "unroll")
+        at_least(0, self, "", "unroll")
         as_name = {"true": "block", "false": "none"}
         remat = as_name.get(str(self.remat).lower(), self.remat)
         object.__setattr__(self, "remat", remat)

@@ -120,10 +120,10 @@ class Model(nnx.Module):
             block = nnx.merge(graphdef, layer)
             return block(remat.name_stream(x_BTD), positions_BT), None
 
-        how = self.config.execution
-        in_loop = how.unroll < self.config.num_layers
-        body = remat.checkpointed(body, how.remat, in_loop=in_loop)
-        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=how.unroll)
+        together = unrolled(self.config, self.mesh)
+        in_loop = together < self.config.num_layers
+        body = remat.checkpointed(body, self.config.execution.remat, in_loop=in_loop)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=together)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -139,6 +139,13 @@ def _logits(model, tokens_BT, positions_BT):
 def positions(tokens_BT: jax.Array) -> jax.Array:
     """int32 `[B, T]`, counting from 0 in each row."""
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+
+
+def unrolled(config: ModelConfig, mesh: Mesh) -> int:
+    """How many blocks the body of the loop over blocks has on the mesh's devices; at most all."""
+    on_gpu = sharding.platform(mesh) in ("gpu", "cuda", "rocm")
+    asked = config.execution.unroll or (config.num_layers if on_gpu else 1)
+    return min(asked, config.num_layers)
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,8 @@
 | `attention` | its input, what attention gave | everything else |
 | `block` | its input | everything |
 | `offload` | as `attention`, in the memory of the host | everything else |
+
+`auto`, where nobody has chosen one of them, is `block`.
 """
 
 from collections.abc import Callable
@@ -49,6 +51,7 @@ def _offload(primitive: Any, *inputs: Any, **params: Any) -> Any:
 
 
 _POLICIES = {
+    "auto": None,
     "block": None,
     "attention": _attention,
     "products": checkpoint_policies.save_from_both_policies(

@@ -103,14 +103,14 @@ def test_every_attention_is_told_apart_and_keeps_its_defaults():
     config = ModelConfig.from_dict(values)
     assert (config.attention.gated, config.norm_eps, config.zero_init) == (False, 1e-6, True)
     assert (config.rope_base, config.context_length) == (10000.0, 2048)
-    assert (config.param_dtype, Execution()) == ("float32", Execution("bfloat16", True))
+    assert (config.param_dtype, Execution()) == ("float32", Execution("bfloat16", "auto"))
 
 
 def test_how_a_model_is_computed_is_no_part_of_its_identity():
     config = tiny.config("gta")
     other = dataclasses.replace(config, execution=Execution("float16", remat=False))
     assert config != other and config.identity() == other.identity()
-    how = dict(dtype="float16", remat="none", unroll=1, float32_stream=False)
+    how = dict(dtype="float16", remat="none", unroll=0, float32_stream=False)
     how["attention_kernel"] = "auto"
     assert other.to_dict() == config.identity() | how
     assert ModelConfig.from_dict(config.identity()).execution == Execution()

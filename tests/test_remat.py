@@ -11,7 +11,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo as library
 
 from mlra_jax import model as models
-from mlra_jax.config import REMAT, ConfigError, Execution, preset
+from mlra_jax.config import ConfigError, Execution, preset
 from mlra_jax.sharding import make_mesh
 
 
@@ -29,8 +29,7 @@ def plain():
 
 @pytest.mark.parametrize(
     "remat, sizes, unroll",
-    [(name, {}, 1) for name in REMAT[1:4]]
-    + [("attention", dict(data=2, tensor=2), 1), ("block", {}, 2), ("none", {}, 2)],
+    [("products", {}, 1), ("attention", dict(data=2, tensor=2), 1), ("auto", {}, 2)],
 )
 def test_gradients_are_those_of_keeping_everything(plain, remat, sizes, unroll):
     config = tiny.config("mlra_2", 2, remat=remat, unroll=unroll)
@@ -47,11 +46,7 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(library, "is_cuda_compute_capability_equal", lambda _: False)
 
 
-@pytest.mark.parametrize(
-    "remat, attention, products",
-    [("none", 1, 0), ("products", 1, 2), ("attention", 1, 9), ("block", 2, 9), ("offload", 1, 9)],
-)
-def test_what_is_computed_again(cudnn, remat, attention, products):
+def test_what_is_computed_again(cudnn):
     """Of a published block on a GPU: calls of attention's forward pass, products beyond `none`."""
     count = lambda text, what: len(re.findall(what, text))
 
@@ -62,10 +57,17 @@ def test_what_is_computed_again(cudnn, remat, attention, products):
         total = lambda p, t: nnx.merge(definition, p).hidden(t).astype(jnp.float32).sum()
         return jax.jit(jax.grad(total)).trace(shapes, tokens).lower(lowering_platforms=("cuda",))
 
-    text, plain = lowered(remat).as_text(), lowered("none").as_text()
-    assert count(text, r"@__cudnn\$fmhaSoftmax\(") == attention
-    assert count(text, r"@__cudnn\$fmhaSoftmaxBackward\(") == 1
-    assert count(text, "stablehlo.dot_general") - count(plain, "stablehlo.dot_general") == products
+    texts = {
+        name: lowered(name).as_text()
+        for name in ("none", "products", "attention", "block", "offload")
+    }
+    products = {name: count(text, "stablehlo.dot_general") for name, text in texts.items()}
+    again = dict(none=0, products=2, attention=9, block=9, offload=9)
+    assert {name: n - products["none"] for name, n in products.items()} == again
+    attention = {name: count(text, r"@__cudnn\$fmhaSoftmax\(") for name, text in texts.items()}
+    assert attention == dict(none=1, products=1, attention=1, block=2, offload=1)
+    for text in texts.values():
+        assert count(text, r"@__cudnn\$fmhaSoftmaxBackward\(") == 1
 
 
 @pytest.mark.parametrize("given, name", [(True, "block"), (False, "none"), ("False", "none")])
@@ -74,5 +76,5 @@ def test_booleans_of_old_files_mean_block_and_none(given, name):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ConfigError, match="remat='blocks' is none of none, block, attention"):
+    with pytest.raises(ConfigError, match="remat='blocks' is none of auto, none, block, attention"):
         Execution(remat="blocks")

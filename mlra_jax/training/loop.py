@@ -19,10 +19,18 @@ from mlra_jax.config import ModelConfig
 from mlra_jax.data.sources import describe
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
+from mlra_jax.training.fitting import compile_step
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
 from mlra_jax.training.settings import Experiment, MeshSettings
-from mlra_jax.training.state import TrainState, abstract_state, create_state
+from mlra_jax.training.state import (
+    TrainState,
+    abstract_stored_state,
+    create_state,
+    stacked,
+    steps_by_layer,
+    unstacked,
+)
 from mlra_jax.training.step import make_train_step, make_validation_step
 from mlra_jax.training.stopping import StopSignals
 
@@ -51,7 +59,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     workdir = _checked_workdir(workdir)
     mesh = _checked_mesh(experiment.mesh)
     model, data = experiment.model, experiment.data
-    abstract = abstract_state(experiment, mesh)
+    abstract, by_layer = abstract_stored_state(experiment, mesh), steps_by_layer(experiment, mesh)
     tokenizer, source = load_data(data, model.vocab_size)
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
@@ -61,6 +69,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         found = checkpoints.open_checkpoint(workdir)
         checkpoints.check_same_model(found, model, tokenizer, workdir)
         state, seconds = _restore(found, abstract, batches)
+        state = unstacked(state) if by_layer else state
         step = found.step
         say(f"resuming {workdir} from step {step}")
 
@@ -78,7 +87,9 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
-            compute, seconds_to_compile = _compile(make_train_step(experiment, mesh), state, batch)
+            began = time.monotonic()
+            compute = compile_step(make_train_step, experiment, mesh, (state, batch), say)
+            seconds_to_compile = time.monotonic() - began
             say(
                 f"{_parameters(state):,} parameters on {_described(mesh)}, "
                 f"{experiment.tokens_per_step:,} tokens a step, "
@@ -98,6 +109,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
             validate = make_validation_step(experiment, mesh)
             loop = _Loop(
                 due=_Due.of(experiment),
+                by_layer=by_layer,
                 compute=compute,
                 batches=batches,
                 validate=lambda params: mean_loss(validate, params, held_out),
@@ -189,6 +201,7 @@ class _Loop:
     """The steps of a run from where it stands to the last, or to a signal."""
 
     due: _Due
+    by_layer: bool
     compute: Compute
     batches: TrainBatches
     validate: Callable[[Any], tuple[float, int]]
@@ -214,9 +227,12 @@ class _Loop:
             if check:
                 self.progress.validated(*self.validate(state.params))
             if save:
+                state = stacked(state)
                 self.saver.save(step, state, position, self.progress.seconds)
             if last or stop:
                 return not last
+            if save and self.by_layer:
+                state = unstacked(state)
             batch = next(self.batches)
             if log or check or save:
                 self.progress.restart_interval()
@@ -267,13 +283,6 @@ def _begin(
     settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
     (workdir / "experiment.json").write_text(settings + "\n")
     return contextlib.closing(MetricsWriter(workdir, step, say))
-
-
-def _compile(step: Any, state: TrainState, batch: Batch) -> tuple[Compute, float]:
-    """The compiled step, and the seconds it took."""
-    began = time.monotonic()
-    compiled = step.lower(state, batch).compile()
-    return compiled, time.monotonic() - began
 
 
 def _one_at_a_time(compute: Compute) -> Compute:

@@ -78,7 +78,7 @@ class Steps:
         step = self._once(make_train_step, experiment, mesh)
 
         def lower(*arguments):
-            key = ("compiled", experiment.steps, experiment.data)
+            key = ("compiled", experiment.model, experiment.steps, experiment.data)
             if key not in self.made:
                 self.made[key] = step.lower(*arguments).compile()
             return SimpleNamespace(compile=lambda: self.made[key])
@@ -335,6 +335,23 @@ def test_a_run_goes_on_over_a_damaged_line_of_its_metrics(experiment, lab, tmp_p
     assert f"{path}, line 2: damaged; set aside in metrics.jsonl.damaged" in said
     after = without_times(tmp_path)
     assert after[: len(before)] == before and after[-1]["step"] == 5
+
+
+def test_a_run_goes_on_with_and_without_a_loop_over_blocks(experiment, lab, tmp_path):
+    def run(folder, unroll, **how):
+        model = dataclasses.replace(experiment.model, num_layers=2, unroll=unroll)
+        short = dataclasses.replace(experiment, model=model, steps=7, log_every=1, save_every=2)
+        lab.train(short, tmp_path / folder, **how)
+
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    run("changing", 2, when="step 3/", act=stop)
+    run("changing", 1, when="step 5/", act=stop)
+    run("changing", 2)
+    run("loop", 1)
+    got, want = (lines_of(tmp_path / folder, "loss") for folder in ("changing", "loop"))
+    assert list(got) == list(want) == [1, 2, 3, 4, 5, 6, 7]
+    losses = lambda lines: [line["loss"] for line in lines.values()]
+    np.testing.assert_allclose(losses(got), losses(want), rtol=1e-5)
 
 
 def test_a_signal_at_the_last_step_is_no_stop(experiment, lab, tmp_path):
