@@ -165,7 +165,7 @@ def line(row: dict[str, Any]) -> str:
         f"{row['model_TFLOP_per_second_per_device']:.0f} TFLOP/s a device, "
         f"{100 * row['share_of_matrix_rate']:.1f}% of the matrix rate, planned "
         f"{row['planned_GiB']:.1f} GiB{f', peak {peak:.1f}' if peak else ''}, "
-        f"compiled in {row['compile_seconds']:.0f} s, loss {row['last_loss']:.3f}"
+        f"compiled in {row['compile_seconds']:.0f} s, loss {row['last_loss']:.3f}",
     ]
     kinds = row.get("by_kind", {})
     if kinds:

@@ -67,11 +67,10 @@ class Feed:
     rows: int
     model: ModelConfig
 
-    def train(self, source: Source, seed: int) -> "TrainBatches":
-        """Shuffled batches without end, read ahead."""
-        return TrainBatches(
-            self, make_train_iterator(source, seed=seed, prefetch=2, **self._sizes())
-        )
+    def train(self, source: Source, seed: int, order: str) -> "TrainBatches":
+        """Batches without end in one of `data.pipeline.ORDERS`, read ahead."""
+        how = dict(seed=seed, order=order, prefetch=2)
+        return TrainBatches(self, make_train_iterator(source, **how, **self._sizes()))
 
     def validation(self, source: Source, max_tokens: int) -> "ValidationBatches":
         """The held-out windows in order, at most `max_tokens` of them, at each iteration."""

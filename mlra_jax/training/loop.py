@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.fitting import compile_step
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
+from mlra_jax.training.saving import Best, Saver
 from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import (
     TrainState,
@@ -40,9 +42,10 @@ Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
-    Leaves in `workdir`: `checkpoints/`, `experiment.json`, `metrics.jsonl`, `tensorboard/`,
-    `loss_curve.png`. With several processes all must see the same `workdir`. SIGTERM and Ctrl-C
-    save and return. Losses, data order and checkpoints depend on the settings alone.
+    Leaves in `workdir`: `checkpoints/` (and `best/` if asked), `experiment.json`, `metrics.jsonl`,
+    `tensorboard/`, `loss_curve.png`. With several processes all must see the same `workdir`.
+    SIGTERM and Ctrl-C save and return. Losses, data order and checkpoints depend on the settings
+    alone.
 
     Args:
       experiment: what to train.
@@ -61,7 +64,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     model, data = experiment.model, experiment.data
     abstract, by_layer = abstract_stored_state(experiment, mesh), steps_by_layer(experiment, mesh)
     tokenizer, source = load_data(data, model.vocab_size)
-    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed)
+    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
     state, step, seconds = None, 0, 0.0
@@ -78,6 +81,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         enter(contextlib.closing(batches))
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, step or None))
+        best = enter(Best(workdir, description)) if experiment.keep_best else None
         writer = enter(_begin(workdir, experiment, step, say)) if first else None
         stop = enter(StopSignals())
         if step >= experiment.steps:
@@ -87,16 +91,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
-            began = time.monotonic()
-            compute = compile_step(make_train_step, experiment, mesh, (state, batch), say)
-            seconds_to_compile = time.monotonic() - began
-            say(
-                f"{_parameters(state):,} parameters on {_described(mesh)}, "
-                f"{experiment.tokens_per_step:,} tokens a step, "
-                f"compiled in {seconds_to_compile:.0f} s"
-            )
-            if sharding.platform(mesh) == "cpu":
-                compute = _one_at_a_time(compute)
+            compute = _compiled(experiment, mesh, state, batch, say)
             progress = Progress(
                 steps=experiment.steps,
                 step=step,
@@ -114,9 +109,13 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 batches=batches,
                 validate=lambda params: mean_loss(validate, params, held_out),
                 saver=saver,
+                best=best,
                 progress=progress,
                 stop=stop,
             )
+            if experiment.validate_first and step == 0:
+                loop.check(state)
+                progress.restart_interval()
             if loop.run(state, batch):
                 say(f"stopped and saved at step {saver.last}; the same command resumes")
         if first:
@@ -133,47 +132,6 @@ def mean_loss(
     for batch in batches:
         sums += np.asarray(jax.device_get(validate(params, batch)), np.float64)
     return float(sums[0] / sums[1]), int(sums[1])
-
-
-class Saver:
-    """Writes the checkpoints of a run while it is entered, and waits for them at the end.
-
-    Args:
-      workdir: their folder, made if it does not exist.
-      keep: how many stay.
-      description: the `model` item of each.
-      last: the step that is there already and was restored.
-    """
-
-    def __init__(self, workdir: Path, keep: int, description: dict[str, Any], last: int | None):
-        self.last = last
-        self._folder, self._description = workdir / checkpoints.SUBFOLDER, description
-        self._manager = checkpoints.make_manager(workdir, keep=keep)
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-    @property
-    def last_good(self) -> str | None:
-        """The folder of the last checkpoint."""
-        return None if self.last is None else str(self._folder / str(self.last))
-
-    def save(self, step: int, state: TrainState, position: dict, seconds: float) -> None:
-        """Begins to write step `step`; its arrays may be donated when this returns."""
-        checkpoints.save(
-            self._manager,
-            step,
-            params=state.params,
-            optimizer=state.optimizer,
-            model=self._description,
-            iterator=position,
-            progress={"step": step, "seconds": seconds},
-        )
-        self.last = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +164,7 @@ class _Loop:
     batches: TrainBatches
     validate: Callable[[Any], tuple[float, int]]
     saver: Saver
+    best: Best | None
     progress: Progress
     stop: StopSignals
 
@@ -224,18 +183,29 @@ class _Loop:
                 self.progress.log(values)
             # What is written for a step is on the disk before its checkpoint, which is where a
             # killed run goes on.
-            if check:
-                self.progress.validated(*self.validate(state.params))
-            if save:
+            loss = self.check(state) if check else math.inf
+            best = self.best if self.best and self.best.beaten_by(loss) else None
+            if save or best:
                 state = stacked(state)
-                self.saver.save(step, state, position, self.progress.seconds)
+                with self.progress.timed("save_seconds"):
+                    if best:
+                        best.save(step, state.params, loss)
+                    if save:
+                        self.saver.save(step, state, position, self.progress.seconds)
             if last or stop:
                 return not last
-            if save and self.by_layer:
+            if (save or best) and self.by_layer:
                 state = unstacked(state)
-            batch = next(self.batches)
+            with self.progress.timed("input_seconds"):
+                batch = next(self.batches)
             if log or check or save:
                 self.progress.restart_interval()
+
+    def check(self, state: TrainState) -> float:
+        """The mean loss over what is held out, which is reported."""
+        loss, tokens = self.validate(state.params)
+        self.progress.validated(loss, tokens)
+        return loss
 
 
 def _checked_workdir(workdir: str | Path) -> Path:
@@ -285,8 +255,24 @@ def _begin(
     return contextlib.closing(MetricsWriter(workdir, step, say))
 
 
-def _one_at_a_time(compute: Compute) -> Compute:
-    """Many CPU devices share few threads: more than one step under way could starve another."""
+def _compiled(
+    experiment: Experiment,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
+    say: Callable[[str], None],
+) -> Compute:
+    """The compiled step; says what it is of and how long that took."""
+    began = time.monotonic()
+    compute = compile_step(make_train_step, experiment, mesh, (state, batch), say)
+    say(
+        f"{_parameters(state):,} parameters on {_described(mesh)}, "
+        f"{experiment.tokens_per_step:,} tokens a step, "
+        f"compiled in {time.monotonic() - began:.0f} s"
+    )
+    if sharding.platform(mesh) != "cpu":
+        return compute
+    # Many CPU devices share few threads: more than one step under way could starve another.
     return lambda state, batch: jax.block_until_ready(compute(state, batch))
 
 

@@ -9,12 +9,12 @@ from mlra_jax.training.settings import OptimizerSettings
 
 def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     """Learning rate of update number 0, 1, ...: linear from 0 to the peak over `warmup_steps`,
-    then a cosine to `final_fraction` of the peak at step `steps`."""
+    then a cosine to `final_fraction` of the peak, which is that of the last of `steps` updates."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.peak_learning_rate,
         warmup_steps=settings.warmup_steps,
-        decay_steps=steps,
+        decay_steps=max(steps - 1, settings.warmup_steps + 1),
         end_value=settings.final_fraction * settings.peak_learning_rate,
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mlra_jax.config import ModelConfig, dtype_name
+from mlra_jax.data.pipeline import ORDERS
 from mlra_jax.settings_tree import at_least, build, require
 
 
@@ -57,6 +58,8 @@ class DataSettings:
     source: str = ""
     """Text files, folders of them, `.bin` token files, patterns, or `pydoc` for the language
     reference inside every CPython; several with commas between (`mlra_jax.data.sources`)."""
+    order: str = "shuffled"
+    """Of the windows: `shuffled`, anew each epoch, or `sequential`, as they stand in the files."""
     validation: str = ""
     """The same for validation; empty takes the source's own validation files or holds out
     `validation_fraction` of its end."""
@@ -75,6 +78,7 @@ class DataSettings:
     def __post_init__(self):
         at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
         require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
+        require(self.order in ORDERS, f"data.order={self.order!r} is none of {', '.join(ORDERS)}")
         _within(self, "data.", validation_fraction="(0, 1)")
 
     @property
@@ -141,9 +145,13 @@ class Experiment:
     """In [0, 2**32); of the weights and of the order of the data."""
     log_every: int = 10
     validate_every: int = 1000
+    validate_first: bool = False
+    """Validate before the first step, too."""
     save_every: int = 1000
     keep: int = 2
     """Checkpoints that stay; older ones are deleted."""
+    keep_best: bool = False
+    """Keep the weights of the lowest validation loss besides, a checkpoint in `workdir/best`."""
     loss_chunk: int = 512
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
     virtual_cpu_devices: int = 0

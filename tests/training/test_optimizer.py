@@ -30,7 +30,7 @@ def rate(settings, steps, step):
     peak, warmup = settings.peak_learning_rate, settings.warmup_steps
     if step < warmup:
         return peak * step / warmup
-    done = min(1.0, (step - warmup) / (steps - warmup))
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     floor = settings.final_fraction
     return peak * (floor + (1 - floor) * (1 + np.cos(np.pi * done)) / 2)
 
@@ -130,7 +130,8 @@ def test_schedule_at_its_ends(warmup, final):
     peak = settings.peak_learning_rate
     assert schedule(0) == (0 if warmup else np.float32(peak))
     assert np.float32(schedule(warmup)) == np.float32(peak)
-    for after in (STEPS, STEPS + 1, 1000):
+    last = max(STEPS - 1, warmup + 1)
+    for after in (last, STEPS, STEPS + 1, 1000):
         np.testing.assert_allclose(schedule(after), final * peak, rtol=1e-6, atol=1e-10)
 
 
