@@ -1,17 +1,21 @@
 """Times whole decoding steps of the published 2.9B models beside what their bytes take.
 
     python -m benchmarks.decode [--mesh=tensor=2] [--models=mlra_4,mla] [--points=1x2K,8x128K]
-                                [--kernels] [--output=FILE.json]
+                                [--shares=4,8,4x2] [--tokens_per_call=1,8] [--profile]
+                                [--first_token] [--output=FILE.json] [--figures=FOLDER]
+    python -m benchmarks.decode --input=FILE.json --figures=FOLDER
 
 A step is the compiled program that `generate` runs: embedding, layers, head, greedy draw; weights
 and caches are random, which does not change the time. Steps follow each other as they do there, the
 host one ahead; the median of several runs of 32 counts. The floor is one device's weights and cache
 over the read bandwidth measured in the same process.
+
+`--shares` times one device's share of so many ways (of a tensor axis, `4x2` also of a context axis)
+on one device: its weights and its cache. What devices exchange is left out.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -23,64 +27,63 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.limits import launch_seconds, random_pool, read_bandwidth
-from benchmarks.profile import kernels
+from benchmarks import limits
+from benchmarks.models import (
+    bytes_per_device,
+    model_config,
+    parse_points,
+    peak_gigabytes,
+    positions_of,
+    random_tree,
+)
+from benchmarks.prefill import default_over, prefill
+from benchmarks.profile import profile
 from mlra_jax import sharding
 from mlra_jax.cache import Cache, round_capacity
-from mlra_jax.config import preset
 from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.generation import Sampling, programs
 from mlra_jax.generation.sampling import draws
 
-_K = 1024
-_STEPS, _RUNS = 32, 5
+_STEPS, _RUNS, _CHUNK = 32, 5, 2048
 MODELS = "mlra_4,mlra_2,mla,gla_2,gqa"
 POINTS = "1x2K,1x16K,1x128K,8x2K,8x128K,32x2K,32x32K,128x1K,128x4K"
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
-def _random(key, shape, dtype, where):
-    x = 0.02 * jax.random.normal(key, shape, dtype)
-    return jax.lax.with_sharding_constraint(x, where)
+def measure(
+    decoder: Decoder, batch: int, context: int, read: float, per_call: int, profiled: bool
+) -> dict:
+    """One point: time of a step, floor, compile time; with `profiled` its kernels too.
 
-
-def random_tree(shapes):
-    """Random numbers in the shapes and places of a tree of `jax.ShapeDtypeStruct`s."""
-    leaves, tree = jax.tree.flatten(shapes)
-    seed = time.time_ns() % 2**31
-    keys = (jax.random.key(seed + i, impl="unsafe_rbg") for i in range(len(leaves)))
-    made = [_random(k, x.shape, x.dtype, x.sharding) for k, x in zip(keys, leaves, strict=True)]
-    return jax.block_until_ready(jax.tree.unflatten(tree, made))
-
-
-def bytes_per_device(tree) -> int:
-    """Bytes that one device holds of a tree of arrays or shapes."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
-
-
-def measure(decoder: Decoder, batch: int, context: int, read: float, profile: bool) -> dict:
-    """One point: time of a step, floor, compile time; with `profile` its kernels too."""
+    `context` is the number of positions that this mesh keeps.
+    """
     config, mesh = decoder.config, decoder.mesh
+    steps = -(-_STEPS // per_call) * per_call
     # The caches fill up around the context, which is their mean.
-    shapes = abstract_cache(config, mesh, batch, round_capacity(context + _RUNS * _STEPS, mesh))
+    shapes = abstract_cache(config, mesh, batch, round_capacity(context + _RUNS * steps, mesh))
     settings, num_tokens = draws(Sampling(), 0, batch), decoder.vocabulary.num_tokens
     tokens = jax.device_put(np.arange(batch, dtype=np.int32), sharding.named(mesh))
+    several = dict(count=per_call, num_tokens=num_tokens)
     began = time.perf_counter()
-    step = programs.step.lower(decoder, shapes, tokens).compile()
+    if per_call == 1:
+        lowered = programs.step.lower(decoder, shapes, tokens)
+    else:
+        n = np.int32(0)
+        lowered = programs.several.lower(decoder, shapes, tokens, settings, n, **several)
+    step = lowered.compile()
     compiling = time.perf_counter() - began
 
-    begin = context - _RUNS * _STEPS // 2
+    begin = max(context - _RUNS * steps // 2, 0)
     lengths = jnp.full(batch, begin, jnp.int32, device=shapes.lengths.sharding)
     cache = Cache(random_tree(shapes.layers), lengths)
 
-    def run(steps=_STEPS):
+    def run(count=steps):
         nonlocal cache, tokens
-        for n in range(steps):
-            logits, cache = step(decoder, cache, tokens)
-            tokens = programs.draw(logits, settings, np.int32(n), num_tokens=num_tokens)
+        for n in range(0, count, per_call):
+            if per_call == 1:
+                logits, cache = step(decoder, cache, tokens)
+                tokens = programs.draw(logits, settings, np.int32(n), num_tokens=num_tokens)
+            else:
+                _, tokens, cache = step(decoder, cache, tokens, settings, np.int32(n))
         return tokens
 
     jax.block_until_ready(run(4))
@@ -88,76 +91,150 @@ def measure(decoder: Decoder, batch: int, context: int, read: float, profile: bo
     for _ in range(_RUNS):
         began = time.perf_counter()
         jax.block_until_ready(run())
-        seconds.append((time.perf_counter() - began) / _STEPS)
-    share = context / (context + _RUNS * _STEPS)
+        seconds.append((time.perf_counter() - began) / steps)
+    share = context / shapes.capacity
     held = bytes_per_device(decoder.weights) + share * bytes_per_device(shapes.layers)
     milliseconds = 1e3 * statistics.median(seconds)
     row = dict(
-        batch=batch,
-        context=context,
         milliseconds=milliseconds,
         spread=[1e3 * min(seconds), 1e3 * max(seconds)],
         floor=1e3 * held / read,
         ratio=milliseconds * read / held / 1e3,
         tokens_per_second=batch / milliseconds * 1e3,
         compile_seconds=compiling,
+        peak_GB=peak_gigabytes(step),
     )
-    if profile:
-        found = kernels(lambda: run(1))
-        row["kernels"] = sum(k.launches for k in found)
-        row["busy_milliseconds"] = sum(k.microseconds for k in found) / 1e3
-        row["longest"] = [dataclasses.astuple(k) for k in found[:24]]
-    statistics_of = jax.devices()[0].memory_stats() or {}
-    row["peak_GB"] = statistics_of.get("peak_bytes_in_use", 0) / 1e9
+    if profiled:
+        found = profile(lambda: run(per_call))
+        row["kernels"] = sum(k.launches for k in found.kernels) / per_call
+        row["graphs"] = found.graphs / per_call / mesh.size
+        row["busy_milliseconds"] = found.milliseconds / per_call
+        row["exchanging"] = found.exchanging
+        row["longest"] = [dataclasses.astuple(k) for k in found.kernels[:24]]
     return row
 
 
-def parse_points(text: str) -> list[tuple[int, int]]:
-    """(batch, context) pairs of `1x2K,8x128K`."""
-    pairs = []
-    for point in text.split(","):
-        batch, _, context = point.partition("x")
-        pairs.append((int(batch), int(context.rstrip("K")) * (_K if "K" in context else 1)))
-    return pairs
+def first_token(decoder: Decoder, batch: int, context: int) -> dict:
+    """Seconds of prefilling so many tokens, compiled before, and of compiling that."""
+    over = None if context <= _CHUNK else default_over(decoder)
+    once, compiling, _ = prefill(decoder, batch, context, _CHUNK, over)
+    jax.block_until_ready(once())
+    began = time.perf_counter()
+    jax.block_until_ready(once())
+    return dict(first_token_seconds=time.perf_counter() - began, prefill_compile_seconds=compiling)
 
 
 def line(row: dict) -> str:
-    name = (
-        f"{row['model']:8} {row['mesh'] or 'one device':20} {row['batch']:4} x {row['context']:7}"
-    )
+    where = f"1/{row['share']} of it" if row["share"] else row["mesh"] or "one device"
+    name = f"{row['model']:8} {where:20} {row['batch']:4} x {row['context']:7}"
+    name += f" by {row['tokens_per_call']}" if row["tokens_per_call"] > 1 else ""
     if "error" in row:
         return f"{name}  {row['error'][:120]}"
-    return (
+    text = (
         f"{name} {row['milliseconds']:8.3f} ms {row['floor']:8.3f} floor {row['ratio']:5.2f}x "
-        f"{row['tokens_per_second']:9.0f} tok/s  compile {row['compile_seconds']:5.1f} s"
-        + (f"  {row['kernels']:.0f} kernels" if "kernels" in row else "")
+        f"{row['tokens_per_second']:9.0f} tok/s  {row['peak_GB']:6.2f} GB  "
+        f"compile {row['compile_seconds']:5.1f} s"
     )
+    if "kernels" in row:
+        text += f"  {row['kernels']:.0f} kernels {row['graphs']:.1f} graphs"
+        text += f" {row['exchanging']:.0%} exchanging"
+    if "first_token_seconds" in row:
+        text += f"  first token {row['first_token_seconds']:.2f} s"
+    return text
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--mesh", default="", help="as in tensor=2; several with ; between")
-    parser.add_argument("--models", default=MODELS)
-    parser.add_argument("--points", default=POINTS, help="batch x context, commas between")
-    parser.add_argument("--kernels", action="store_true", help="name the kernels of each point")
-    parser.add_argument("--output", type=Path, help="JSON, written after every point")
-    flags = parser.parse_args()
+def figures(rows: list[dict], folder: Path) -> None:
+    """Time against context with its floor, and throughput against batch, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "error" not in row and row.get("tokens_per_call", 1) == 1]
+    where = lambda row: row.get("share") or row["mesh"]
+    for x, y, rest, title in (
+        ("context", "milliseconds", "batch", "milliseconds a decoding step"),
+        ("batch", "tokens_per_second", "context", "tokens a second"),
+    ):
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        lines = {(row["model"], where(row), row[rest]) for row in rows}
+        for i, key in enumerate(sorted(lines)):
+            mine = [row for row in rows if (row["model"], where(row), row[rest]) == key]
+            mine.sort(key=lambda row: row[x])
+            if len(mine) < 2:
+                continue
+            label = " ".join(filter(None, (key[0], key[1], f"{rest} {key[2]}")))
+            axes.plot([r[x] for r in mine], [r[y] for r in mine], f"C{i % 10}o-", label=label)
+            floors = [r["floor"] if x == "context" else 1e3 * r["batch"] / r["floor"] for r in mine]
+            axes.plot([r[x] for r in mine], floors, f"C{i % 10}:", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("context, tokens" if x == "context" else "batch, prompts")
+        ticks = sorted({row[x] for row in rows})
+        axes.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else str(t) for t in ticks])
+        axes.minorticks_off()
+        axes.set_ylabel(title)
+        axes.set_title("dotted: weights and cache over the read bandwidth")
+        if axes.lines:
+            axes.legend(fontsize="small")
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"decode_{'time' if x == 'context' else 'throughput'}.png", dpi=110)
+        plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--mesh", default="", help="as in tensor=2; several with ; between")
+    add("--models", default=MODELS)
+    add("--points", default=POINTS, help="batch x context, commas between")
+    add("--shares", default="", help="one device's share instead, as in 4,8,4x2")
+    add("--tokens_per_call", default="1", help="tokens of a program, commas between")
+    add("--profile", action="store_true", help="kernels, graphs and exchanges of each point")
+    add("--first_token", action="store_true", help="also prefill each context")
+    add("--tiny", action="store_true", help="one narrow layer: does it run?")
+    add("--output", type=Path, help="JSON, written after every point")
+    add("--figures", type=Path, help="folder for figures of all points")
+    add("--input", type=Path, help="JSON of an earlier run to draw; nothing is measured")
+    flags = parser.parse_args(argv)
+    result = json.loads(flags.input.read_text()) if flags.input else run(flags)
+    if flags.figures:
+        runs = result if isinstance(result, list) else [result]
+        figures([row for run in runs for row in run["rows"]], flags.figures)
+    return 0
+
+
+def run(flags: argparse.Namespace) -> dict:
+    """All points that the flags ask for."""
     device = jax.devices()[0]
-    pool = random_pool(0)
-    read = read_bandwidth(pool, launch_seconds())["read"]
+    pool = limits.tiny_pool() if flags.tiny else limits.random_pool(0)
+    read = limits.read_bandwidth(pool, limits.launch_seconds())["read"]
     del pool
     print(f"{device.device_kind}, JAX {jax.__version__}, reads {read / 1e12:.2f} TB/s", flush=True)
     result = dict(device=device.device_kind, jax=jax.__version__, read=read, rows=[])
-    models, meshes, points = flags.models.split(","), flags.mesh.split(";"), flags.points
-    bar = tqdm(total=len(models) * len(meshes) * len(parse_points(points)), file=sys.stderr)
-    for text in meshes:
-        mesh = sharding.parse_mesh(text)
+    where = [(text, "") for text in flags.mesh.split(";")]
+    if flags.shares:
+        where = [("", share) for share in flags.shares.split(",")]
+    points = parse_points(flags.points)
+    calls = [int(n) for n in flags.tokens_per_call.split(",")]
+    models = flags.models.split(",")
+    bar = tqdm(total=len(models) * len(where) * len(points) * len(calls), file=sys.stderr)
+    for mesh, share in where:
         for name in models:
-            decoder = random_tree(abstract_decoder(preset(name), mesh))
-            for batch, context in parse_points(points):
-                row = dict(model=name, mesh=text, batch=batch, context=context)
+            config = model_config(name, share, flags.tiny)
+            decoder = random_tree(abstract_decoder(config, sharding.parse_mesh(mesh)))
+            for (batch, context), per_call in ((p, n) for p in points for n in calls):
+                row = dict(model=name, mesh=mesh, share=share, batch=batch, context=context)
+                row["tokens_per_call"] = per_call
+                kept = positions_of(share, context)
                 try:
-                    row |= measure(decoder, batch, context, read, flags.kernels)
+                    row |= measure(decoder, batch, kept, read, per_call, flags.profile)
+                    if flags.first_token:
+                        row |= first_token(decoder, batch, kept)
                 except Exception as error:  # Out of memory at one point is no end of the others.
                     row["error"] = " ".join(str(error).split())[:300]
                 result["rows"].append(row)
@@ -166,7 +243,7 @@ def main() -> int:
                 if flags.output:
                     flags.output.write_text(json.dumps(result, indent=1) + "\n")
             del decoder
-    return 0
+    return result
 
 
 if __name__ == "__main__":

@@ -117,7 +117,9 @@ def main() -> int:
         for row in table(name, flags.layers, flags.seeds):
             kept = "rounded to bfloat16" if row["rounded"] else "float32"
             numbers = " | ".join(f"{100 * row[k]:.2f}%" for k in ("embedding", "median", "maximum"))
-            print(f"| {name} | {row['layers']} | {row['stream']} | {kept} | {numbers} |", flush=True)
+            print(
+                f"| {name} | {row['layers']} | {row['stream']} | {kept} | {numbers} |", flush=True
+            )
             rows.append(row)
     if flags.output:
         result = dict(jax=jax.__version__, platform="cpu", rows=rows)

@@ -3,6 +3,7 @@
 Every benchmark quotes its times beside these, measured in the same process.
 """
 
+import math
 import statistics
 
 import jax
@@ -22,6 +23,11 @@ def random_pool(seed: int, nbytes: int = BYTES) -> jax.Array:
     size = max(nbytes // 2 // _CUT, 1) * _CUT
     key = jax.random.key(seed, impl="unsafe_rbg")
     return jax.jit(lambda k: jax.random.normal(k, [size], jnp.bfloat16))(key)
+
+
+def tiny_pool() -> jax.Array:
+    """Too small to measure anything: for trying a benchmark on any machine."""
+    return jax.random.normal(jax.random.key(0), [1 << 16], jnp.bfloat16)
 
 
 def launch_seconds() -> float:
@@ -55,18 +61,20 @@ def measure_limits(pool: jax.Array) -> dict[str, float]:
     """Bytes per second read and copied, FLOP per second of a product, seconds of a start.
 
     Args:
-      pool: from `random_pool`, at least 8192 x 8192 numbers.
+      pool: from `random_pool`.
     """
     start = launch_seconds()
     found = dict(start=start) | read_bandwidth(pool, start)
     found["copy"] = 2 * pool.nbytes / queued_seconds(lambda x: x + jnp.bfloat16(1), pool, start)
-    return found | {"matrix": matrix_rate(pool, start)}
+    found["matrix"] = matrix_rate(pool, start)
+    return found
 
 
-def matrix_rate(pool: jax.Array, start: float, width: int = 8192) -> float:
-    """FLOP per second of the product of two `width` x `width` matrices, from `random_pool`."""
-    square = lax.slice(pool, [0], [width * width]).reshape(width, width)
-    return 2 * width**3 / queued_seconds(lambda a: a @ a.T, square, start)
+def matrix_rate(pool: jax.Array, start: float) -> float:
+    """FLOP a second of a product of two square matrices of 8192, or of what `pool` has."""
+    side = min(8192, math.isqrt(pool.size))
+    square = lax.slice(pool, [0], [side * side]).reshape(side, side)
+    return 2 * side**3 / queued_seconds(lambda a: a @ a.T, square, start)
 
 
 def describe(limit: dict[str, float]) -> str:

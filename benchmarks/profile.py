@@ -1,7 +1,7 @@
 """What a GPU does in one call of a compiled program: its kernels, by name, from a profile."""
 
-import collections
 import dataclasses
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +10,34 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from mlra_jax.profile import Kernel, kernels_of
+
+_EXCHANGE = re.compile("nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|permute", re.I)
+
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """All launches of one kernel in a call, on the first device."""
+class Profile:
+    """One call on the first device, and what the host launched for all of them."""
 
-    name: str
-    launches: float
-    microseconds: float
+    kernels: tuple[Kernel, ...]
+    """The longest in all first; copies are among them."""
+    graphs: float
+    """CUDA graphs, as far as the profiler saw the launches."""
+
+    @property
+    def milliseconds(self) -> float:
+        """Of all kernels, one after the other."""
+        return sum(k.microseconds for k in self.kernels) / 1e3
+
+    @property
+    def exchanging(self) -> float:
+        """The part of that time in kernels that exchange data with other devices."""
+        of_names = sum(k.microseconds for k in self.kernels if _EXCHANGE.search(k.name))
+        return of_names / 1e3 / self.milliseconds
 
 
-def kernels(call: Callable[[], Any], repeats: int = 3) -> list[Kernel]:
-    """The kernels (and copies) of one call, the longest in all first; their sums are a call's.
+def profile(call: Callable[[], Any], repeats: int = 3) -> Profile:
+    """Kernels and graphs of one call.
 
     Args:
       call: runs the compiled program; called once before the profile begins.
@@ -37,18 +53,9 @@ def kernels(call: Callable[[], Any], repeats: int = 3) -> list[Kernel]:
                 result = call()
             jax.block_until_ready(result)
         (trace,) = Path(folder).rglob("*.xplane.pb")
-        planes = [p for p in ProfileData.from_file(str(trace)).planes if "GPU:0" in p.name]
-        if not planes:
+        if not (found := kernels_of(trace, repeats)):
             raise ValueError("the profiler saw no GPU in the call")
-        launches: collections.Counter[str] = collections.Counter()
-        nanoseconds: collections.Counter[str] = collections.Counter()
-        for line in planes[0].lines:
-            if "XLA" in line.name:  # The same time again, by operations and modules.
-                continue
-            for event in line.events:
-                launches[event.name] += 1
-                nanoseconds[event.name] += event.duration_ns
-    return [
-        Kernel(name, launches[name] / repeats, total / repeats / 1e3)
-        for name, total in nanoseconds.most_common()
-    ]
+        planes = ProfileData.from_file(str(trace)).planes
+        lines = (line for p in planes if "GPU:" not in p.name for line in p.lines)
+        graphs = sum("GraphLaunch" in event.name for line in lines for event in line.events)
+    return Profile(tuple(found), graphs / repeats)

@@ -22,11 +22,9 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from benchmarks.limits import launch_seconds, matrix_rate, random_pool
-from benchmarks.profile import Kernel, kernels
+from benchmarks.limits import launch_seconds, matrix_rate, random_pool, tiny_pool
+from benchmarks.profile import profile
 from mlra_jax import sharding
 from mlra_jax.attention import latent
 from mlra_jax.config import preset
 from mlra_jax.costs import flops_per_token
+from mlra_jax.profile import by_kind
 from mlra_jax.training.fitting import bytes_needed, compile_step
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.state import abstract_state, create_state
@@ -48,17 +47,6 @@ from mlra_jax.training.step import abstract_batch, make_train_step
 
 _STEPS, _RUNS = 4, 5
 _TINY = dict(num_layers=2, embed_dim=128, mlp_dim=192, vocab_size=512)
-
-# What a kernel does, by its name in small letters; the first that fits.
-_KINDS = (
-    ("attention backward", r"bprop|sdpa.*bwd|dot_do_o|convert_dq"),
-    ("attention forward", r"fprop|sdpa|flash"),
-    ("communication", r"nccl|all[-_](reduce|gather|to[-_]all)|reduce[-_]scatter|permute"),
-    ("copies", r"memcpy|memset"),
-    ("products", r"gemm|nvjet|cutlass|cublas|xmma|dot"),
-)
-_OTHER = "element-wise"
-_OPTIMIZER = "optimizer"
 
 
 def experiment_of(name: str, mesh: Mesh, batch: int, seq: int, tiny: bool, changes: dict) -> Any:
@@ -75,27 +63,7 @@ def experiment_of(name: str, mesh: Mesh, batch: int, seq: int, tiny: bool, chang
     return Experiment.from_dict(settings.to_dict())
 
 
-def by_kind(found: Iterable[Kernel], text: str) -> dict[str, float]:
-    """Milliseconds of a step by what its kernels do.
-
-    Args:
-      found: kernels of one step.
-      text: of the compiled step, which says where each fused operation comes from: what was made in
-        the scope `optimizer` of the step is the optimizer's.
-    """
-    made_in = dict(re.findall(r"%?([\w.\-]+) = .*?op_name=\"([^\"]*)\"", text))
-    made_in = {re.sub(r"[.\-]", "_", name): scope for name, scope in made_in.items()}
-    total: dict[str, float] = {}
-    for kernel in found:
-        name = kernel.name.lower()
-        kind = next((k for k, pattern in _KINDS if re.search(pattern, name)), _OTHER)
-        if kind == _OTHER and _OPTIMIZER in made_in.get(kernel.name, ""):
-            kind = _OPTIMIZER
-        total[kind] = total.get(kind, 0.0) + kernel.microseconds / 1e3
-    return dict(sorted(total.items(), key=lambda pair: -pair[1]))
-
-
-def measure(experiment: Experiment, mesh: Mesh, matrix: float, profile: bool) -> dict[str, Any]:
+def measure(experiment: Experiment, mesh: Mesh, matrix: float, profiled: bool) -> dict[str, Any]:
     """One point; `matrix` is the FLOP per second of a product on one device."""
     abstract = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     began, said = time.perf_counter(), []
@@ -139,8 +107,8 @@ def measure(experiment: Experiment, mesh: Mesh, matrix: float, profile: bool) ->
     # The device counts the most since the process began: said only where this point was the most.
     peak = _peak_bytes()
     row["peak_GiB"] = peak / 2**30 if peak > peak_before else None
-    if profile and sharding.platform(mesh) == "gpu":
-        found = kernels(lambda: run(1))
+    if profiled and sharding.platform(mesh) == "gpu":
+        found = profile(lambda: run(1)).kernels
         row["kernels"] = sum(k.launches for k in found)
         row["by_kind"] = by_kind(found, program.as_text())
         row["longest"] = [dataclasses.astuple(k) for k in found[:40]]
@@ -209,8 +177,9 @@ def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     if flags.materialise:
         latent.absorbs = lambda _: False
-    device, width = jax.devices()[0], 512 if flags.tiny else 8192
-    matrix = matrix_rate(random_pool(0, 8 * width**2), launch_seconds(), width)
+    device, pool = jax.devices()[0], tiny_pool() if flags.tiny else random_pool(0)
+    matrix = matrix_rate(pool, launch_seconds())
+    del pool
     print(f"{device.device_kind}, JAX {jax.__version__}, products {matrix / 1e12:.2f} TFLOP/s")
     result = dict(device=device.device_kind, jax=jax.__version__, matrix=matrix, rows=[])
     result["arguments"] = sys.argv[1:]

@@ -8,8 +8,10 @@ import argparse
 import contextlib
 import difflib
 import io
+import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +35,18 @@ class Parser(argparse.ArgumentParser):
         script = started.startswith("mlra-") or started in ("train.py", "decode.py")
         prog = started if script else f"python -m {module}"
         super().__init__(prog, description=description, allow_abbrev=False, **settings)
+        self.compilation_cache: str | None = None
+        self.add_argument(
+            "--compilation_cache",
+            metavar="DIR|off",
+            help="folder where compiled programs are kept for other runs; default: that of "
+            "JAX_COMPILATION_CACHE_DIR, or mlra_jax in the user's cache folder",
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        flags, rest = super().parse_known_args(args, namespace)
+        self.compilation_cache = flags.compilation_cache
+        return flags, rest
 
     def parse_args(self, args=None, namespace=None):
         flags, rest = self.parse_known_args(args, namespace)
@@ -84,6 +98,7 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
     logging.set_verbosity(logging.ERROR)
     try:
         with _sigterm_is_ctrl_c():
+            _keep_compiled(parser.compilation_cache)
             work()
     except KeyboardInterrupt:
         return _fail(parser, f"interrupted; {interrupted}", 130)
@@ -103,6 +118,25 @@ def use_cpu(devices: int | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+@contextlib.contextmanager
+def compile_time() -> Iterator[Callable[[], float]]:
+    """Gives the function that says how many seconds JAX has traced and compiled meanwhile."""
+    spans: list[tuple[float, float]] = []
+
+    def add(event: str, begin: float, end: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            # What was traced within this has ended before.
+            while spans and spans[-1][0] >= begin:
+                spans.pop()
+            spans.append((begin, end))
+
+    jax.monitoring.register_event_time_span_listener(add)
+    try:
+        yield lambda: sum(end - begin for begin, end in spans)
+    finally:
+        jax.monitoring.unregister_event_time_span_listener(add)
 
 
 @contextlib.contextmanager
@@ -150,6 +184,31 @@ def progress_bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int],
             signal.signal(number, handler)
     if asked:
         raise KeyboardInterrupt
+
+
+def _keep_compiled(folder: str | None) -> None:
+    """Has JAX keep compiled programs in a folder, so that the next run need not compile them.
+
+    What JAX was told by its own settings stays, unless `folder` says otherwise. One that cannot be
+    written is no error: a line says so.
+    """
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+    told = folder is None and jax.config.jax_compilation_cache_dir is not None
+    if told or not jax.config.jax_enable_compilation_cache:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    path = Path(folder or home / "mlra_jax").absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        why = error.strerror or error
+        print(f"{path} keeps no compiled programs: {why}", file=sys.stderr, flush=True)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _print_anything() -> None:

@@ -108,9 +108,47 @@ class Decoder:
         for block in form.layers:
             x_BTD, entry = block.prefill(x_BTD, positions_BT)
             entries.append(self._stored(entry, block.attention.cache_axes, capacity))
-        last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
-        logits_BV = form.embed.logits(form.final_norm(last_B1D))[:, 0]
-        return logits_BV, kv.Cache(tuple(entries), lengths_B.astype(jnp.int32))
+        cache = kv.Cache(tuple(entries), lengths_B.astype(jnp.int32))
+        return self._after(x_BTD, lengths_B), cache
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        counts_B: jax.Array,
+        cache: kv.Cache,
+        over: str | None = None,
+    ) -> tuple[jax.Array, kv.Cache]:
+        """The next `counts[b]` tokens of row `b`, right-padded to T, after those in the cache.
+
+        For a chunk of a long prompt: there is no `[T, S]` matrix, and the same program serves every
+        chunk. What is written of the padding is hidden by the lengths and written over later.
+
+        Args:
+          tokens_BT: int32.
+          counts_B: int32, 0 to T; a row of 0 stays as it is.
+          cache: with room for the tokens; donated, it is changed in place.
+          over: how the tokens attend to the cache, one of `attention.base.OVER`; by default what
+            serves the devices.
+
+        Returns:
+          (logits `[B, V]` after each row's last new token, which mean nothing where there is none;
+          the cache).
+        """
+        form, layers = self._form(), []
+        x_BTD = form.embed(tokens_BT)
+        positions_BT = cache.lengths[:, None] + positions(tokens_BT)
+        for block, layer in zip(form.layers, cache.layers, strict=True):
+            x_BTD, layer = block.extend(x_BTD, positions_BT, layer, cache.lengths, over)
+            layers.append(layer)
+        cache = kv.Cache(tuple(layers), cache.lengths + counts_B.astype(jnp.int32))
+        return self._after(x_BTD, counts_B), cache
+
+    def _after(self, x_BTD, counts_B):
+        """The logits `[B, V]` after the last of the first `counts[b]` tokens."""
+        last_B = jnp.maximum(counts_B - 1, 0)
+        last_B1D = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
+        form = self._form()
+        return form.embed.logits(form.final_norm(last_B1D))[:, 0]
 
     def step(self, tokens_BT: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
         """T more tokens after those in the cache -> (logits `[B, T, V]`, the cache with them).

@@ -48,6 +48,12 @@ class Block(nnx.Module):
         )
         return self._rest(x_BTD, y_BTD), cache
 
+    def extend(self, x_BTD, positions_BT, cache, lengths_B, over=None):
+        y_BTD, cache = self.attention.extend(
+            self.attention_norm(x_BTD), positions_BT, cache, lengths_B, over
+        )
+        return self._rest(x_BTD, y_BTD), cache
+
     def _rest(self, x_BTD, y_BTD):
         x_BTD = self._stream(x_BTD + y_BTD)
         return self._stream(x_BTD + self.mlp(self.mlp_norm(x_BTD)))

@@ -175,6 +175,11 @@ FAILING = {
         f"--workdir={ROOT}/train.py",
         "--config.virtual_cpu_devices=0",
     ],
+    "mlra-profile": [
+        f"--config={ROOT}/configs/quickstart.py",
+        "--config.data.source=/nowhere",
+        "--config.virtual_cpu_devices=0",
+    ],
     "mlra-decode": ["--checkpoint=/nowhere", "--prompt=x"],
     "mlra-convert": ["--source=/nowhere", "--destination=/nowhere/out"],
     "mlra-export": ["--checkpoint=/nowhere", "--destination=/nowhere/out"],
@@ -195,7 +200,7 @@ def test_every_command_ends_alike(script, monkeypatch):
     flags = sorted(set(re.findall(r"^  (--\w+)", out, re.M)))
     assert flags, "the flags are listed"
     wrong = [["--nonsense=1"], ["stray"]]
-    if script not in ("mlra-costs", "mlra-train"):
+    if script not in ("mlra-costs", "mlra-train", "mlra-profile"):
         wrong += [[], [*FAILING[script], f"{flags[0]}x=1"]]
     for arguments in wrong:
         if arguments in (["--nonsense=1"], ["stray"]):
@@ -214,6 +219,7 @@ def test_every_command_ends_alike(script, monkeypatch):
 
     work = {
         "mlra-train": "train",
+        "mlra-profile": "profile_steps",
         "mlra-decode": "decode",
         "mlra-convert": "convert",
         "mlra-export": "export",

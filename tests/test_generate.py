@@ -1,14 +1,16 @@
 """`generate` and `Stream`: what they give, what they refuse, how little room they need."""
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from tiny import random_model
 
 import mlra_jax
-from mlra_jax.decoder import Decoder, Vocabulary
-from mlra_jax.generation import Stream, loop
+from mlra_jax.decoder import Decoder, Vocabulary, abstract_cache, abstract_decoder
+from mlra_jax.generation import Sampling, Stream, loop, programs
 from mlra_jax.generation.padding import pad
+from mlra_jax.generation.sampling import draws
 from mlra_jax.sharding import make_mesh
 
 CONFIG = tiny.config("mlra_4", num_layers=2)
@@ -135,16 +137,49 @@ def test_the_stream_gives_each_step_as_it_comes(model):
     assert list(stream) == steps, "a stream can be read again"
 
 
-def test_a_filled_context_is_zeros_beyond_the_prompt(model):
-    given = prompts(6)
-    stream = Stream(model, given, max_new_tokens=4, cache_length=64)
-    assert list(stream.from_filled(6)) == list(stream)
-    # Fifty positions of zeros take most of the weight from the prompt.
-    assert len(list(stream.from_filled(56))) == 4
-    assert list(stream.from_filled(56))[1:] != list(stream)[1:]
-    assert len(list(stream.from_filled(61))) == 4
-    with pytest.raises(ValueError, match="62 tokens and 4 new ones need 65 cache slots and there"):
-        stream.from_filled(62)
+@pytest.mark.parametrize("each", [2, 3, 9])
+def test_several_tokens_a_call_are_those_of_single_steps(model, each):
+    given = prompts(7, 2)
+    for settings in (dict(), dict(temperature=1.0, top_p=0.9, seed=3)):
+        settings |= dict(max_new_tokens=8)
+        rows = mlra_jax.generate(model, given, **settings)
+        assert mlra_jax.generate(model, given, tokens_per_call=each, **settings) == rows
+    [one] = mlra_jax.generate(model, given[:1], max_new_tokens=1, tokens_per_call=each)
+    assert len(one) == 1
+    with pytest.raises(ValueError, match="tokens_per_call=0 must be at least 1"):
+        Stream(model, given, max_new_tokens=1, tokens_per_call=0)
+
+
+def test_a_call_of_several_tokens_copies_no_cache():
+    mesh = make_mesh()
+    decoder, cache = abstract_decoder(CONFIG, mesh), abstract_cache(CONFIG, mesh, 2, 4096)
+    tokens, n = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2,), ()))
+    step = programs.step.lower(decoder, cache, tokens).compile().memory_analysis()
+    several = programs.several.lower(
+        decoder, cache, tokens, draws(Sampling(), 0, 2), n, count=4, num_tokens=80
+    )
+    several = several.compile().memory_analysis()
+    layer = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers[0]))
+    assert several.alias_size_in_bytes >= len(cache.layers) * layer
+    assert several.temp_size_in_bytes < step.temp_size_in_bytes + layer / 4
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_by_one_program(model, monkeypatch):
+    given, done = prompts(23, 6), []
+    whole = mlra_jax.generate(model, given, max_new_tokens=4)
+    monkeypatch.setattr(loop, "_CHUNK_WIDTH", 8)
+    stream = Stream(model, given, max_new_tokens=4, on_chunk=done.append)
+    assert [list(row) for row in zip(*stream, strict=True)] == whole
+    assert done == [0, 8, 16]
+    before = programs.extend._cache_size()
+    longer = prompts(29, 1)
+    rows = mlra_jax.generate(model, longer, max_new_tokens=2)
+    assert rows == list(argmax_of_whole_passes(model, longer, rows))
+    assert programs.extend._cache_size() == before
+    # All rows of a device together have so many tokens in a chunk.
+    monkeypatch.setattr(loop, "_CHUNK_TOKENS", 8)
+    assert Stream(model, given, max_new_tokens=1).chunk == 4
+    assert Stream(decodable(make_mesh(data=2)), given, max_new_tokens=1).chunk == 8
 
 
 def test_every_step_draws_anew(model):

@@ -13,7 +13,7 @@ FLOORS = (
     {"attention"},
     {"model", "costs"},
     {"convert", "decoder", "training"},
-    {"loading", "generation", "export"},
+    {"loading", "generation", "export", "profile"},
     {"evaluate"},
 )
 

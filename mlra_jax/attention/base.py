@@ -17,10 +17,16 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.attention import heads, sharded
+from mlra_jax.attention.blocks import in_blocks
 from mlra_jax.config import AttentionConfig, ModelConfig
+from mlra_jax.kernels import target
+from mlra_jax.kernels.chunk_attention import chunk_attention
 from mlra_jax.layers import Projection, output_init
 
 Entries = dict[str, jax.Array]
+OVER = ("blocks", "kernel", "cudnn")
+"""How many tokens attend to a cache: plain JAX, a block of positions at a time; the kernel of a
+decoding step; cuDNN's fused attention, of GPUs, to the cache and to themselves."""
 
 
 class Attention(nnx.Module):
@@ -35,6 +41,7 @@ class Attention(nnx.Module):
         a = config.attention
         self.config, self.mesh, self.rope_base = a, mesh, config.rope_base
         self.scale, self.kernel = 1 / math.sqrt(a.query_dim), config.execution.attention_kernel
+        self.dtype = config.execution.dtype
         heads.check_heads(a.num_heads, mesh)
         project = functools.partial(Projection, config=config, rngs=rngs)
         self._add_parameters(config, project, rngs)
@@ -72,7 +79,7 @@ class Attention(nnx.Module):
         of_cache = lambda tree: jax.tree.map(lambda x: x[:rows], tree)
         o_BTHV, cache = sharded.decode_step(
             self._attend,
-            of_cache(self._ask(self._queries(y, positions_BT))),
+            self._ask(of_cache(self._queries(y, positions_BT))),
             of_cache(self._entries(self._kept(y, positions_BT))),
             cache,
             lengths_B,
@@ -82,6 +89,51 @@ class Attention(nnx.Module):
         o_BTHV = self._answer(o_BTHV)
         beyond = [(0, x_BTD.shape[0] - rows)] + [(0, 0)] * (o_BTHV.ndim - 1)
         return self._output(y, jnp.pad(o_BTHV, beyond)), cache
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: Entries,
+        lengths_B: jax.Array,
+        over: str | None = None,
+    ) -> tuple[jax.Array, Entries]:
+        """As `decode`, for many tokens: no `[T, S]` matrix is in memory.
+
+        `over` is one of `OVER`, by default what `extends_over` says.
+        """
+        y, over = self.inputs(x_BTD), over or self.extends_over()
+        attend, within = self._attend, None
+        if over == "blocks":
+            attend = in_blocks(self._attend)
+        elif over == "cudnn":
+            attend = lambda q, cache, ends_BT: self._by_library(q, cache, ends_BT[:, 0])
+            within = self._by_library
+        elif over != "kernel":
+            raise ValueError(f"attention over {over!r}, expected one of {', '.join(OVER)}")
+        o_BTHV, cache = sharded.decode_step(
+            attend,
+            self._ask(self._queries(y, positions_BT)),
+            self._entries(self._kept(y, positions_BT)),
+            cache,
+            lengths_B,
+            cache_axes=self.cache_axes,
+            mesh=self.mesh,
+            within=within,
+        )
+        return self._output(y, self._answer(o_BTHV)), cache
+
+    def extends_over(self) -> str:
+        """The way of `OVER` that serves the mesh's devices."""
+        sixteen_bits = self.dtype != "float32"
+        gpu = target.is_gpu(self.mesh.devices.flat[0])
+        return "cudnn" if gpu and sixteen_bits and self._library_serves() else "blocks"
+
+    def _by_library(self, queries, entries, lengths_B=None):
+        """(o_BThV, lse_BTh): to the entries before `lengths[b]`, or causally to as many."""
+        q_BTJGK, k_BSJK, v_BSJV = self._grouped(queries, entries)
+        o_BTJGV, lse_BTJG = chunk_attention(q_BTJGK, k_BSJK, v_BSJV, lengths_B, scale=self.scale)
+        return self._ungrouped(o_BTJGV), self._ungrouped(lse_BTJG)
 
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
@@ -131,6 +183,18 @@ class Attention(nnx.Module):
         return sharded.whole_sequence(
             q_BTHK, k_BTJK, v_BTJV, scale=self.scale, mesh=self.mesh, implementation=self.kernel
         )
+
+    @abc.abstractmethod
+    def _grouped(self, queries: Any, entries: Entries) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTJGK, k_BSJK, v_BSJV) of one device: the cached entries as keys and values."""
+
+    def _ungrouped(self, x_BTJG: jax.Array) -> jax.Array:
+        """`[B, T, h, ...]` from what came out for each of `_grouped`'s queries."""
+        return x_BTJG.reshape(*x_BTJG.shape[:2], -1, *x_BTJG.shape[4:])
+
+    def _library_serves(self) -> bool:
+        """Whether the keys of `_grouped` are as narrow as cuDNN takes them."""
+        return self.config.query_dim <= 256
 
     def _ask(self, q_BTHK: jax.Array) -> Any:
         """The queries as the cache is asked them."""

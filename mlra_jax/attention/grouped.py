@@ -53,7 +53,12 @@ class GroupedAttention(Attention):
 
     def _attend(self, q_BThK, cache, lengths_BT):
         out_BTJGK, lse_BTJG = grouped_decode(
-            self.held.by_held_head(q_BThK), cache["k"], cache["v"], lengths_BT, scale=self.scale
+            *self._grouped(q_BThK, cache), lengths_BT, scale=self.scale
         )
-        device = jax.lax.axis_index(sharding.TENSOR)
-        return self.held.by_query_head(out_BTJGK, device), self.held.by_query_head(lse_BTJG, device)
+        return self._ungrouped(out_BTJGK), self._ungrouped(lse_BTJG)
+
+    def _grouped(self, q_BThK, entries):
+        return self.held.by_held_head(q_BThK), entries["k"], entries["v"]
+
+    def _ungrouped(self, x_BTJG):
+        return self.held.by_query_head(x_BTJG, jax.lax.axis_index(sharding.TENSOR))

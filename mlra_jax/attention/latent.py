@@ -13,13 +13,15 @@ first part of its key.
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from mlra_jax import sharding
 from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
-from mlra_jax.kernels.absorbed_decode import absorbed_decode
+from mlra_jax.kernels import target
+from mlra_jax.kernels.absorbed_decode import absorbed_decode, has_kernel
 from mlra_jax.kernels.softmax import precision
 from mlra_jax.layers import RMSNorm, rotate, weigh
 
@@ -103,8 +105,7 @@ class LatentAttention(Attention):
         q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
         rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
         q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
-        rope_BTLR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*c_BTLC.shape[:3], a.rope_dim))
-        k_BTJX = heads.repeat_for_mesh(jnp.concatenate([c_BTLC, rope_BTLR], axis=-1), self.mesh)
+        k_BTJX = heads.repeat_for_mesh(heads.with_shared(c_BTLC, k_rope_BTR), self.mesh)
         z_BTPC = self._to_itself(
             self._by_branch_head(q_BTbHX.reshape(B, T, a.branches * H, -1)),
             k_BTJX,
@@ -148,6 +149,25 @@ class LatentAttention(Attention):
             scale=self.scale,
         )
         return z_BTLHC.reshape(queries[0].shape), lse_BTLH.reshape(B, T, -1)
+
+    def _grouped(self, queries, entries):
+        (B, T), latents_BSLC = queries[0].shape[:2], entries["latents"]
+        q_BTPK = jnp.concatenate(queries, axis=-1)
+        q_BTLHK = q_BTPK.reshape(B, T, latents_BSLC.shape[2], -1, q_BTPK.shape[-1])
+        return q_BTLHK, heads.with_shared(latents_BSLC, entries["k_rope"]), latents_BSLC
+
+    def extends_over(self):
+        over, a = super().extends_over(), self.config
+        if over != "blocks" or not target.is_hopper(self.mesh.devices.flat[0]):
+            return over
+        # How many queries, heads and positions there are is nothing to the kernel.
+        shapes = ((1, 8, 1, 1, a.latent_head_dim), (1, 8, 1, 1, a.rope_dim))
+        shapes = (*shapes, (1, 8, 1, a.latent_head_dim))
+        serves = has_kernel(*(jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes))
+        return "kernel" if serves else over
+
+    def _library_serves(self):
+        return self.config.latent_head_dim + self.config.rope_dim <= 256
 
     def _answer(self, z_BTPC):
         o_BTPK = jnp.einsum(

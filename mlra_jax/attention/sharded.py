@@ -1,18 +1,21 @@
 """Attention over devices: a whole sequence, and one decode step over a cache that never moves."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import remat, sharding
 from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
-from mlra_jax.kernels.softmax import merge
+from mlra_jax.kernels.softmax import merge, merge_partials
 
 Attend = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
+Within = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
 
 
 def whole_sequence(
@@ -51,6 +54,7 @@ def decode_step(
     *,
     cache_axes: dict[str, tuple[str | None, ...]],
     mesh: Mesh,
+    within: Within | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Writes `new` into each row's next slots and attends to the cache, on every device.
 
@@ -60,6 +64,9 @@ def decode_step(
       queries: of the T new tokens, a tree of `[B, T, H, ...]`.
       new: their cache entries, `[B, T, ...]`; cache: `[B, S, ...]`, both by name.
       lengths_B: int32, the slots that each row fills.
+      within: `(queries, new) -> (o_BThV, lse_BTh)` of one device's share of the heads, causal
+        attention of the new tokens to themselves; `attend` is then asked for what came before them
+        only. Without it `attend` sees them in the cache.
 
     Returns:
       `[B, T, H, V]` split by head over the mesh, and the cache.
@@ -74,7 +81,17 @@ def decode_step(
         share = jax.lax.axis_index(sharding.CONTEXT)
         T = jax.tree.leaves(queries)[0].shape[1]
         cache = {n: kv.write(cache[n], new[n], lengths_B, shares, share) for n in cache}
-        o_BThV, lse_BTh = attend(queries, cache, kv.bounds(lengths_B, T, shares, share))
+        if within is None:
+            o_BThV, lse_BTh = attend(queries, cache, kv.bounds(lengths_B, T, shares, share))
+        else:
+            ends_B = kv.shares(lengths_B, shares, share)
+            ends_BT = jnp.broadcast_to(ends_B[:, None], (len(ends_B), T))
+            before, (o_BThV, lse_BTh) = attend(queries, cache, ends_BT), within(queries, new)
+            # Every device of the context axis has the new tokens: each counts its part of them.
+            lse_BTh = lse_BTh - math.log(shares)
+            o_BThV, lse_BTh = merge_partials(
+                jnp.stack([before[0], o_BThV]), jnp.stack([before[1], lse_BTh])
+            )
         if shares > 1:
             o_BThV = merge(o_BThV, lse_BTh, sharding.CONTEXT, dim=2)
         return o_BThV, cache

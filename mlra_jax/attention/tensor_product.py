@@ -96,12 +96,19 @@ class TensorProductAttention(Attention):
         o_BThK = jnp.einsum("BThrS,BSrK->BThK", weights_BThrS, cache["v_b"], **product)
         return (o_BThK / total_BTh[..., None]).astype(dtype), lse_BTh
 
+    def _grouped(self, q_BThK, entries):
+        keys, values = (_contract(entries[f"{x}_a"], entries[f"{x}_b"]) for x in "kv")
+        return q_BThK[:, :, :, None], keys, values
+
     def _product(self, a_BTHr, b_BTrK):
-        x_BTHK = jnp.einsum("bthr,btrk->bthk", a_BTHr, b_BTrK, precision=precision(a_BTHr.dtype))
-        return self._by_head(x_BTHK)
+        return self._by_head(_contract(a_BTHr, b_BTrK))
 
     def _shared(self, x_BTrK):
         return heads.whole_heads(x_BTrK, self.shared_axes, self.mesh)
+
+
+def _contract(a_BTHr, b_BTrK):
+    return jnp.einsum("bthr,btrk->bthk", a_BTHr, b_BTrK, precision=precision(a_BTHr.dtype))
 
 
 def _uniform(bound: float):

@@ -50,10 +50,8 @@ class TiedAttention(Attention):
 
     def _whole(self, q_BTHK, kept):
         tied_BTJK, k_rope_BTR = kept
-        R = self.config.rope_dim
         v_BTJK = heads.repeat_for_mesh(tied_BTJK, self.mesh)
-        rope_BTJR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*v_BTJK.shape[:3], R))
-        k_BTJK = jnp.concatenate([v_BTJK[..., :-R], rope_BTJR], axis=-1)
+        k_BTJK = heads.with_shared(v_BTJK[..., : -self.config.rope_dim], k_rope_BTR)
         return self._to_itself(q_BTHK, k_BTJK, v_BTJK)
 
     def _entries(self, kept):
@@ -71,8 +69,15 @@ class TiedAttention(Attention):
             lengths_BT,
             scale=self.scale,
         )
-        device = jax.lax.axis_index(sharding.TENSOR)
-        return self.held.by_query_head(out_BTJGK, device), self.held.by_query_head(lse_BTJG, device)
+        return self._ungrouped(out_BTJGK), self._ungrouped(lse_BTJG)
+
+    def _grouped(self, q_BThK, entries):
+        tied_BSJK, rope_BSR = entries["tied"], entries["k_rope"]
+        k_BSJK = heads.with_shared(tied_BSJK[..., : -self.config.rope_dim], rope_BSR)
+        return self.held.by_held_head(q_BThK), k_BSJK, tied_BSJK
+
+    def _ungrouped(self, x_BTJG):
+        return self.held.by_query_head(x_BTJG, jax.lax.axis_index(sharding.TENSOR))
 
 
 def _held(a: TiedConfig, tensor: int) -> heads.HeldHeads:

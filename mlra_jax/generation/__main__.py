@@ -7,13 +7,14 @@ mlra-decode --checkpoint=DIR --prompt_file=prompts.txt --mesh=tensor=4,context=2
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import logging
+from tqdm import tqdm
 
 from mlra_jax import sharding
-from mlra_jax.command import Parser, Switch, run, use_cpu
+from mlra_jax.command import Parser, Switch, compile_time, run, use_cpu
 from mlra_jax.costs import describe_cache
 from mlra_jax.data import text_reader
 from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--mesh", default="", help="devices along each axis, as in tensor=4,context=2")
     add("--virtual_cpu_devices", type=int, help="decode on so many devices made of the CPU")
     add("--cache_length", type=int, help="cache slots; by default what the prompts need")
+    add("--tokens_per_call", type=int, default=1, help="tokens of a prompt that a program makes")
     add("--dtype", help="bfloat16 by default on GPUs and TPUs, else the checkpoint's")
     add("--tokenizer", help="name or tiktoken ranks file, if not the checkpoint's")
     add("--stop", action=Switch, default=True, help="end a prompt at the end-of-text token")
@@ -69,19 +71,50 @@ def decode(flags: argparse.Namespace) -> None:
         sampling=sampling,
         seed=flags.seed,
         cache_length=flags.cache_length,
+        tokens_per_call=flags.tokens_per_call,
     )
+    loading = time.perf_counter() - started
     _say(
-        f"loaded in {time.perf_counter() - started:.1f} s; compiling for "
+        f"loaded in {loading:.1f} s; compiling the prefill for "
         f"{mesh.size} {sharding.platform(mesh)} device(s) ..."
     )
-    produced, seconds = print_text(steps, prompts, tokenizer, stop=flags.stop)
-    if produced > 2:
-        step = seconds / (produced - 2)
+    produced, seconds = print_text(first_token(steps, loading), prompts, tokenizer, stop=flags.stop)
+    timed = produced - 1 - flags.tokens_per_call
+    if timed > 0:
+        step = seconds / timed
         _say(
             f"{len(prompts) / step:.1f} tokens/s ({1000 * step:.2f} ms a step, {len(prompts)} "
             f"prompt(s), {produced} steps)"
         )
     _say(describe_cache(model.config, model.mesh, len(prompts), steps.capacity))
+
+
+def first_token(steps: Stream, loading: float) -> Iterator[list[int]]:
+    """The steps; on stderr a bar while chunks of a prompt are prefilled, and how long that took."""
+    began, several = time.perf_counter(), steps.max_new_tokens > 1
+    rows, longest = len(steps.lengths_B), int(steps.lengths_B.max())
+    bar = tqdm(
+        desc="prefill",
+        total=rows * longest,
+        unit="token",
+        unit_scale=True,
+        disable=longest <= steps.chunk,
+        leave=False,
+    )
+    steps.on_chunk = lambda done: bar.update(rows * done - bar.n)
+    with compile_time() as compiling:
+        steps_of = iter(steps)
+        first = next(steps_of)
+        spent = compiling()
+    bar.close()
+    prefill = time.perf_counter() - began - spent
+    _say(
+        f"first token after {loading + spent + prefill:.1f} s: loading {loading:.1f}, "
+        f"compiling {spent:.1f}, prefill {prefill:.1f}"
+        + ("; compiling the step ..." if several else "")
+    )
+    yield first
+    yield from steps_of
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:

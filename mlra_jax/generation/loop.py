@@ -1,9 +1,9 @@
 """Prefill, then one token a step."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from mlra_jax import cache as kv
@@ -14,6 +14,9 @@ from mlra_jax.generation.padding import pad
 from mlra_jax.generation.sampling import Sampling, draws
 
 _CACHE_BUCKET = 128
+_CHUNK_WIDTH, _CHUNK_TOKENS = 2048, 8192
+"""Of one program of a long prompt: the most positions, and the most tokens of all rows of a
+device."""
 
 
 def generate(
@@ -27,6 +30,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_token: int | None = None,
     cache_length: int | None = None,
+    tokens_per_call: int = 1,
 ) -> list[list[int]]:
     """Continues each prompt; token lists in, lists of new tokens out.
 
@@ -40,6 +44,7 @@ def generate(
         prompt draws what it draws alone with this seed, in `[seed]`.
       stop_token: ends its row; not part of the result.
       cache_length: slots of the cache; by default what the prompts and new tokens need.
+      tokens_per_call: how many tokens of each row one program makes; changes no token.
 
     Raises:
       ValueError: empty prompt, token outside the vocabulary, no new tokens, a prompt that does not
@@ -55,6 +60,7 @@ def generate(
         sampling=_sampling(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
         cache_length=cache_length,
+        tokens_per_call=tokens_per_call,
     )
     for tokens_B in steps:
         for b, token in enumerate(tokens_B):
@@ -69,8 +75,10 @@ def generate(
 class Stream:
     """Like `generate`, but iterates over lists `[B]` of new tokens as they come.
 
-    The device is always one step ahead of the caller. Arguments are checked here, not at the first
-    token. `capacity` is the number of cache slots.
+    The device is always one call ahead of the caller, but for the first token, which comes before
+    the program of the others is compiled. Prompts longer than a chunk are prefilled chunk by chunk;
+    `on_chunk` is called with the number of positions that are done, while the next are on the way.
+    Arguments are checked here, not at the first token. `capacity` is the number of cache slots.
     """
 
     def __init__(
@@ -82,9 +90,13 @@ class Stream:
         sampling: Sampling | Sequence[Sampling] | None = None,
         seed: int | Sequence[int] = 0,
         cache_length: int | None = None,
+        tokens_per_call: int = 1,
+        on_chunk: Callable[[int], None] | None = None,
     ):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if tokens_per_call < 1:
+            raise ValueError(f"tokens_per_call={tokens_per_call} must be at least 1")
         if not isinstance(model, Decoder):
             raise ValueError(
                 "this model is in its training form: decode with Decoder.from_model(model)"
@@ -106,39 +118,60 @@ class Stream:
                 f"{needed} cache slots and cache_length is {cache_length}: raise it or shorten them"
             )
         self.model, self.max_new_tokens = model, max_new_tokens
+        self.tokens_per_call, self.on_chunk = tokens_per_call, on_chunk
+        self.chunk = min(_CHUNK_WIDTH, max(_CHUNK_TOKENS * ways // len(prompts), 1))
         self.tokens_BT = tokens_BT[:, :cache_length]
         self.capacity = kv.round_capacity(cache_length, model.mesh)
         self.draws = draws(sampling or Sampling(), seed, len(prompts))
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from self._steps(None)
-
-    def from_filled(self, length: int) -> Iterator[list[int]]:
-        """As if `length` tokens came before: for measuring at a context without prefilling it.
-
-        What the cache holds beyond the prompts is padding and zeros. Raises ValueError if it has no
-        room for the new tokens after so many.
-        """
-        if length + self.max_new_tokens - 1 > self.capacity:
-            raise ValueError(
-                f"{length} tokens and {self.max_new_tokens} new ones need "
-                f"{length + self.max_new_tokens - 1} cache slots and there are {self.capacity}: "
-                "raise cache_length"
-            )
-        return self._steps(length)
-
-    def _steps(self, length: int | None) -> Iterator[list[int]]:
-        logits_BV, cache = programs.prefill(
-            self.model, self.tokens_BT, self.lengths_B, capacity=self.capacity
-        )
-        if length is not None:
-            cache = dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, length))
         num_tokens = self.model.vocabulary.num_tokens
-        for n in range(self.max_new_tokens):
-            tokens_B = programs.draw(logits_BV, self.draws, np.int32(n), num_tokens=num_tokens)
-            if n < self.max_new_tokens - 1:
+        draw = functools.partial(programs.draw, draws=self.draws, num_tokens=num_tokens)
+        logits_BV, cache = self._prefilled()
+        tokens_B = draw(logits_BV, n=np.int32(0))
+        yield np.asarray(tokens_B).tolist()
+        waiting: jax.Array | None = None
+        for n in range(1, self.max_new_tokens, self.tokens_per_call):
+            if self.tokens_per_call == 1:
                 logits_BV, cache = programs.step(self.model, cache, tokens_B)
-            yield np.asarray(tokens_B).tolist()
+                made = tokens_B = draw(logits_BV, n=np.int32(n))
+            else:
+                made, tokens_B, cache = programs.several(
+                    self.model,
+                    cache,
+                    tokens_B,
+                    self.draws,
+                    np.int32(n),
+                    count=self.tokens_per_call,
+                    num_tokens=num_tokens,
+                )
+            if waiting is not None:
+                yield from self._rows(waiting)
+            waiting = made
+        if waiting is not None:
+            left = (self.max_new_tokens - 2) % self.tokens_per_call + 1
+            yield from self._rows(waiting)[:left]
+
+    def _rows(self, tokens: jax.Array) -> list[list[int]]:
+        return np.asarray(tokens).reshape(-1, len(self.lengths_B)).tolist()
+
+    def _prefilled(self) -> tuple[jax.Array, kv.Cache]:
+        """(logits `[B, V]` after each prompt, the cache)."""
+        model, width, (B, T) = self.model, self.chunk, self.tokens_BT.shape
+        if width >= T:
+            return programs.prefill(model, self.tokens_BT, self.lengths_B, capacity=self.capacity)
+        logits_BV, cache = programs.empty(model, batch=B, capacity=self.capacity)
+        for start in range(0, int(self.lengths_B.max()), width):
+            before_BV, tokens_BT = logits_BV, np.zeros((B, width), np.int32)
+            part = self.tokens_BT[:, start : start + width]
+            tokens_BT[:, : part.shape[1]] = part
+            logits_BV, cache = programs.extend(
+                model, before_BV, cache, tokens_BT, self.lengths_B, np.int32(start)
+            )
+            if self.on_chunk is not None:
+                jax.block_until_ready(before_BV)
+                self.on_chunk(start)
+        return logits_BV, cache
 
 
 def _sampling(rows: int, **settings) -> list[Sampling]:

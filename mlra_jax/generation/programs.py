@@ -3,10 +3,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from mlra_jax import sharding
 from mlra_jax.cache import Cache
-from mlra_jax.decoder import Decoder
+from mlra_jax.decoder import Decoder, abstract_cache
 from mlra_jax.generation.sampling import Draws, sample
 
 
@@ -16,6 +17,37 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """(logits `[B, V]` after each row's last token, the cache) from right-padded prompts."""
     logits_BV, cache = decoder.prefill(tokens_BT, lengths_B, capacity)
+    return _everywhere(logits_BV, decoder), cache
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "capacity"))
+def empty(decoder: Decoder, *, batch: int, capacity: int) -> tuple[jax.Array, Cache]:
+    """(logits `[B, V]` of zeros, a cache that holds nothing): where a prompt in chunks begins."""
+    logits_BV = jnp.zeros((batch, decoder.config.vocab_size), jnp.float32)
+    shapes = abstract_cache(decoder.config, decoder.mesh, batch, capacity)
+    place = lambda x: jax.lax.with_sharding_constraint(jnp.zeros(x.shape, x.dtype), x.sharding)
+    return _everywhere(logits_BV, decoder), jax.tree.map(place, shapes)
+
+
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames="over")
+def extend(
+    decoder: Decoder,
+    logits_BV: jax.Array,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    start: jax.Array,
+    *,
+    over: str | None = None,
+) -> tuple[jax.Array, Cache]:
+    """The chunk of right-padded prompts from position `start` on -> (logits, cache) after it.
+
+    One program for all chunks of all prompts, for a width and a capacity. The cache is changed in
+    place; a row whose prompt ended before keeps its logits.
+    """
+    counts_B = jnp.clip(lengths_B - start, 0, tokens_BT.shape[1])
+    new_BV, cache = decoder.extend(tokens_BT, counts_B, cache, over)
+    logits_BV = jnp.where((counts_B > 0)[:, None], new_BV, logits_BV)
     return _everywhere(logits_BV, decoder), cache
 
 
@@ -30,6 +62,32 @@ def step(decoder: Decoder, cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array
 def draw(logits_BV: jax.Array, draws: Draws, n: jax.Array, *, num_tokens: int) -> jax.Array:
     """Draw `n` of every row, int32 `[B]`; a program of its own, small beside a step."""
     return sample(logits_BV, draws, n, num_tokens)
+
+
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("count", "num_tokens"))
+def several(
+    decoder: Decoder,
+    cache: Cache,
+    tokens_B: jax.Array,
+    draws: Draws,
+    n: jax.Array,
+    *,
+    count: int,
+    num_tokens: int,
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """(tokens `[count, B]` of the draws from `n` on, the last of them, the cache) after `tokens_B`.
+
+    `count` times `step` and `draw` in one program; the cache is changed in place.
+    """
+
+    def one(carry, n):
+        logits_BV, cache = step(decoder, carry[1], carry[0])
+        tokens_B = sample(logits_BV, draws, n, num_tokens)
+        return (tokens_B, cache), tokens_B
+
+    numbers = n + jnp.arange(count, dtype=jnp.int32)
+    (last_B, cache), tokens_NB = jax.lax.scan(one, (tokens_B, cache), numbers)
+    return tokens_NB, last_B, cache
 
 
 def _everywhere(logits_BV, decoder):

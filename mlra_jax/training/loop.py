@@ -42,10 +42,9 @@ Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
-    Leaves in `workdir`: `checkpoints/` (and `best/` if asked), `experiment.json`, `metrics.jsonl`,
-    `tensorboard/`, `loss_curve.png`. With several processes all must see the same `workdir`.
-    SIGTERM and Ctrl-C save and return. Losses, data order and checkpoints depend on the settings
-    alone.
+    Leaves in `workdir`: `checkpoints/`, `best/` if asked, `experiment.json`, `metrics.jsonl`,
+    `tensorboard/`, `loss_curve.png`. With several processes all must see it. SIGTERM and Ctrl-C
+    save and return. Losses, data order and checkpoints depend on the settings alone.
 
     Args:
       experiment: what to train.

@@ -82,6 +82,8 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
         out, err, code = run(flag, f"--prompt={prompt}", "--max_new_tokens=8")
         assert code == 0 and out.startswith(prompt) and out.endswith("\n")
         assert "tokens/s" in err and "MLA would hold" in err
+        waited = r"first token after [\d.]+ s: loading [\d.]+, compiling [\d.]+, prefill [\d.]+; "
+        assert re.search(waited, err)
         alone[prompt] = out.rstrip("\n")
     prompts = [f"--prompt={p}" for p in alone]
     out, err, code = run(flag, *prompts, "--max_new_tokens=8", "--mesh=tensor=4,context=2")
@@ -111,6 +113,7 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
         (["--prompt=x", "--mesh=data=2"], "1 prompts do not divide over the 2 devices"),
         (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be 0 or more"),
         (["--prompt=x", "--top_p=0"], "top_p=0.0 must be above 0"),
+        (["--prompt=x", "--tokens_per_call=0"], "tokens_per_call=0 must be at least 1"),
         (["--prompt=x", "--dtype=int8"], "dtype='int8' is none of"),
         (["--prompt=x", "--tokenizer=/nowhere"], "/nowhere"),
     ],
@@ -238,6 +241,7 @@ def test_sampling_flags_reach_the_sampler(checkpoint):
     greedy = run(*settings)[0]
     hot = [*settings, "--temperature=1e6"]
     assert run(*hot, "--seed=1")[0] == run(*hot, "--seed=1")[0] != run(*hot, "--seed=2")[0]
+    assert run(*hot, "--seed=1", "--tokens_per_call=4")[0] == run(*hot, "--seed=1")[0]
     assert (
         run(*hot, "--top_k=1")[0] == greedy == run(*settings, "--temperature=1", "--top_p=1e-9")[0]
     )

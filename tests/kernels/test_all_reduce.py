@@ -52,6 +52,7 @@ def described(devices, **sizes):
     [
         ([hopper()] * 8, dict(tensor=8), 8 * 3072, None),
         ([hopper()] * 8, dict(tensor=2, context=4), 128 * 3072, None),
+        ([hopper()], dict(), 8 * 3072, "one device"),
         ([hopper()] * 8, dict(tensor=8), 8 * 3072 + 1, "no multiple of 1024"),
         ([hopper()] * 8, dict(tensor=8), 2048 * 3072, "more than 512 times"),
         ([hopper()] * 8, dict(tensor=4, data=2), 8 * 3072, "more axes"),

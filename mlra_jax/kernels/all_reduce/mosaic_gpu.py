@@ -27,6 +27,8 @@ _MOST_TILES = 512
 def supports(mesh: Mesh, axis_names: Sequence[str], size: int) -> str | None:
     """None if `all_reduce` can sum `size` numbers, otherwise why not, in one phrase."""
     devices = mesh.devices.ravel()
+    if len(devices) == 1:
+        return "there is one device"
     if not all(map(target.is_hopper, devices)):
         return "the devices are no Hopper GPUs"
     # All devices of the mesh take part, and one process knows all their addresses.

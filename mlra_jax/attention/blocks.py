@@ -1,0 +1,52 @@
+"""Attention of many queries to a cache, a block of positions at a time: no `[T, S]` matrix."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.kernels.softmax import merge_partials
+
+_SCORES = 1 << 26
+"""Of one block, as far as a block has at least 64 positions and at most 512."""
+
+Attend = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def in_blocks(attend: Attend, block: int | None = None) -> Attend:
+    """As `attend`, called with some positions at a time, up to the last that a query sees.
+
+    `attend` is `(queries, cache, lengths_BT) -> (o_BThV, lse_BTh)`, where query `t` of row `b` sees
+    the positions before `lengths[b, t]`; ends beyond the positions that it is given mean all.
+    `block` is the number of positions, by default what bounds the memory of the scores.
+    """
+
+    def attend_in_blocks(queries, cache, lengths_BT):
+        slots = jax.tree.leaves(cache)[0].shape[1]
+        size = min(block or _positions(queries), slots)
+        # What is left over comes first, so that all others are whole blocks.
+        first = slots % size or size
+
+        def attend_to(start, count):
+            part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, 1), cache)
+            o_BThV, lse_BTh = attend(queries, part, lengths_BT - start)
+            return o_BThV.astype(jnp.float32), lse_BTh
+
+        def join(n, joined):
+            parts = zip(joined, attend_to(first + n * size, size), strict=True)
+            return merge_partials(*map(jnp.stack, parts))
+
+        # Rows that are already full count on beyond the last slot.
+        seen = jnp.minimum(jnp.max(lengths_BT), slots)
+        blocks = jnp.maximum(-(-(seen - first) // size), 0)
+        o_BThV, lse_BTh = jax.lax.fori_loop(0, blocks, join, attend_to(0, first))
+        return o_BThV.astype(jax.tree.leaves(queries)[0].dtype), lse_BTh
+
+    return attend_in_blocks
+
+
+def _positions(queries) -> int:
+    rows = math.prod(jax.tree.leaves(queries)[0].shape[:-1])
+    return max(64, min(512, _SCORES // rows // 64 * 64))

@@ -1,0 +1,47 @@
+"""The benchmarks that need an accelerator to say something run on a CPU too, on tiny models."""
+
+import json
+
+import pytest
+
+from benchmarks import decode, models
+from mlra_jax.config import LatentConfig, preset
+from mlra_jax.decoder import abstract_cache, abstract_decoder
+from mlra_jax.sharding import make_mesh
+
+
+@pytest.mark.parametrize("tensor, context", [(4, 1), (2, 2), (4, 2), (1, 4)])
+@pytest.mark.parametrize("name", ["mlra_4", "mlra_2", "mla", "mha", "mqa"])
+def test_a_share_holds_what_a_device_of_the_mesh_holds(name, tensor, context):
+    config, slots = preset(name, num_layers=1), 4096
+    mesh, alone = make_mesh(tensor=tensor, context=context), make_mesh()
+    share = models.share_of(config, tensor, context)
+    cache = abstract_cache(config, mesh, 2, slots)
+    of_share = abstract_cache(share, alone, 2, models.positions_of(f"{tensor}x{context}", slots))
+    held = models.bytes_per_device
+    assert held(of_share.layers) == held(cache.layers)
+    if context == 1 or isinstance(config.attention, LatentConfig):
+        weights = held(abstract_decoder(config, mesh).weights)
+        assert held(abstract_decoder(share, alone).weights) == pytest.approx(weights, rel=0.12)
+
+
+def test_points_are_read():
+    assert models.parse_points("1x2K,8x96,2x1M") == [(1, 2048), (8, 96), (2, 1 << 20)]
+    assert models.positions_of("4x2", 4096) == 2048 == models.positions_of("4", 2048)
+
+
+def test_decoding_is_measured_and_drawn(tmp_path):
+    output = tmp_path / "decode.json"
+    arguments = ["--tiny", "--models=gqa", "--points=1x64,1x128", "--shares=4"]
+    arguments += ["--first_token", f"--output={output}", f"--figures={tmp_path}"]
+    assert decode.main(arguments) == 0
+    result = json.loads(output.read_text())
+    assert [row["context"] for row in result["rows"]] == [64, 128]
+    for row in result["rows"]:
+        assert "error" not in row
+        assert row["tokens_per_second"] == pytest.approx(1e3 / row["milliseconds"])
+        assert row["floor"] > 0 and row["peak_GB"] > 0 and row["first_token_seconds"] > 0
+    drawn = {p.name: p.stat().st_size for p in tmp_path.glob("*.png")}
+    assert drawn.keys() == {"decode_time.png", "decode_throughput.png"}
+    assert decode.main([f"--input={output}", f"--figures={tmp_path / 'again'}"]) == 0
+    assert (tmp_path / "again/decode_time.png").is_file()
