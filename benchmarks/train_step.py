@@ -1,8 +1,8 @@
 """Times whole training steps of the published 2.9B models beside what their products take.
 
     python -m benchmarks.train_step [--models=mlra_4,mla] [--mesh=fsdp=2] [--batch=2,4] [--seq=2048]
-        [--remat=block,attention] [--set=NAME=VALUE ...] [--materialise] [--no_profile]
-        [--output=FILE.json]
+        [--remat=block,attention] [--set=NAME=VALUE ...] [--materialise]
+        [--by_branch_head] [--no_profile] [--output=FILE.json]
 
 A step is the one that `train.py` runs: forward, backward, AdamW; weights and tokens are random,
 which does not change the time. Steps follow each other as they do there; the median of several runs
@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -37,9 +36,11 @@ from benchmarks.limits import launch_seconds, matrix_rate, random_pool, tiny_poo
 from benchmarks.profile import profile
 from mlra_jax import sharding
 from mlra_jax.attention import latent
+from mlra_jax.command import claim_gpu_memory
 from mlra_jax.config import preset
 from mlra_jax.costs import flops_per_token
 from mlra_jax.profile import by_kind
+from mlra_jax.training.__main__ import GPU_MEMORY
 from mlra_jax.training.fitting import bytes_needed, compile_step
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 from mlra_jax.training.state import abstract_state, create_state
@@ -170,13 +171,19 @@ def main() -> int:
         action="store_true",
         help="make keys and values of all branch heads where latents would be attended to",
     )
+    parser.add_argument(
+        "--by_branch_head",
+        action="store_true",
+        help="absorb products branch head by branch head, and add up the branches afterwards",
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON, written after every point")
     flags = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    claim_gpu_memory(GPU_MEMORY)
     if flags.materialise:
         latent.absorbs = lambda _: False
+    latent.JOINED_BRANCHES = not flags.by_branch_head
     device, pool = jax.devices()[0], tiny_pool() if flags.tiny else random_pool(0)
     matrix = matrix_rate(pool, launch_seconds())
     del pool

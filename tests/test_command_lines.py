@@ -17,7 +17,7 @@ import pytest
 
 from mlra_jax.__main__ import COMMANDS
 from mlra_jax.__main__ import main as list_commands
-from mlra_jax.command import Parser, Switch, progress_bar, run
+from mlra_jax.command import Parser, Switch, claim_gpu_memory, progress_bar, run
 from mlra_jax.config import preset
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line, reason
 from mlra_jax.files import DestinationError
@@ -238,6 +238,14 @@ def test_every_command_ends_alike(script, monkeypatch):
     code, out, err = ended(command.main, *arguments)
     assert code == 130 and err.count("\n") == 1 and err.startswith(f"{prog}interrupted; ")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_the_environment_says_of_gpu_memory_stays(monkeypatch):
+    new, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for given, want in (({}, "0.95"), ({new: "0.5"}, "0.5"), ({old: "0.6"}, None)):
+        monkeypatch.setattr(os, "environ", given)
+        claim_gpu_memory(0.95)
+        assert given.get(new) == want
 
 
 def test_programs_are_called_as_they_were_started(monkeypatch):
