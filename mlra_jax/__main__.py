@@ -14,6 +14,9 @@ COMMANDS = {
     "mlra-tasks": ("mlra_jax.evaluate.tasks", "zero-shot accuracy on the paper's tasks"),
     "mlra-prepare": ("mlra_jax.data.prepare", "text to token files"),
     "mlra-costs": ("mlra_jax.costs", "what each device caches, for every variant and split"),
+    "mlra-equivariance": ("mlra_jax.analysis.equivariance", "what changes when positions move"),
+    "mlra-variance": ("mlra_jax.analysis.variance", "how large attention's values are"),
+    "mlra-branches": ("mlra_jax.analysis.branches", "what each branch attends to"),
 }
 """Console script: module and what it does; `pyproject.toml` has them, too."""
 
@@ -22,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints a line for each command."""
     Parser("mlra_jax", "Lists the commands; each has --help.").parse_args(argv)
     for script, (module, does) in COMMANDS.items():
-        print(f"{script:15}python -m {module:25}{does}")
+        print(f"{script:18}python -m {module:31}{does}")
     return 0
 
 

@@ -82,6 +82,11 @@ class _WholeHeads:
     def value_dim(self) -> int:
         return self.head_dim
 
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a query and a key that are rotated, the last ones; here all."""
+        return self.head_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupedConfig(_WholeHeads):

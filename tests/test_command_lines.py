@@ -187,6 +187,9 @@ FAILING = {
     "mlra-tasks": ["--checkpoint=/nowhere"],
     "mlra-prepare": ["--source=/nowhere", "--destination=/nowhere/out", "--tokenizer=bytes"],
     "mlra-costs": [],
+    "mlra-equivariance": ["--checkpoint=/nowhere"],
+    "mlra-variance": ["--checkpoint=/nowhere"],
+    "mlra-branches": ["--checkpoint=/nowhere"],
 }
 
 
@@ -227,6 +230,9 @@ def test_every_command_ends_alike(script, monkeypatch):
         "mlra-tasks": "_work",
         "mlra-prepare": "prepare",
         "mlra-costs": "table",
+        "mlra-equivariance": "opened",
+        "mlra-variance": "open_checkpoint",
+        "mlra-branches": "opened",
     }[script]
     monkeypatch.setattr(command, work, interrupted)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)

@@ -14,7 +14,7 @@ FLOORS = (
     {"model", "costs"},
     {"convert", "decoder", "training"},
     {"loading", "generation", "export", "profile"},
-    {"evaluate"},
+    {"evaluate", "analysis"},
 )
 
 

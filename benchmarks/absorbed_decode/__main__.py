@@ -24,6 +24,7 @@ from benchmarks.absorbed_decode.points import (
     Point,
     bounds,
     draw,
+    head_points,
     model_points,
     other_points,
     paper_points,
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table(rows))
     else:
         limit = measure_limits(pool)
-        points = paper_points() + model_points() + other_points()
+        points = paper_points() + model_points() + head_points() + other_points()
         if options.only:
             wanted = options.only.split(",")
             points = [p for p in points if any(w in f"{p.group} {p.name}" for w in wanted)]

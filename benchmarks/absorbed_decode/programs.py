@@ -42,7 +42,8 @@ def exact(q, q_rope, latents, k_rope, lengths, starts, *, scale):
         c = wide(lax.dynamic_slice_in_dim(latents, first, block, axis=1))
         r = wide(lax.dynamic_slice_in_dim(k_rope, first, block, axis=1))
         s = einsum("btlhc,bslc->btlhs", wide(q), c).reshape(B, T, L // G, G, H, block)
-        s = s + einsum("btghr,bsr->btghs", wide(q_rope), r)[:, :, None]
+        rope = "btghr,bsr->btghs" if r.ndim == 3 else "btghr,bsgr->btghs"
+        s = s + einsum(rope, wide(q_rope), r)[:, :, None]
         position = first + jnp.arange(block)
         seen = (position >= starts[:, None, None]) & (position < lengths[..., None])
         s = s.reshape(B, T, L, H, block) * scale
@@ -72,7 +73,7 @@ def error_of(result, truth) -> float:
 
 
 def attention_by_library(point: Point, library: str):
-    """GQA's share by a library: "cudnn" and "xla" of jax.nn, or tokamax's own choice."""
+    """Keys and values by head: "cudnn" and "xla" of jax.nn, or tokamax's own choice."""
     if library == "tokamax":
         import tokamax
 
@@ -82,10 +83,11 @@ def attention_by_library(point: Point, library: str):
 
     def op(q, q_rope, latents, k_rope, lengths, starts):
         del q, lengths, starts  # The whole cache is visible at these points.
-        queries = q_rope[:, :, 0]
-        out = attention(queries, k_rope[:, :, None], latents)  # The latents are the values.
+        B, T, J, G, K = q_rope.shape
+        keys = k_rope if k_rope.ndim == 4 else k_rope[:, :, None]
+        out = attention(q_rope.reshape(B, T, J * G, K), keys, latents)  # These are the values.
         # The loop feeds the first result on; the second keeps the op's signature.
-        return out[:, :, None], jnp.zeros(out.shape[:-1], jnp.float32)[:, :, None]
+        return out.reshape(B, T, J, G, -1), jnp.zeros([B, T, J, G], jnp.float32)
 
     def chained(q, q_rope, *rest):
         # The next step's queries must depend on this step's output, or the loop is empty.
@@ -103,14 +105,11 @@ def kernel_op(point: Point, device_kind: str):
         raise ValueError(f"{point}: {reason}")
     config = mosaic_gpu.heuristic(problem)
     op = functools.partial(mosaic_gpu.absorbed_decode, scale=scale_of(point), config=config)
-    if not point.grouped:
+    if not point.values_only:
         return op
 
     def grouped(q, q_rope, latents, k_rope, lengths, starts):
-        out, lse = op(
-            jnp.zeros_like(q), q_rope + q * q.dtype.type(1e-9), latents, k_rope, lengths, starts
-        )
-        return out, lse
+        return op(None, q_rope + q * q.dtype.type(1e-9), latents, k_rope, lengths, starts)
 
     return grouped
 
@@ -146,7 +145,7 @@ def programs(point: Point, limit: dict, kind: str, quick: bool) -> dict:
     """{name: (function, loop steps)} of what is compiled for a point."""
     scale = scale_of(point)
     found = dict(kernel=(kernel_op(point, kind), 0 if quick else steps_for(point, limit, 1)))
-    if not quick and point.grouped:
+    if not quick and point.values_only:
         libraries = ["cudnn", "xla"]
         if importlib.util.find_spec("tokamax"):
             libraries.append("tokamax")

@@ -27,6 +27,7 @@ Entries = dict[str, jax.Array]
 OVER = ("blocks", "kernel", "cudnn")
 """How many tokens attend to a cache: plain JAX, a block of positions at a time; the kernel of a
 decoding step; cuDNN's fused attention, of GPUs, to the cache and to themselves."""
+Operands = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Attention(nnx.Module):
@@ -135,6 +136,26 @@ class Attention(nnx.Module):
         o_BTJGV, lse_BTJG = chunk_attention(q_BTJGK, k_BSJK, v_BSJV, lengths_B, scale=self.scale)
         return self._ungrouped(o_BTJGV), self._ungrouped(lse_BTJG)
 
+    def operands(
+        self, y: dict[str, jax.Array], positions_BT: jax.Array, key_positions_BT: jax.Array
+    ) -> Operands:
+        """What the softmaxes of a whole sequence are made of, for who wants to look at them.
+
+        Args:
+          y: from `inputs`.
+          positions_BT, key_positions_BT: int32, of the queries and of the keys.
+
+        Returns:
+          queries `[B, T, P, K]`, keys `[B, T, J, K]` and values `[B, T, J, V]`. P counts heads, in
+          the latent family branch heads `r * H + h`; key head `j` serves P/J neighbours. The last
+          `config.rope_dim` of K are rotated, the others (NoPE) are not.
+        """
+        return self._operands(self._queries(y, positions_BT), self._kept(y, key_positions_BT))
+
+    def result(self, y: dict[str, jax.Array], o_BTPV: jax.Array) -> jax.Array:
+        """`[B, T, D]` from what the softmaxes of `operands` gave."""
+        return self._output(y, self._sum(o_BTPV))
+
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
         return {name: getattr(self, name)(x_BTD) for name in self.input_names(self.config)}
@@ -166,9 +187,17 @@ class Attention(nnx.Module):
     def _kept(self, y: dict[str, jax.Array], positions_BT: jax.Array) -> Any:
         """What attention needs of each token, however the mesh repeats it."""
 
-    @abc.abstractmethod
     def _whole(self, q_BTHK: jax.Array, kept: Any) -> jax.Array:
         """`[B, T, H, V]`: causal attention of the sequence to itself."""
+        return self._sum(self._to_itself(*self._operands(q_BTHK, kept)))
+
+    @abc.abstractmethod
+    def _operands(self, q_BTHK: jax.Array, kept: Any) -> Operands:
+        """What `operands` gives."""
+
+    def _sum(self, o_BTPV: jax.Array) -> jax.Array:
+        """`[B, T, H, V]`: each head's output, the sum of its branches where it has several."""
+        return o_BTPV
 
     @abc.abstractmethod
     def _entries(self, kept: Any) -> Entries:

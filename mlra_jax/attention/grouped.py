@@ -43,9 +43,8 @@ class GroupedAttention(Attention):
         v_BTJK = heads.whole_heads(y["v"], self.kv_axes, self.mesh)
         return rotate(k_BTJK, positions_BT, self.rope_base), v_BTJK
 
-    def _whole(self, q_BTHK, kept):
-        k_BTJK, v_BTJK = (heads.repeat_for_mesh(x, self.mesh) for x in kept)
-        return self._to_itself(q_BTHK, k_BTJK, v_BTJK)
+    def _operands(self, q_BTHK, kept):
+        return q_BTHK, *(heads.repeat_for_mesh(x, self.mesh) for x in kept)
 
     def _entries(self, kept):
         k_BTJK, v_BTJK = kept

@@ -85,8 +85,10 @@ class LatentAttention(Attention):
         return sharding.constrain(c_BTLC, self.mesh, *axes), k_rope_BTR
 
     def _whole(self, q_BTHK, kept):
-        if absorbs(self.config):
-            return self._whole_absorbed(q_BTHK, *kept)
+        absorbed = absorbs(self.config)
+        return self._whole_absorbed(q_BTHK, *kept) if absorbed else super()._whole(q_BTHK, kept)
+
+    def _operands(self, q_BTHK, kept):
         a, (c_BTLC, k_rope_BTR) = self.config, kept
         B, T = c_BTLC.shape[:2]
         q_BTPK = self._by_branch_head(jnp.tile(q_BTHK, (1, 1, a.branches, 1)))
@@ -96,8 +98,7 @@ class LatentAttention(Attention):
         k_BTPK = self._by_branch_head(
             jnp.concatenate([self._up(c_BTLC, self.k_up), rope_BTPR], axis=-1)
         )
-        v_BTPK = self._by_branch_head(self._up(c_BTLC, self.v_up))
-        return self._sum(self._to_itself(q_BTPK, k_BTPK, v_BTPK))
+        return q_BTPK, k_BTPK, self._by_branch_head(self._up(c_BTLC, self.v_up))
 
     def _whole_absorbed(self, q_BTHK, c_BTLC, k_rope_BTR):
         """The same without a key or value of any branch head: each latent is a key/value head."""

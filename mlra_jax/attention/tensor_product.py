@@ -75,10 +75,9 @@ class TensorProductAttention(Attention):
             "v_b": self._shared(y["v_b"]) / rank,
         }
 
-    def _whole(self, q_BTHK, kept):
+    def _operands(self, q_BTHK, kept):
         k_BTHK = self._product(kept["k_a"], kept["k_b"])
-        v_BTHK = self._product(kept["v_a"], kept["v_b"])
-        return self._to_itself(q_BTHK, k_BTHK, v_BTHK)
+        return q_BTHK, k_BTHK, self._product(kept["v_a"], kept["v_b"])
 
     def _entries(self, kept):
         return kept

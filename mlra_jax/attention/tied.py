@@ -48,11 +48,11 @@ class TiedAttention(Attention):
         k_rope_BTR = rotate(y["k_rope"][:, :, None], positions_BT, self.rope_base)[:, :, 0]
         return heads.whole_heads(y["kv"], self.kv_axes, self.mesh), k_rope_BTR
 
-    def _whole(self, q_BTHK, kept):
+    def _operands(self, q_BTHK, kept):
         tied_BTJK, k_rope_BTR = kept
         v_BTJK = heads.repeat_for_mesh(tied_BTJK, self.mesh)
         k_BTJK = heads.with_shared(v_BTJK[..., : -self.config.rope_dim], k_rope_BTR)
-        return self._to_itself(q_BTHK, k_BTJK, v_BTJK)
+        return q_BTHK, k_BTJK, v_BTJK
 
     def _entries(self, kept):
         tied_BTJK, k_rope_BTR = kept

@@ -37,14 +37,23 @@ def _key(op: str, implementation: str, problem: dict[str, Any]) -> _Key:
     return op, implementation, frozenset(problem.items())
 
 
+def _fields(problem: Any) -> dict[str, Any]:
+    """Without those at their default, which files of before they came do not have."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(problem)
+        if (value := getattr(problem, field.name)) != field.default
+    }
+
+
 def find_tuned(op: str, implementation: str, problem: Any) -> dict[str, Any] | None:
     """The fields of the Config measured fastest for exactly this problem, if one was."""
-    return _tuned.get(_key(op, implementation, dataclasses.asdict(problem)))
+    return _tuned.get(_key(op, implementation, _fields(problem)))
 
 
 def remember_tuned(op: str, implementation: str, problem: Any, config: Any) -> None:
     """Makes `config` the one that the op uses for `problem` in this process."""
-    key = _key(op, implementation, dataclasses.asdict(problem))
+    key = _key(op, implementation, _fields(problem))
     _tuned[key] = dataclasses.asdict(config)
 
 

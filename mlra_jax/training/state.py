@@ -77,8 +77,9 @@ def steps_by_layer(experiment: Experiment, mesh: Mesh) -> bool:
     return 1 < models.unrolled(experiment.model, mesh) == experiment.model.num_layers
 
 
-def _initial(experiment: Experiment, mesh: Mesh) -> TrainState:
-    params = models.fresh_params(experiment.model, mesh, experiment.seed)
+def initial_state(experiment: Experiment, mesh: Mesh, seed: int | jax.Array) -> TrainState:
+    """The state before the first step; `seed` is a whole number or a random key."""
+    params = models.fresh_params(experiment.model, mesh, seed)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps).init(params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer)
 
@@ -96,7 +97,7 @@ def abstract_stored_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """As `abstract_state`, of the state that a checkpoint holds."""
     _, params = models.structure(experiment.model, mesh)
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
-    shapes = jax.eval_shape(lambda: _initial(experiment, mesh))
+    shapes = jax.eval_shape(lambda: initial_state(experiment, mesh, experiment.seed))
     everywhere = sharding.named(mesh)
     shardings = TrainState(
         step=everywhere,
@@ -123,7 +124,7 @@ def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     options = {"xla_backend_optimization_level": 1} if sharding.platform(mesh) == "cpu" else None
 
     def create():
-        state = _initial(experiment, mesh)
+        state = initial_state(experiment, mesh, experiment.seed)
         # A list of the layers' shardings stands where the stack is to be cut.
         is_list = lambda where: isinstance(where, list)
         cut = lambda where, x: list(x) if is_list(where) else x

@@ -92,11 +92,24 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def make_train_step(experiment: Experiment, mesh: Mesh):
-    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+    """The jitted `train_step`; the state is donated.
+
+    To compile it for devices that do not exist here, lower it with `abstract_state` and
+    `abstract_batch` of a mesh of described devices.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
+    return jax.jit(
+        train_step(experiment, mesh),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.named(mesh)),
+    )
+
+
+def train_step(experiment: Experiment, mesh: Mesh):
+    """The function `(state, batch) -> (state, metrics)` of one step.
 
     `metrics` has float32 scalars: `loss` (nats per token, before the update), `gradient_norm`
-    (before clipping) and `learning_rate`. To compile it for devices that do not exist here, lower
-    it with `abstract_state` and `abstract_batch` of a mesh of described devices.
+    (before clipping) and `learning_rate`.
     """
     definition, _ = models.structure(experiment.model, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
@@ -138,12 +151,16 @@ def make_train_step(experiment: Experiment, mesh: Mesh):
         }
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.named(mesh)))
+    return step
 
 
 def make_validation_step(experiment: Experiment, mesh: Mesh):
-    """The jitted `(params, batch) -> (sum of losses, sum of weights)`, float32 scalars."""
+    """The jitted `validation_step`."""
+    return jax.jit(validation_step(experiment, mesh), out_shardings=sharding.named(mesh))
+
+
+def validation_step(experiment: Experiment, mesh: Mesh):
+    """The function `(params, batch) -> (sum of losses, sum of weights)`, float32 scalars."""
     definition, _ = models.structure(experiment.model, mesh)
     chunk = min(experiment.loss_chunk, experiment.model.context_length)
 
@@ -151,4 +168,4 @@ def make_validation_step(experiment: Experiment, mesh: Mesh):
         total = loss_sum(nnx.merge(definition, traced_stacks(params)), batch, chunk)
         return total, batch["weights"].sum()
 
-    return jax.jit(losses, out_shardings=sharding.named(mesh))
+    return losses

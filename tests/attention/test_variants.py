@@ -6,6 +6,9 @@ That the whole passes compute what they should is shown by the released logits (
 import dataclasses
 import math
 import re
+import runpy
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from tiny import OTHERS as VARIANTS
 from mlra_jax import model as models
 from mlra_jax.attention import MODULES
 from mlra_jax.attention.heads import HeldHeads
+from mlra_jax.config import VARIANTS as PUBLISHED
 from mlra_jax.config import (
     ConfigError,
     GroupedConfig,
@@ -26,7 +30,10 @@ from mlra_jax.config import (
     preset,
 )
 from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
+from mlra_jax.kernels import target
+from mlra_jax.kernels.absorbed_decode import api
 from mlra_jax.sharding import make_mesh, named
+from mlra_jax.training.settings import Experiment
 
 MESHES = [(1, 1), (1, 4), (2, 2), (4, 2)]
 UNEVEN = {"gqa": GroupedConfig(24, 6, 8), "gta": TiedConfig(24, 6, 8)}
@@ -156,6 +163,52 @@ def test_a_step_moves_neither_cache_nor_weights_between_devices(attention):
     ]
     widest = B * T * max(config.embed_dim, attention.num_heads * attention.query_dim)
     assert 0 < max(moved) <= widest
+
+
+@pytest.fixture
+def chosen_on_hopper(monkeypatch):
+    """The implementations of absorbed decode that are chosen, as if compiled for an H100."""
+    pytest.importorskip(
+        "mlra_jax.kernels.absorbed_decode.mosaic_gpu",
+        reason="this jaxlib has no Mosaic GPU dialect",
+    )
+    hopper = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(target, "device", lambda: hopper)
+    chosen, choose = [], api._choose
+    monkeypatch.setattr(api, "_choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    return chosen
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "tpa"])
+def test_published_sizes_decode_by_the_kernel_on_hopper(chosen_on_hopper, name, tensor):
+    step_shapes(preset(name, num_layers=1), make_mesh(tensor=tensor))
+    assert chosen_on_hopper == ["mosaic_gpu"]
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_the_quickstart_decodes_by_the_kernel_on_hopper(chosen_on_hopper, tensor):
+    path = Path(__file__).parents[2] / "configs" / "quickstart.py"
+    model = Experiment.from_dict(runpy.run_path(str(path))["get_config"]().to_dict()).model
+    execution = dataclasses.replace(model.execution, dtype="bfloat16")
+    step_shapes(dataclasses.replace(model, execution=execution), make_mesh(tensor=tensor))
+    assert chosen_on_hopper == ["mosaic_gpu"] * model.num_layers
+
+
+def step_shapes(config, mesh):
+    """The shapes in a step of two rows over a cache of 4096 positions, traced."""
+    tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    cache = abstract_cache(config, mesh, 2, 4096)
+    text = str(jax.make_jaxpr(Decoder.step)(abstract_decoder(config, mesh), tokens, cache))
+    return {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[(\d[\d,]*)\]", text)}
+
+
+def test_factors_decode_without_keys_or_values():
+    """TPA has no kernel: no array of a step is as large as its keys would be."""
+    shapes = step_shapes(preset("tpa", num_layers=1), make_mesh())
+    of_the_cache = [shape for shape in shapes if 4096 in shape]
+    assert (2, 4096, 2, 128) in of_the_cache
+    assert max(map(math.prod, of_the_cache)) <= 2 * 4096 * 2 * 128
 
 
 @pytest.mark.parametrize("name", VARIANTS)

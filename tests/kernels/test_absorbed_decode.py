@@ -77,6 +77,18 @@ def test_reference_follows_the_definition(lengths, starts):
     assert_close(actual, expected(*arrays, lengths, starts), 2e-6)
 
 
+@pytest.mark.parametrize("values_only", [False, True])
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_reference_with_keys_of_each_latent_and_values_only(values_only, own_keys):
+    q, q_rope, latents, k_rope = arguments()
+    if own_keys:
+        k_rope = jnp.asarray(np.random.default_rng(1).standard_normal((2, 37, 4, 8), np.float32))
+    arrays = None if values_only else q, q_rope, latents, k_rope
+    lengths, starts = jnp.array([[0, 36, 37], [99, 9, 4]]), jnp.array([3, 7])
+    wanted = truth.absorbed_decode(*arrays, lengths, starts, scale=SCALE)
+    assert_close(decode(*arrays, lengths, starts), wanted, 2e-6)
+
+
 def test_starts_default_to_the_first_position():
     arrays, lengths = arguments(), jnp.array([37, 5])
     for got, wanted in zip(
@@ -150,7 +162,8 @@ def test_inside_shard_map_with_checked_types():
         ({"q": (3, 5, 16)}, "q needs 5 dimensions"),
         ({"q_rope": (2, 3, 8)}, "q_rope needs 4 or 5 dimensions"),
         ({"latents": (2, 37, 64)}, "latents needs 4 dimensions"),
-        ({"k_rope": (2, 37, 1, 8)}, "k_rope needs 3 dimensions"),
+        ({"k_rope": (2, 37)}, "k_rope needs 3 or 4 dimensions"),
+        ({"k_rope": (2, 37, 2, 8)}, "k_rope has shape (2, 37, 2, 8), expected (2, 37, 4, 8)"),
         ({"lengths": ()}, "lengths needs 1 or 2 dimensions"),
         ({"starts": (2, 3)}, "starts needs 1 dimensions"),
         ({"q": (2, 3, 4, 0, 16)}, "no dimension may be 0"),
@@ -198,8 +211,8 @@ def test_scale_must_be_static():
 def fake_backend(monkeypatch, why_not=None):
     """A backend that says in `lse` with which config it was called."""
 
-    def kernel(q, *_, config, **__):
-        return q, jnp.full(q.shape[:4], config.tile, jnp.float32)
+    def kernel(_, q_rope, *__, config, **___):
+        return q_rope, jnp.full((1, 1, 1, 1), config.tile, jnp.float32)
 
     backend = types.SimpleNamespace(
         Config=mosaic_tpu.TpuConfig,
@@ -241,7 +254,7 @@ def test_the_platform_chooses_the_kernel(monkeypatch, platform, kind, kernel):
     assert has_kernel(*arguments()[:3]) == (kernel != "reference")
     fake_backend(monkeypatch, why_not="too wide")
     assert not has_kernel(*arguments()[:3])
-    assert api._choose(None, device, None) == "reference"
+    assert api._choose(None, device, PROBLEM) == "reference"
 
 
 def test_has_kernel_asks_the_override_first(monkeypatch):
@@ -266,6 +279,7 @@ def test_kernels_get_ends_and_starts_within_the_cache(monkeypatch):
 
     def kernel(q, q_rope, latents, k_rope, lengths_BT, starts_B, **keywords):
         got.update(keywords, q_rope=q_rope.shape, lengths=lengths_BT, starts=starts_B)
+        got.update(k_rope=k_rope.shape)
         return q, jnp.zeros(q.shape[:4])
 
     fake_backend(monkeypatch)
@@ -281,6 +295,10 @@ def test_kernels_get_ends_and_starts_within_the_cache(monkeypatch):
     assert got["lengths"].tolist() == [[0, 0, 1], [36, 37, 37]]
     assert got["starts"].tolist() == [0, 0]
     assert got["lengths"].dtype == got["starts"].dtype == jnp.int32
+    # One latent's own rotary key is one that all share.
+    q, q_rope, latents, k_rope = arguments(L=1, G=1)
+    call(q, q_rope, latents, k_rope[:, :, None], ends)
+    assert got["k_rope"] == k_rope.shape
 
 
 def test_an_override_that_cannot_serve_is_named(monkeypatch):
@@ -296,7 +314,7 @@ def test_a_backend_that_cannot_be_imported_is_a_reason(monkeypatch):
 
     monkeypatch.setattr(api, "_backend", missing)
     tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
-    assert api._choose(None, tpu, None) == "reference"
+    assert api._choose(None, tpu, PROBLEM) == "reference"
     with pytest.raises(ValueError, match=r"it cannot be imported \(no mosaic_gpu\)"):
         api._choose("mosaic_gpu", tpu, None)
 
@@ -335,9 +353,33 @@ def test_fallback_is_logged_once_per_reason(monkeypatch):
         fake_backend(monkeypatch, why_not=reason)
         assert tile_used() == plain
     assert lines == [
-        (logging.WARNING, "absorbed decode runs in plain JAX: mosaic_tpu: too wide"),
-        (logging.WARNING, "absorbed decode runs in plain JAX: mosaic_tpu: too long"),
+        (logging.INFO, "absorbed decode runs in plain JAX: mosaic_tpu: too wide"),
+        (logging.INFO, "absorbed decode runs in plain JAX: mosaic_tpu: too long"),
     ]
+
+
+@pytest.mark.parametrize(
+    "changes, level",
+    [
+        (dict(dtype="float32"), logging.WARNING),
+        (dict(cache=4097), logging.WARNING),
+        (dict(width=48), logging.INFO),
+        (dict(dtype="float32", rope=24), logging.INFO),
+    ],
+)
+def test_only_what_a_user_can_change_is_a_warning(monkeypatch, changes, level):
+    pytest.importorskip(
+        "mlra_jax.kernels.absorbed_decode.mosaic_gpu",
+        reason="this jaxlib has no Mosaic GPU dialect",
+    )
+    lines = []
+    monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append((level, args[0])))
+    api._log_once.cache_clear()
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    problem = dataclasses.replace(PROBLEM, device_kind=device.device_kind, **changes)
+    assert api._choose(None, device, problem) == "reference"
+    value = str(next(iter(changes.values())))
+    assert [at for at, _ in lines] == [level] and value in lines[0][1]
 
 
 def test_tuned_settings_are_measured_saved_and_used(monkeypatch, tmp_path):
@@ -376,15 +418,27 @@ def test_the_problem_names_every_size_of_the_call(monkeypatch):
     seen = []
     monkeypatch.setattr(api, "_why_not", lambda name, problem: seen.append(problem))
     q, q_rope, latents, k_rope = arguments(B=2, T=3, L=4, H=5, C=16, R=8, S=37, G=2)
-    assert has_kernel(q, q_rope, latents)
-    wanted = Problem("NVIDIA H200", 2, 3, 4, 5, 2, 16, 8, 37, "float32")
-    assert seen == [wanted]
-    # A call without groups has one.
     fake_backend(monkeypatch)
     lengths = jnp.array([9, 9])
-    absorbed_decode(q, q_rope[:, :, 0], latents, k_rope, lengths, scale=1.0)
-    autotune(q, q_rope[:, :, 0], latents, k_rope, lengths, scale=1.0)
-    assert seen[1:] == [dataclasses.replace(wanted, groups=1)] * len(seen[1:]) and len(seen) > 2
+    wanted = Problem("NVIDIA H200", 2, 3, 4, 5, 2, 16, 8, 37, "float32")
+    assert has_kernel(q, q_rope, latents) and seen == [wanted]
+    own_keys = jnp.stack([k_rope] * 4, axis=2)
+    for cache, queries, changes in (
+        ((latents, k_rope), (q, q_rope), dict()),
+        # A call without groups has one.
+        ((latents, k_rope), (q, q_rope[:, :, 0]), dict(groups=1)),
+        ((latents, own_keys), (None, q_rope), dict(rope_heads=4, values_only=True)),
+        # One key of its own is one that is shared.
+        (
+            (latents[:, :, :1], own_keys[:, :, :1]),
+            (q[:, :, :1], q_rope[:, :, :1]),
+            dict(latents=1, groups=1),
+        ),
+    ):
+        seen.clear()
+        absorbed_decode(*queries, *cache, lengths, scale=1.0)
+        autotune(*queries, *cache, lengths, scale=1.0)
+        assert seen and set(seen) == {dataclasses.replace(wanted, **changes)}
 
 
 def test_a_file_of_settings_keeps_all_and_adds_to_what_is_known(monkeypatch, tmp_path):
@@ -422,7 +476,9 @@ def test_a_file_of_settings_keeps_all_and_adds_to_what_is_known(monkeypatch, tmp
 
 def test_files_of_when_one_op_had_settings_are_read(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_tuned", {})
-    row = dict(implementation="mosaic_tpu", problem=vars(PROBLEM), config=dict(tile=256))
+    # Sizes that came later are at their defaults, and not in the file.
+    problem = {k: v for k, v in vars(PROBLEM).items() if k not in ("rope_heads", "values_only")}
+    row = dict(implementation="mosaic_tpu", problem=problem, config=dict(tile=256))
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps(dict(format_version=1, tuned=[row])))
     assert load_tuned(path) == 1
@@ -435,10 +491,10 @@ def test_settings_of_another_version_are_left_aside_with_one_line(monkeypatch, t
     lines = []
     monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append(text % args))
     api._log_once.cache_clear()
-    problem = Problem.of(*arguments()[:3], jax.devices()[0].device_kind)
+    problem = tuning._fields(Problem.of(*arguments(), jax.devices()[0].device_kind))
     path = tmp_path / "tuned.json"
     for settings in (dict(tile=384, stages=2), dict(tile=384, buffers=2, splits=0)):
-        rows = [dict(implementation="mosaic_tpu", problem=vars(problem), config=settings)]
+        rows = [dict(implementation="mosaic_tpu", problem=problem, config=settings)]
         path.write_text(json.dumps({"format_version": 1, "tuned": rows}))
         load_tuned(path)
         assert [tile_used(implementation="mosaic_tpu") for _ in range(2)] == [128, 128]

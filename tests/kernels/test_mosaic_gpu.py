@@ -41,6 +41,10 @@ def problem(**changes):
     return Problem(**(fields | changes))
 
 
+# GQA's six key/value heads on one device: values as latents, keys as their rotary keys.
+GQA = dict(latents=6, groups=6, rope_heads=6, heads=4, rope=128, values_only=True)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -52,8 +56,26 @@ def problem(**changes):
         # 2**32 elements: offsets beyond what 32 bits count.
         dict(batch=4, heads=1, width=512, cache=2**21),
         dict(latents=2, queries=8, heads=128, width=256),
+        GQA | dict(batch=2),
+        GQA | dict(latents=24, groups=24, rope_heads=24, heads=1),
+        dict(heads=24, width=256, rope=256, values_only=True),
+        dict(heads=24, width=512, values_only=True),
+        dict(latents=4, heads=4, width=32, rope=16),
     ],
-    ids=["alternate", "columns", "wide", "rows_of_a_batch", "together", "longest", "most_rows"],
+    ids=[
+        "alternate",
+        "columns",
+        "wide",
+        "rows_of_a_batch",
+        "together",
+        "longest",
+        "most_rows",
+        "GQA",
+        "MHA",
+        "MFA",
+        "values_of_512",
+        "narrow",
+    ],
 )
 def test_lowers_for_hopper(monkeypatch, changes):
     p = problem(**changes)
@@ -61,8 +83,12 @@ def test_lowers_for_hopper(monkeypatch, changes):
     assert mosaic_gpu.supports(p) is None
     q = (p.batch, p.queries, p.latents, p.heads, p.width)
     q_rope = (p.batch, p.queries, p.groups, p.heads, p.rope)
-    shapes = q, q_rope, (p.batch, p.cache, p.latents, p.width), (p.batch, p.cache, p.rope)
+    k_rope = (p.batch, p.cache, *(() if p.rope_heads == 1 else (p.rope_heads,)), p.rope)
+    shapes = q, q_rope, (p.batch, p.cache, p.latents, p.width), k_rope
     arrays = [jax.ShapeDtypeStruct(s, p.dtype) for s in shapes]
+    if p.values_only:
+        arrays[0] = None
+    assert Problem.of(*arrays, p.device_kind) == p
     bounds = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((p.batch, p.queries), (p.batch,))]
     op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=mosaic_gpu.heuristic(p))
     text = jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",)).as_text()
@@ -141,7 +167,7 @@ def test_donated_cache_is_updated_and_read_in_place():
 
 
 @pytest.mark.parametrize(
-    "latents, width", [(1, 128), (2, 128), (4, 128), (1, 256), (2, 256), (1, 512)]
+    "latents, width", [(1, 128), (2, 128), (4, 128), (1, 256), (2, 256), (1, 512), (4, 32), (1, 64)]
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_serves_every_member_and_number_of_heads(latents, width, dtype):
@@ -157,8 +183,8 @@ def test_serves_every_member_and_number_of_heads(latents, width, dtype):
 def test_says_what_it_cannot_serve():
     for name, served, refused in (
         ("dtype", ("bfloat16", "float16"), ("float32", "float64")),
-        ("width", (128, 256, 512), (64, 127, 129, 384, 1024)),
-        ("rope", (16, 32, 64, 128), (8, 24, 48, 96, 256)),
+        ("width", (32, 64, 128, 256, 512), (16, 48, 127, 129, 384, 1024)),
+        ("rope", (16, 32, 64, 128, 256), (8, 24, 48, 96, 512)),
         ("cache", (8, 4096), (4095, 4097, 4100)),
     ):
         for value in served:
@@ -198,6 +224,10 @@ LONG = dict(cache=131072)
         (dict(width=256, heads=128), dict(stages=3, ctas=64, stripes=True)),
         (dict(width=512, batch=64), dict(stages=2)),
         (dict(width=512, rope=128, batch=2), dict(stages=1)),
+        # Keys and values by head: nothing is shared that two of a tile would read once.
+        (GQA, dict(stages=4, query_stages=2)),
+        (GQA | dict(latents=4, groups=4, rope_heads=4), dict(stages=4, ctas=128, stripes=True)),
+        (dict(width=256, rope=256, values_only=True), dict(stages=2, ctas=64, stripes=True)),
     ],
 )
 def test_heuristic(changes, chosen):
@@ -211,6 +241,8 @@ def test_candidates_fit_and_hold_the_heuristic():
         (dict(width=512, batch=2), {64}, {1, 2}, {1}, {1, 2}, {2, 4, 8}),
         (dict(batch=64, latents=4, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
         (dict(latents=2, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {4}),
+        (GQA, {64, 128}, {1, 2, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
+        (GQA | dict(rope=32), {64, 128}, {2, 4}, {1}, {1, 2}, {2, 4, 8}),
     ):
         p = problem(**changes)
         found = mosaic_gpu.candidates(p)
@@ -247,6 +279,10 @@ def test_shared_memory_is_counted_as_the_launch_takes_it(monkeypatch):
         dict(width=256, heads=128, queries=2, rope=16),
         dict(width=512),
         dict(width=512, heads=128, batch=2, rope=32),
+        GQA,
+        dict(latents=2, rope_heads=2, heads=20, batch=2),
+        dict(width=512, values_only=True),
+        dict(width=32, rope=16, batch=2),
     ):
         p = problem(**changes)
         for config in mosaic_gpu.candidates(p):

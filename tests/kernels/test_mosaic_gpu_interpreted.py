@@ -91,9 +91,9 @@ def interpreted(monkeypatch):
     # Joining a row is a call into Python: fewer rows to a product, which the interpreter allows.
     monkeypatch.setattr(plan, "ROWS", 16)
 
-    def compiled(config, q, *_):
+    def compiled(config, _q, _q_rope, latents, *_):
         # The race detector takes all stages of a union of references for one place.
-        one_place = q.shape[-1] == 512 and config.query_stages > 1
+        one_place = latents.shape[-1] == 512 and config.query_stages > 1
         interpreter = plgpu.InterpretGPUParams(detect_races=not one_place)
         kernel = jax.jit(functools.partial(mosaic_gpu.absorbed_decode, scale=SCALE, config=config))
 
@@ -198,6 +198,34 @@ EDGES = [
             dict(block=128, ctas=3, stages=1, query_stages=2),
             [[([257], 0)]],
         ),
+        # Keys and values by head, no queries of the values: GQA on one device, ragged and several
+        # queries; MHA, one query row to a head, narrow.
+        (
+            "alternate",
+            dict(B=3, T=2, L=3, H=4, C=128, S=136, G=3, R=128, N=3, values_only=True),
+            dict(ctas=5, stages=2, query_stages=2, join_rows=2),
+            [[([131, 132], 11), ([0, 0], 0), ([66, 65], 3)]],
+        ),
+        (
+            "alternate",
+            dict(B=1, T=1, L=4, H=1, C=64, S=136, G=4, R=32, N=4, values_only=True),
+            dict(ctas=8, stages=2, stripes=True),
+            [[([133], 67)]],
+        ),
+        # Two latents to a tile, each with its own rotary key.
+        (
+            "latents",
+            dict(B=2, T=1, L=4, H=5, C=128, S=136, G=2, N=4),
+            dict(ctas=4, stages=2, shared=2, join_rows=2),
+            [[([130], 11), ([65], 0)]],
+        ),
+        # The quickstart's widths.
+        (
+            "alternate",
+            dict(B=2, T=2, L=4, H=3, C=32, S=200, G=1, R=16),
+            dict(ctas=3, stages=4, query_stages=2),
+            [[([193, 192], 0), ([66, 67], 1)]],
+        ),
     ],
     ids=[
         "stripes",
@@ -211,21 +239,30 @@ EDGES = [
         "MLA-stripes",
         "MLA",
         "MLA-L2",
+        "grouped",
+        "one-row-a-head",
+        "pairs-own-keys",
+        "narrow",
     ],
 )
 def test_numerics(interpreted, mode, sizes, config, bounds):
     B, T, L, H, C, S, G = (sizes[n] for n in "BTLHCSG")
     R, dtype = sizes.get("R", 64), sizes.get("dtype", "bfloat16")
+    N, values_only = sizes.get("N", 1), sizes.get("values_only", False)
     config = mosaic_gpu.Config(**config)
-    problem = Problem("NVIDIA H200", B, T, L, H, G, C, R, S, dtype)
+    problem = Problem("NVIDIA H200", B, T, L, H, G, C, R, S, dtype, N, values_only)
     assert plan.Shape(problem, config).mode.name == mode
     seed = secrets.randbits(32)
     print("seed", seed)
     random = np.random.default_rng(seed)
-    shapes = (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), (B, S, R)
+    k_rope = (B, S, N, R) if N > 1 else (B, S, R)
+    shapes = (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), k_rope
     arrays = [random.standard_normal(s, np.float32).astype(jnp.dtype(dtype)) for s in shapes]
     # Scores of hundreds in the first head: exp of them is beyond float32.
-    arrays[0][:, :, :, 0] *= 256
+    arrays[values_only][:, :, :, 0] *= 256
+    if values_only:
+        arrays[0] = None
+    assert Problem.of(*arrays, "NVIDIA H200") == problem
     kernel = interpreted(config, *arrays)
     for rows in bounds:
         lengths_BT, starts_B = (np.array(x, np.int32) for x in zip(*rows, strict=True))

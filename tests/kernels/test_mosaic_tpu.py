@@ -28,7 +28,10 @@ MIB = 2**20
 
 
 def take_latent_plainly(tiles_ref, buffer, latent):
-    return tiles_ref[buffer] if len(tiles_ref.shape) == 3 else tiles_ref[buffer, :, latent]
+    if len(tiles_ref.shape) == 3:
+        return tiles_ref[buffer]
+    heads_first = mosaic_tpu._heads_first(tiles_ref.shape[1])
+    return tiles_ref[buffer, latent] if heads_first else tiles_ref[buffer, :, latent]
 
 
 @pytest.fixture
@@ -54,10 +57,20 @@ def interpreted(monkeypatch):
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def arguments(B, T, L, H, C, S, G, R=64):
-    random = np.random.default_rng(S)
-    shapes = (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), (B, S, R)
-    return [random.standard_normal(s, np.float32).astype(jnp.bfloat16) for s in shapes]
+def shapes_of(B, T, L, H, C, S, G=1, R=64, N=1):
+    """Of the arguments; rotary keys of each latent for N > 1."""
+    k_rope = (B, S, N, R) if N > 1 else (B, S, R)
+    return (B, T, L, H, C), (B, T, G, H, R), (B, S, L, C), k_rope
+
+
+def arguments(values_only=False, **sizes):
+    random = np.random.default_rng(sizes["S"])
+    arrays = [
+        random.standard_normal(s, np.float32).astype(jnp.bfloat16) for s in shapes_of(**sizes)
+    ]
+    # Scores of hundreds in the first head: exp of them is beyond float32.
+    arrays[values_only][:, :, :, 0] *= 256
+    return [None, *arrays[1:]] if values_only else arrays
 
 
 # Ends and starts on, before and behind the edges of tiles of 128; a row's last end is not always
@@ -118,13 +131,27 @@ EDGES = [
             TpuConfig(tile=128, buffers=2, splits=1),
             [([140, 127], 0)],
         ),
+        # Keys and values by head: heads before positions, positions before heads, one wide head.
+        (
+            dict(B=2, T=2, L=3, H=3, C=128, S=203, G=3, R=128, N=3, values_only=True),
+            TpuConfig(tile=128, buffers=2, splits=1),
+            [([201, 203], 0), ([130, 129], 7)],
+        ),
+        (
+            dict(B=2, T=1, L=2, H=6, C=128, S=203, G=2, R=128, N=2, values_only=True),
+            TpuConfig(tile=128, buffers=2, splits=1),
+            [([203], 0), ([130], 129)],
+        ),
+        (
+            dict(B=2, T=1, L=1, H=6, C=256, S=203, G=1, R=256, values_only=True),
+            TpuConfig(tile=128, buffers=2, splits=1),
+            [([203], 0), ([130], 129)],
+        ),
     ],
-    ids=["edges", "T8-L2-G2", "L4-G2", "splits-MLA", "rows"],
+    ids=["edges", "T8-L2-G2", "L4-G2", "splits-MLA", "rows", "heads-first", "grouped", "wide-head"],
 )
 def test_numerics(interpreted, sizes, config, rows):
     arrays = arguments(**sizes)
-    # Scores of hundreds in the first head: exp of them is beyond float32.
-    arrays[0][:, :, :, 0] *= 256
     # Nothing outside of what a row sees may matter, whatever it holds.
     for b, (ends, start) in enumerate(rows):
         for i in (2, 3):
@@ -144,7 +171,7 @@ def test_numerics(interpreted, sizes, config, rows):
     np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("L, C", [(2, 128), (2, 256), (4, 128)])
+@pytest.mark.parametrize("L, C", [(2, 128), (2, 256), (4, 128), (8, 128)])
 def test_latents_are_taken_out_of_packed_words(L, C):
     tiles = jax.random.normal(jax.random.key(0), (2, 128, L, C), jnp.bfloat16)
 
@@ -219,21 +246,19 @@ def devices_of(topology):
         pytest.skip(f"no ahead-of-time TPU compiler for {topology}: {str(error).splitlines()[0]}")
 
 
-def compile_decode(device, B, T, L, H, C, S, G=1, R=64):
-    problem = Problem(device.device_kind, B, T, L, H, G, C, R, S, "bfloat16")
-    assert mosaic_tpu.supports(problem) is None
-    config = mosaic_tpu.heuristic(problem)
+def compile_decode(device, values_only=False, **sizes):
     here = SingleDeviceSharding(device)
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+    arrays = [array(*shape) for shape in shapes_of(**sizes)]
+    if values_only:
+        arrays[0] = None
+    problem = Problem.of(*arrays, device.device_kind)
+    assert mosaic_tpu.supports(problem) is None
+    config = mosaic_tpu.heuristic(problem)
     kernel = functools.partial(mosaic_tpu.absorbed_decode, scale=SCALE, config=config)
-    compiled = jax.jit(kernel).lower(
-        array(B, T, L, H, C),
-        array(B, T, G, H, R),
-        array(B, S, L, C),
-        array(B, S, R),
-        array(B, T, dtype=jnp.int32),
-        array(B, dtype=jnp.int32),
-    )
+    B, T = sizes["B"], sizes["T"]
+    bounds = array(B, T, dtype=jnp.int32), array(B, dtype=jnp.int32)
+    compiled = jax.jit(kernel).lower(*arrays, *bounds)
     return compiled.compile(), problem, config
 
 
@@ -259,27 +284,40 @@ PRODUCT_SIZES = {
 COMPILED = [("v5e:2x2", name) for name in PRODUCT_SIZES]
 COMPILED += [("v4:2x2x1", "MLRA-4 1-way"), ("v5p:2x2x1", "MLA"), ("v6e:2x2", "MLRA-4 1-way")]
 COMPILED += [("tpu7x:2x2x1", "MLA")]
+# Keys and values by head.
+HEADS = dict(B=1, T=1, S=131072, values_only=True)
+BY_HEAD = {
+    "MQA": HEADS | dict(L=1, H=24, C=128, R=128),
+    "GQA 3-way": HEADS | dict(L=2, H=4, C=128, G=2, R=128, N=2),
+    "GQA": HEADS | dict(L=6, H=4, C=128, G=6, R=128, N=6),
+    "MHA": HEADS | dict(S=32768, L=24, H=1, C=128, G=24, R=128, N=24),
+    "GTA": HEADS | dict(L=6, H=4, C=128, G=6, values_only=False),
+    "MFA": HEADS | dict(L=1, H=24, C=256, R=256),
+}
+COMPILED += [("v5e:2x2", name) for name in BY_HEAD] + [("v5p:2x2x1", "GQA"), ("v6e:2x2", "MHA")]
 
 
 @pytest.mark.parametrize("topology, name", COMPILED)
 def test_compiles_for_every_chip_and_reads_the_cache_once(topology, name):
-    sizes = PRODUCT_SIZES[name]
+    sizes = dict(G=1, R=64, N=1, values_only=False) | (PRODUCT_SIZES | BY_HEAD)[name]
     device = devices_of(topology)[0]
     compiled, problem, config = compile_decode(device, **sizes)
-    cache_bytes = sizes["B"] * sizes["S"] * (sizes["L"] * sizes["C"] + 64) * 2
+    S, values, keys = sizes["S"], sizes["L"] * sizes["C"], sizes["N"] * sizes["R"]
+    cache_bytes = S * (values + keys) * 2
 
     # The arguments have no padding, and nothing of their size exists beside them.
     memory = compiled.memory_analysis()
     assert cache_bytes < memory.argument_size_in_bytes < cache_bytes + MIB / 2
     assert memory.temp_size_in_bytes < MIB
-    smaller = sizes["B"] * sizes["S"] * 64
+    smaller = S * min(values, keys)
     moving = [op for op, size in instructions(compiled) if size >= smaller]
     assert set(moving) <= {"parameter", "bitcast"}
     cost, rows = compiled.cost_analysis(), -(-sizes["H"] // 8) * 8
     assert cache_bytes < cost["bytes accessed"] < cache_bytes * 1.01
-    flops = 2 * sizes["S"] * rows * (2 * sizes["L"] * sizes["C"] + 64)
+    asked = 0 if sizes["values_only"] else values
+    flops = 2 * S * rows * (asked + values + max(sizes["G"], sizes["N"]) * sizes["R"])
     assert cost["flops"] == pytest.approx(flops, rel=1e-3)
-    assert cost["transcendentals"] == pytest.approx(sizes["S"] * sizes["L"] * rows, rel=1e-3)
+    assert cost["transcendentals"] == pytest.approx(S * sizes["L"] * rows, rel=1e-3)
 
     assert mosaic_tpu.vmem_bytes(problem, config) <= CHIPS[topology] // 2
     kernel = next(x for x in compiled.as_text().splitlines() if "tpu_custom_call" in x)
@@ -323,7 +361,7 @@ def test_chips_without_bfloat16_are_left_to_the_reference(chip):
     assert api._choose(None, AbstractDevice(chip, 1, "tpu"), problem) == "reference"
 
 
-@pytest.mark.parametrize("latents", [4, 16])
+@pytest.mark.parametrize("latents", [4, 16, 24])
 def test_donated_cache_is_updated_and_read_in_place(latents):
     """A decode step over four TPUs: new entry into the cache, then attention, under shard_map."""
     mesh = Mesh(np.array(devices_of("v5e:2x2")), ("tensor",))
@@ -350,11 +388,16 @@ PROBLEM = Problem("TPU v5 lite", 1, 1, 1, 24, 1, 128, 64, 4096, "bfloat16")
         (dict(dtype="float32"), "bfloat16"),
         (dict(width=96), "latent width 96"),
         (dict(width=129), "latent width 129"),
-        (dict(rope=24), "rotary width 24"),
+        (dict(rope=24), "rotary width 24 is no multiple of 16"),
         (dict(rope=144), "rotary width 144"),
-        (dict(latents=3), "3 latents of width 128"),
+        (dict(latents=8, width=256), "8 latents of width 256"),
+        (dict(rope_heads=4, latents=4), "rotary width 64 of 4 heads is no multiple of 128"),
+        (dict(latents=3), None),
+        (dict(latents=24), None),
         (dict(latents=4, width=256), "4 latents of width 256"),
         (dict(heads=1025), "more than 1024 rows"),
+        (dict(heads=1, queries=65), "65 queries are more than 64"),
+        (dict(heads=1, queries=64), None),
         (dict(heads=513, queries=2), "2 queries x 513 heads are more than 1024 rows"),
         (dict(heads=128, queries=8, width=512, device_kind="TPU v4"), "do not fit in VMEM"),
         (dict(device_kind="TPU v3"), "does not on TPU v3"),

@@ -1,5 +1,6 @@
 """The one entry to absorbed decode: checks the arguments and picks the kernel."""
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -20,10 +21,10 @@ _PACKAGE = "mlra_jax.kernels.absorbed_decode"
 
 
 def absorbed_decode(
-    q_BTLHC: jax.Array,
+    q_BTLHC: jax.Array | None,
     q_rope: jax.Array,
     latents_BSLC: jax.Array,
-    k_rope_BSR: jax.Array,
+    k_rope: jax.Array,
     lengths: jax.Array,
     starts_B: jax.Array | None = None,
     *,
@@ -42,11 +43,13 @@ def absorbed_decode(
 
     Args:
       q_BTLHC: queries already multiplied by the key up-projection, H heads per latent; bfloat16,
-        float16 or float32.
+        float16 or float32. None if the latents are values only: the score is that of the rotary
+        keys.
       q_rope: rotary queries, `[B, T, H, R]` shared by all latents, or `[B, T, G, H, R]` where
         latent l uses group l % G. Same dtype.
       latents_BSLC: the cache. Same dtype. Finite everywhere, also where nothing was written yet.
-      k_rope_BSR: the rotary keys, shared by all latents. Same dtype, finite everywhere.
+      k_rope: the rotary keys, `[B, S, R]` shared by all latents, or `[B, S, L, R]`, one of each
+        latent. Same dtype, finite everywhere.
       lengths: int32 `[B]`, the cache length including all T queries (query t sees
         `lengths - T + 1 + t` positions), or `[B, T]`, the end of what each query sees. Any value is
         legal; those outside 0..S are clipped.
@@ -59,17 +62,16 @@ def absorbed_decode(
       config: the implementation's Config; default: the measured one, else its heuristic.
 
     Returns:
-      out_BTLHC in the dtype of `q_BTLHC`, and lse_BTLH float32, the natural logarithm of the
+      out_BTLHC in the dtype of the queries, and lse_BTLH float32, the natural logarithm of the
       softmax denominator. A query that sees nothing gets 0 and -inf.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, an unknown implementation, or one asked
         for by name that cannot serve the call.
     """
-    _check(q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B, scale)
-    B, T = q_BTLHC.shape[:2]
-    S = latents_BSLC.shape[1]
-    q_rope_BTGHR = q_rope if q_rope.ndim == 5 else q_rope[:, :, None]
+    _check(q_BTLHC, q_rope, latents_BSLC, k_rope, lengths, starts_B, scale)
+    (B, T), S = q_rope.shape[:2], latents_BSLC.shape[1]
+    q_rope_BTGHR, k_rope = _normalised(q_rope, k_rope)
     lengths_BT = lengths.astype(jnp.int32)
     if lengths.ndim == 1:
         # Clipped first so that the subtraction cannot wrap around; beyond S + T - 1 all is visible.
@@ -80,7 +82,7 @@ def absorbed_decode(
     starts_B = jnp.clip(starts_B, 0, S)
 
     device = target.device()
-    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, device.device_kind)
+    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, k_rope, device.device_kind)
     name = _choose(implementation, device, problem)
     if name == "reference":
         kernel = reference.absorbed_decode
@@ -91,7 +93,7 @@ def absorbed_decode(
         q_BTLHC,
         q_rope_BTGHR,
         latents_BSLC,
-        k_rope_BSR,
+        k_rope,
         lengths_BT,
         starts_B,
         scale=float(scale),
@@ -100,7 +102,7 @@ def absorbed_decode(
 
 
 def has_kernel(q_BTLHC: Any, q_rope_BTGHR: Any, latents_BSLC: Any) -> bool:
-    """Whether `absorbed_decode` runs a kernel, not plain JAX, for arrays of these shapes.
+    """Whether `absorbed_decode` runs a kernel, not plain JAX, over latents that share rotary keys.
 
     Args:
       q_BTLHC, q_rope_BTGHR, latents_BSLC: arrays or `jax.ShapeDtypeStruct`s.
@@ -108,17 +110,19 @@ def has_kernel(q_BTLHC: Any, q_rope_BTGHR: Any, latents_BSLC: Any) -> bool:
     Raises:
       ValueError: MLRA_JAX_DECODE_KERNEL names no implementation.
     """
-    device = target.device()
-    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, device.device_kind)
+    device, rope = target.device(), q_rope_BTGHR.shape[4]
+    k_rope_BSR = jax.ShapeDtypeStruct((*latents_BSLC.shape[:2], rope), latents_BSLC.dtype)
+    arrays = q_BTLHC, q_rope_BTGHR, latents_BSLC, k_rope_BSR
+    problem = Problem.of(*arrays, device.device_kind)
     name = _asked_for(None)[0] or _kernel_for(device)
     return name not in (None, "reference") and _why_not(name, problem) is None
 
 
 def autotune(
-    q_BTLHC: jax.Array,
+    q_BTLHC: jax.Array | None,
     q_rope: jax.Array,
     latents_BSLC: jax.Array,
-    k_rope_BSR: jax.Array,
+    k_rope: jax.Array,
     lengths: jax.Array,
     starts_B: jax.Array | None = None,
     *,
@@ -133,11 +137,11 @@ def autotune(
     Returns:
       The fastest Config, or None where the reference serves the call and nothing can be set.
     """
-    arrays = (q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B)
+    arrays = (q_BTLHC, q_rope, latents_BSLC, k_rope, lengths, starts_B)
     _check(*arrays, scale)
-    q_rope_BTGHR = q_rope if q_rope.ndim == 5 else q_rope[:, :, None]
+    q_rope_BTGHR, k_rope = _normalised(q_rope, k_rope)
     device = target.device()
-    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, device.device_kind)
+    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, k_rope, device.device_kind)
     name = _choose(implementation, device, problem)
     if name == "reference":
         return None
@@ -153,47 +157,63 @@ def autotune(
     return best
 
 
-def _check(q_BTLHC, q_rope, latents_BSLC, k_rope_BSR, lengths, starts_B, scale) -> None:
+def _normalised(q_rope: jax.Array, k_rope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotary queries with their groups, rotary keys without heads where there is one."""
+    if q_rope.ndim == 4:
+        q_rope = q_rope[:, :, None]
+    if k_rope.ndim == 4 and k_rope.shape[2] == 1:
+        k_rope = k_rope[:, :, 0]
+    return q_rope, k_rope
+
+
+def _check(q_BTLHC, q_rope, latents_BSLC, k_rope, lengths, starts_B, scale) -> None:
     for name, array, ranks in (
         ("q", q_BTLHC, (5,)),
         ("q_rope", q_rope, (4, 5)),
         ("latents", latents_BSLC, (4,)),
-        ("k_rope", k_rope_BSR, (3,)),
+        ("k_rope", k_rope, (3, 4)),
         ("lengths", lengths, (1, 2)),
         ("starts", starts_B, (1,)),
     ):
         if array is not None and array.ndim not in ranks:
             expected = " or ".join(map(str, ranks))
             raise ValueError(f"{name} needs {expected} dimensions, got shape {array.shape}")
-    B, T, L, H, C = q_BTLHC.shape
-    S, R = k_rope_BSR.shape[1:]
+    # What the others are to fit: the queries, where the latents are asked any.
+    name, q = ("q", q_BTLHC) if q_BTLHC is not None else ("q_rope", q_rope)
+    L, C = latents_BSLC.shape[2:] if q_BTLHC is None else (q.shape[2], q.shape[4])
+    B, T, H = *q.shape[:2], q.shape[-2]
+    S, R = k_rope.shape[1], k_rope.shape[-1]
     G = q_rope.shape[2] if q_rope.ndim == 5 else 1
-    if 0 in (*q_BTLHC.shape, S, R, G):
-        raise ValueError(f"no dimension may be 0: q {q_BTLHC.shape}, k_rope {k_rope_BSR.shape}")
+    if 0 in (*q.shape, L, C, S, R, G):
+        shapes = f"{name} {q.shape}, latents {latents_BSLC.shape}, k_rope {k_rope.shape}"
+        raise ValueError(f"no dimension may be 0: {shapes}")
     if L % G:
         raise ValueError(f"the {L} latents do not divide among the {G} groups of q_rope")
-    rope_shape = (B, T, G, H, R) if q_rope.ndim == 5 else (B, T, H, R)
+    beside = f"{name} {q.shape}"
     for name, array, shape in (
-        ("q_rope", q_rope, rope_shape),
+        ("q_rope", q_rope, (B, T, G, H, R) if q_rope.ndim == 5 else (B, T, H, R)),
         ("latents", latents_BSLC, (B, S, L, C)),
-        ("k_rope", k_rope_BSR, (B, S, R)),
+        ("k_rope", k_rope, (B, S, L, R) if k_rope.ndim == 4 else (B, S, R)),
         ("lengths", lengths, (B, T)[: lengths.ndim]),
         ("starts", starts_B, (B,)),
     ):
         if array is not None and array.shape != shape:
-            raise ValueError(
-                f"{name} has shape {array.shape}, expected {shape} beside q {q_BTLHC.shape}"
-            )
-    if q_BTLHC.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"q is {q_BTLHC.dtype}, expected bfloat16, float16 or float32")
-    for name, array in (("q_rope", q_rope), ("latents", latents_BSLC), ("k_rope", k_rope_BSR)):
-        if array.dtype != q_BTLHC.dtype:
-            raise ValueError(f"{name} is {array.dtype} but q is {q_BTLHC.dtype}: cast one of them")
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape} beside {beside}")
+    _check_dtypes(q_BTLHC, q_rope, latents_BSLC, k_rope, lengths, starts_B)
+    if isinstance(scale, jax.core.Tracer):
+        raise ValueError("scale must be a Python number, not a traced array")
+
+
+def _check_dtypes(q_BTLHC, q_rope, latents_BSLC, k_rope, lengths, starts_B) -> None:
+    name, q = ("q", q_BTLHC) if q_BTLHC is not None else ("q_rope", q_rope)
+    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"{name} is {q.dtype}, expected bfloat16, float16 or float32")
+    for other, array in (("q_rope", q_rope), ("latents", latents_BSLC), ("k_rope", k_rope)):
+        if array.dtype != q.dtype:
+            raise ValueError(f"{other} is {array.dtype} but {name} is {q.dtype}: cast one of them")
     for name, array in (("lengths", lengths), ("starts", starts_B)):
         if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} is {array.dtype}, expected int32")
-    if isinstance(scale, jax.core.Tracer):
-        raise ValueError("scale must be a Python number, not a traced array")
 
 
 def _choose(implementation: str | None, device: Any, problem: Problem) -> str:
@@ -209,7 +229,7 @@ def _choose(implementation: str | None, device: Any, problem: Problem) -> str:
         return "reference"
     reason = _why_not(name, problem)
     if reason:
-        _log_once(f"runs in plain JAX: {name}: {reason}", logging.WARNING)
+        _log_once(f"runs in plain JAX: {name}: {reason}", _level(name, problem))
         return "reference"
     return name
 
@@ -236,6 +256,17 @@ def _why_not(name: str, problem: Problem) -> str | None:
     except ImportError as error:
         return f"it cannot be imported ({error})"
     return module.supports(problem)
+
+
+def _level(name: str, problem: Problem) -> int:
+    """A warning where users can act, which is not on the widths of a model."""
+    try:
+        supports = _backend(name).supports
+    except ImportError:
+        return logging.WARNING
+    cache = -(-problem.cache // 8) * 8
+    changed = dataclasses.replace(problem, dtype="bfloat16", cache=cache)
+    return logging.INFO if supports(changed) else logging.WARNING
 
 
 def _config(name: str, problem: Problem) -> Any:

@@ -7,7 +7,8 @@ of rotary keys beside it is copied once for all latents of the device.
 
 The cache is read in the layout XLA gives it, so nothing is copied or padded in front of the kernel:
 `[B, S, 1, C]` lies like `[B, S, C]`, and `[B, S, R]` with R < 128 lies like `[B, R, S]`, positions
-along the lanes, without padding.
+along the lanes, without padding. `[B, S, L, C]` lies like `[B, L, S, C]` where L would be padded.
+Rotary keys of whole lanes, which each latent may have for itself, lie like latents.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ LANES = 128
 SUBLANES = 8
 ROW_BLOCK = 128  # query rows whose scores are alive at once
 _MIB = 2**20
+_MOST_QUERIES = 64  # of a row, each with an end of its own in the program
 _HIDDEN = -1e30  # the score of what a query must not see: finite, so that no difference is a NaN
 
 
@@ -86,10 +88,18 @@ def supports(problem: Problem) -> str | None:
         return f"it computes in bfloat16, the call is {problem.dtype}"
     if problem.width % LANES:
         return f"latent width {problem.width} is no multiple of {LANES}"
-    if problem.rope % 16 or problem.rope > LANES:
-        return f"rotary width {problem.rope} is no multiple of 16 up to {LANES}"
-    if problem.latents not in (1, 2) and (problem.latents, problem.width) != (4, LANES):
-        return f"{problem.latents} latents of width {problem.width} on one device"
+    step = 16 if problem.rope < LANES and problem.rope_heads == 1 else LANES
+    if problem.rope % step:
+        heads = f" of {problem.rope_heads} heads" if problem.rope_heads > 1 else ""
+        return f"rotary width {problem.rope}{heads} is no multiple of {step}"
+    for heads, width in (
+        (problem.latents, problem.width),
+        (problem.rope_heads, problem.rope),
+    ):
+        if heads > 2 and not _heads_first(heads) and width != LANES:
+            return f"{heads} latents of width {width} on one device"
+    if problem.queries > _MOST_QUERIES:
+        return f"{problem.queries} queries are more than {_MOST_QUERIES}"
     if problem.queries * problem.heads > 1024:
         return f"{problem.queries} queries x {problem.heads} heads are more than 1024 rows"
     if vmem_bytes(problem, TpuConfig(LANES, 2, 1)) > _chip(problem).vmem // 2:
@@ -129,24 +139,25 @@ def candidates(problem: Problem) -> list[TpuConfig]:
 
 def vmem_bytes(problem: Problem, config: TpuConfig) -> int:
     """VMEM that the kernel asks for: tiles, queries, results, running sums and live scores."""
-    L, C = problem.latents, problem.width
+    L, C, R = problem.latents, problem.width, _round_up(problem.rope, LANES)
     M, M_block = _rows(problem.queries * problem.heads)
     tiles = config.buffers * config.tile * _position_bytes(problem)
-    queries = 2 * 2 * M * (L * C + problem.groups * LANES)
+    queries = 2 * 2 * M * ((0 if problem.values_only else L * C) + problem.groups * R)
     results = 2 * 4 * (L * M * C + SUBLANES * _round_up(M, LANES))
     sums = 4 * L * M * (C + 2 * LANES)
     # Scores, their rotary part per group, weights, and one latent's tile taken out of its packing.
-    live = config.tile * (M_block * (4 + 4 + 2 + 4 * problem.groups) + 3 * 4 * C)
+    keys = 3 * 4 * R if problem.rope_heads > 1 else 0
+    live = config.tile * (M_block * (4 + 4 + 2 + 4 * problem.groups) + 3 * 4 * C + keys)
     return tiles + queries + results + sums + live
 
 
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
 def absorbed_decode(
-    q_BTLHC: jax.Array,
+    q_BTLHC: jax.Array | None,
     q_rope_BTGHR: jax.Array,
     latents_BSLC: jax.Array,
-    k_rope_BSR: jax.Array,
+    k_rope: jax.Array,
     lengths_BT: jax.Array,
     starts_B: jax.Array,
     *,
@@ -157,61 +168,88 @@ def absorbed_decode(
 
     Interpreted on CPU inside `pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(...))`.
     """
-    B, T, L, H, C = q_BTLHC.shape
+    B, T, _, H, R = q_rope_BTGHR.shape
+    L, C = latents_BSLC.shape[2:]
     M, _ = _rows(T * H)
-    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC)
-    q_BLMC = _queries_as_rows(q_BTLHC, M)
-    q_rope_BGMR = _queries_as_rows(q_rope_BTGHR, M)
+    problem = Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, k_rope)
+    queries = [_queries_as_rows(q, M) for q in (q_BTLHC, q_rope_BTGHR) if q is not None]
     ends_B = lengths_BT.max(axis=1)
     # A row that sees nothing has no tiles at all.
     starts_B = jnp.minimum(starts_B, ends_B)
 
-    latents = latents_BSLC[:, :, 0] if L == 1 else latents_BSLC
+    latents = _as_it_lies(latents_BSLC)
     # Inside shard_map the results differ wherever an argument does.
-    arguments = (q_BLMC, q_rope_BGMR, latents, k_rope_BSR, lengths_BT, starts_B)
+    arguments = (*queries, latents, k_rope, lengths_BT, starts_B)
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
     call = _call(problem, config, scale, jax.sharding.ManualAxisType(varying=varying))
     out_KBLMC, lse_KBLM = call(
         starts_B,
         ends_B,
         lengths_BT,
-        q_BLMC,
-        q_rope_BGMR,
+        *queries,
         # Else XLA may first move a small cache into VMEM, all of it and by itself.
         pltpu.with_memory_space_constraint(latents, pltpu.HBM),
-        pltpu.with_memory_space_constraint(jnp.swapaxes(k_rope_BSR, 1, 2), pltpu.HBM),
+        pltpu.with_memory_space_constraint(
+            _as_it_lies(k_rope) if R % LANES == 0 else jnp.swapaxes(k_rope, 1, 2), pltpu.HBM
+        ),
     )
 
     if config.splits == 1:
         out_BLMC, lse_BLM = out_KBLMC[0], lse_KBLM[0]
     else:
         out_BLMC, lse_BLM = merge_partials(out_KBLMC, lse_KBLM)
-    out_BLTHC = out_BLMC[:, :, : T * H].reshape(B, L, T, H, C).astype(q_BTLHC.dtype)
+    out_BLTHC = out_BLMC[:, :, : T * H].reshape(B, L, T, H, C).astype(latents.dtype)
     lse_BLTH = lse_BLM[:, :, : T * H].reshape(B, L, T, H)
     return jnp.swapaxes(out_BLTHC, 1, 2), jnp.swapaxes(lse_BLTH, 1, 2)
+
+
+def _heads_first(heads: int) -> bool:
+    """Whether XLA lays heads out before positions, as tiles of 2, 4 or 8 heads would be padded."""
+    return heads not in (1, 2, 4) and heads % SUBLANES != 0
+
+
+def _as_it_lies(cache: jax.Array) -> jax.Array:
+    """`[B, S, C]`, `[B, S, N, C]` or `[B, N, S, C]`: renames dimensions, moves nothing."""
+    if cache.ndim == 4 and cache.shape[2] == 1:
+        return cache[:, :, 0]
+    if cache.ndim == 4 and _heads_first(cache.shape[2]):
+        return jnp.swapaxes(cache, 1, 2)
+    return cache
 
 
 def _call(problem: Problem, config: TpuConfig, scale: float, manual_axis_type):
     """The Pallas call: of bounds, queries as rows and cache to partial results of each split."""
     B, L, G, S = problem.batch, problem.latents, problem.groups, problem.cache
-    C, R, K = problem.width, problem.rope, config.splits
+    C, R, N, K = problem.width, problem.rope, problem.rope_heads, config.splits
     M, _ = _rows(problem.queries * problem.heads)
     dtype = jnp.dtype(problem.dtype)
-    tile_shape = (config.tile, C) if L == 1 else (config.tile, L, C)
+
+    def tile_of(n, width):
+        if n == 1:
+            return config.tile, width
+        return (n, config.tile, width) if _heads_first(n) else (config.tile, n, width)
+
+    rope_tile = tile_of(N, R) if R % LANES == 0 else (R, config.tile)
     per_row = lambda k, b, *_: (b, 0, 0, 0)
     per_part = lambda k, b, *_: (k, b, 0, 0, 0)
     result = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axis_type)
     vmem = vmem_bytes(problem, config)
-    read = 2 * (B * S * (L * C + R) + B * M * (L * C + G * R))
+    asked = 0 if problem.values_only else L * C
+    read = 2 * (B * S * (L * C + N * R) + B * M * (asked + G * R))
     return pl.pallas_call(
         functools.partial(
-            _kernel, heads=problem.heads, queries=problem.queries, scale=scale, config=config
+            _kernel,
+            heads=problem.heads,
+            queries=problem.queries,
+            values_only=problem.values_only,
+            scale=scale,
+            config=config,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(K, B),
             in_specs=[
-                pl.BlockSpec((None, L, M, C), per_row),
+                *([] if problem.values_only else [pl.BlockSpec((None, L, M, C), per_row)]),
                 pl.BlockSpec((None, G, M, R), per_row),
                 pl.BlockSpec(memory_space=pltpu.HBM),
                 pl.BlockSpec(memory_space=pltpu.HBM),
@@ -221,8 +259,8 @@ def _call(problem: Problem, config: TpuConfig, scale: float, manual_axis_type):
                 pl.BlockSpec((None, None, L, M), lambda k, b, *_: (k, b, 0, 0)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((config.buffers, *tile_shape), dtype),
-                pltpu.VMEM((config.buffers, R, config.tile), dtype),
+                pltpu.VMEM((config.buffers, *tile_of(L, C)), dtype),
+                pltpu.VMEM((config.buffers, *rope_tile), dtype),
                 pltpu.SemaphoreType.DMA((2, config.buffers)),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.VMEM((L, M, C), jnp.float32),
@@ -238,7 +276,7 @@ def _call(problem: Problem, config: TpuConfig, scale: float, manual_axis_type):
             vmem_limit_bytes=max(16 * _MIB, vmem + vmem // 4),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * B * S * L * M * (2 * C + R * G // L),
+            flops=2 * B * S * M * (asked + L * C + max(G, N) * R),
             transcendentals=B * S * L * M,
             bytes_accessed=read + B * L * M * (C * 2 + 4),
         ),
@@ -252,7 +290,7 @@ class _Refs:
 
     Attributes:
       starts, ends, lengths: in SMEM, int32 [B], [B] and [B, T]; `ends` is a row's farthest.
-      q_LMC, q_rope_GMR: the queries of the instance's batch row.
+      q_LMC, q_rope_GMR: the queries of the instance's batch row; no q_LMC of values only.
       latents, k_rope: the cache, in HBM.
       out_LMC, lse_LM: the results of the batch row.
       tiles, rope_tiles, arrived: the buffers, and semaphores of the copies into them.
@@ -291,9 +329,11 @@ class _Row(NamedTuple):
     query_ends: list[jax.Array]
 
 
-def _kernel(*refs, heads: int, queries: int, scale: float, config: TpuConfig):
+def _kernel(*refs, heads: int, queries: int, values_only: bool, scale: float, config: TpuConfig):
     split, b = pl.program_id(0), pl.program_id(1)
     B = pl.num_programs(1)
+    if values_only:
+        refs = *refs[:3], None, *refs[3:]
     refs = _Refs(*refs[:-1], top_LM=refs[-1].at[0], total_LM=refs[-1].at[1])
     copies = _Copies(refs, config, split, B)
 
@@ -355,21 +395,25 @@ class _Copies(NamedTuple):
         refs, config = self.refs, self.config
         position = pl.multiple_of(self.share(row)[0] + tile * config.tile, LANES)
         needed = jnp.minimum(refs.ends[row] - position, config.tile)
-        lanes = pl.multiple_of((needed + LANES - 1) & -LANES, LANES)
-        rows = needed
-        if len(refs.latents.shape) == 3:  # Else positions are an outer dimension, free of tiling.
-            rows = pl.multiple_of((needed + SUBLANES - 1) & -SUBLANES, SUBLANES)
+
+        def by_rows(cache, tiles, arrived):
+            heads = (slice(None),) if _heads_first(tiles.shape[1]) else ()
+            rows = needed
+            if len(cache.shape) == 3 or heads:  # Else positions are outside of the tiling.
+                rows = pl.multiple_of((needed + SUBLANES - 1) & -SUBLANES, SUBLANES)
+            source = cache.at[(row, *heads, pl.ds(position, rows))]
+            target = tiles.at[(buffer, *heads, pl.ds(0, rows))]
+            return pltpu.make_async_copy(source, target, arrived)
+
+        def by_lanes(cache, tiles, arrived):
+            lanes = pl.ds(0, pl.multiple_of((needed + LANES - 1) & -LANES, LANES))
+            source = cache.at[row, :, pl.ds(position, lanes.size)]
+            return pltpu.make_async_copy(source, tiles.at[buffer, :, lanes], arrived)
+
+        copy_rope = by_rows if refs.q_rope_GMR.shape[-1] % LANES == 0 else by_lanes
         return (
-            pltpu.make_async_copy(
-                refs.latents.at[row, pl.ds(position, rows)],
-                refs.tiles.at[buffer, pl.ds(0, rows)],
-                refs.arrived.at[0, buffer],
-            ),
-            pltpu.make_async_copy(
-                refs.k_rope.at[row, :, pl.ds(position, lanes)],
-                refs.rope_tiles.at[buffer, :, pl.ds(0, lanes)],
-                refs.arrived.at[1, buffer],
-            ),
+            by_rows(refs.latents, refs.tiles, refs.arrived.at[0, buffer]),
+            copy_rope(refs.k_rope, refs.rope_tiles, refs.arrived.at[1, buffer]),
         )
 
     def skip_finished_rows(self, row, tile):
@@ -402,14 +446,15 @@ def _attend(
     refs: _Refs, row: _Row, position, buffer, *, heads: int, scale: float, tile_size: int, masked
 ) -> None:
     """Adds a tile to the running softmax of all query rows."""
-    L, M, _ = refs.q_LMC.shape
-    G = refs.q_rope_GMR.shape[0]
+    L, M, _ = refs.sum_LMC.shape
+    G, _, R = refs.q_rope_GMR.shape
+    own_keys, width_axis = len(refs.rope_tiles.shape) == 4, 0 if R % LANES else 1
     M_block = min(M, ROW_BLOCK)
     if masked:
         along = position + lax.broadcasted_iota(jnp.int32, (1, tile_size), 1)
         down = position + lax.broadcasted_iota(jnp.int32, (tile_size, 1), 0)
         written = (down >= row.start) & (down < row.end)
-    rope_tile = refs.rope_tiles[buffer]
+    rope_tiles = [take_latent(refs.rope_tiles, buffer, n) for n in range(L if own_keys else 1)]
 
     def attend_rows(i):
         rows = pl.ds(i * M_block, M_block)
@@ -419,7 +464,10 @@ def _attend(
             for t in range(1, len(row.query_ends)):
                 row_end = jnp.where(row_id >= t * heads, row.query_ends[t], row_end)
             visible = (along >= row.start) & (along < row_end)
-        rope_scores = [_dot(refs.q_rope_GMR[g, rows], rope_tile, 1, 0) for g in range(G)]
+        rope_scores = [
+            _dot(refs.q_rope_GMR[n % G, rows], rope_tiles[n if own_keys else 0], 1, width_axis)
+            for n in range(L if own_keys else G)
+        ]
         # One stage after the other for all latents: the compiler's scheduler keeps to this
         # order, and a latent by itself leaves the units idle while each waits for the last.
         tiles, scores = [], []
@@ -428,7 +476,9 @@ def _attend(
             if masked:
                 # What was never written may be anything, and 0 * NaN is NaN.
                 tile = jnp.where(written, tile.astype(jnp.float32), 0).astype(tile.dtype)
-            score = _dot(refs.q_LMC[latent, rows], tile, 1, 1) + rope_scores[latent % G]
+            score = rope_scores[latent if own_keys else latent % G]
+            if refs.q_LMC is not None:
+                score += _dot(refs.q_LMC[latent, rows], tile, 1, 1)
             score *= scale * math.log2(math.e)
             tiles.append(tile)
             scores.append(jnp.where(visible, score, _HIDDEN) if masked else score)
@@ -457,7 +507,7 @@ def _attend(
 
 
 def _write_results(refs: _Refs) -> None:
-    for latent in range(refs.q_LMC.shape[0]):
+    for latent in range(refs.sum_LMC.shape[0]):
         top, total = refs.top_LM[latent], refs.total_LM[latent]
         # A query that saw nothing has only hidden scores, which all look alike to the softmax.
         saw_any = top > _HIDDEN / 2
@@ -471,12 +521,14 @@ def _write_results(refs: _Refs) -> None:
 def take_latent(tiles_ref, buffer, latent: int) -> jax.Array:
     """Latent `latent` of a tile as `[tile, C]`.
 
-    With several latents, positions are the outer dimension of `tiles_ref[buffer]` `[tile, L, C]`
-    and each 32-bit word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are
-    loaded with a stride and their half taken, so that nothing has to be transposed.
+    A tile `[L, tile, C]` has it as it is. In one of `[tile, L, C]`, positions outside, each 32-bit
+    word of VMEM holds two neighbouring latents. Words of every (L/2)-th row are loaded with a
+    stride and their half taken, so that nothing has to be transposed.
     """
     if len(tiles_ref.shape) == 3:
         return tiles_ref[buffer]
+    if _heads_first(tiles_ref.shape[1]):
+        return tiles_ref[buffer, latent]
     _, tile, L, C = tiles_ref.shape
     across = C // LANES
     stride = L // 2 * across
@@ -521,7 +573,7 @@ def _round_up(x: int, multiple: int) -> int:
 
 
 def _position_bytes(problem: Problem) -> int:
-    return 2 * (problem.latents * problem.width + problem.rope)
+    return 2 * (problem.latents * problem.width + problem.rope_heads * problem.rope)
 
 
 def _chip(problem: Problem) -> _Chip:

@@ -74,10 +74,10 @@ __all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "supports"]
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
 def absorbed_decode(
-    q_BTLHC: jax.Array,
+    q_BTLHC: jax.Array | None,
     q_rope_BTGHR: jax.Array,
     latents_BSLC: jax.Array,
-    k_rope_BSR: jax.Array,
+    k_rope: jax.Array,
     lengths_BT: jax.Array,
     starts_B: jax.Array,
     *,
@@ -90,11 +90,11 @@ def absorbed_decode(
     length): hidden scores are replaced, but hidden values are multiplied by a weight of zero.
 
     Returns:
-      out_BTLHC in the dtype of `q_BTLHC`, and lse_BTLH in float32 (natural logarithm).
+      out_BTLHC in the dtype of the queries, and lse_BTLH in float32 (natural logarithm).
     """
-    B, T, L, H, C = q_BTLHC.shape
-    S = latents_BSLC.shape[1]
-    shape = Shape(Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC), config)
+    B, T, _, H, _ = q_rope_BTGHR.shape
+    S, L, C = latents_BSLC.shape[1:]
+    shape = Shape(Problem.of(q_BTLHC, q_rope_BTGHR, latents_BSLC, k_rope), config)
 
     def as_rows(x_BTNHX):
         # For one query or one latent this only renames dimensions.
@@ -105,14 +105,10 @@ def absorbed_decode(
     bounds = (lengths_BT, starts_B)
     if B > 1:
         bounds += (schedule.table(shape, lengths_BT, starts_B),)
-    parts, lses = walk.launch(shape, float(scale))(
-        as_rows(q_BTLHC),
-        as_rows(q_rope_BTGHR),
-        latents_BSLC.reshape(B, S, L * C),
-        k_rope_BSR,
-        *bounds,
-    )
+    queries = [as_rows(q) for q in (q_BTLHC, q_rope_BTGHR) if q is not None]
+    cache = latents_BSLC.reshape(B, S, L * C), k_rope.reshape(B, S, -1)
+    parts, lses = walk.launch(shape, float(scale))(*queries, *cache, *bounds)
     out_BLRC, lse_BLR = join.launch(shape)(parts, lses, *bounds)
-    out_BTLHC = jnp.swapaxes(out_BLRC[:, :, : T * H].reshape(B, L, T, H, C), 1, 2)
+    out_BTLHC = jnp.swapaxes(out_BLRC[:, :, : T * H, :C].reshape(B, L, T, H, C), 1, 2)
     lse_BTLH = jnp.swapaxes(lse_BLR[:, :, : T * H].reshape(B, L, T, H), 1, 2)
     return out_BTLHC, lse_BTLH

@@ -40,7 +40,8 @@ def launch(shape: Shape) -> Callable:
 
     Returns:
       A function of the parts and their LSEs, as `walk.launch` returns them, and of the bounds. It
-      returns `[B, L, rows, C]`, and the LSEs of natural logarithm `[B, L, rows]`.
+      returns `[B, L, rows, C]`, C rounded up to whole lines, whose columns from C on mean nothing,
+      and the LSEs of natural logarithm `[B, L, rows]`.
     """
     if shape.config.stripes:
         return lambda parts, lses, *bounds: _of_teams(shape)(parts, lses)
@@ -58,7 +59,7 @@ class _Place(NamedTuple):
 
 
 def _of_teams(shape: Shape):
-    chunks = shape.problem.width // plan.LANES
+    chunks = shape.lines
     lanes = plgpu.Layout.WG_STRIDED((plan.LANES,), 1)
     warps = range(WARPS)
 
@@ -103,7 +104,7 @@ def _of_teams(shape: Shape):
 
 
 def _of_shares(shape: Shape):
-    chunks, rows = shape.problem.width // plan.LANES, shape.config.join_rows
+    chunks, rows = shape.lines, shape.config.join_rows
     groups = plan.cdiv(shape.stream_rows, rows)
     lanes = plgpu.Layout.WG_STRIDED((plan.LANES,), 1)
 
@@ -183,7 +184,7 @@ def _kernel(shape: Shape, body: Callable, tasks: int, warpgroups: int = 1, **scr
     problem = shape.problem
     # A named single warpgroup would cost a barrier.
     threads = dict(num_threads=warpgroups, thread_name="wg") if warpgroups > 1 else {}
-    out = problem.batch, problem.latents, shape.rows, problem.width
+    out = problem.batch, problem.latents, shape.rows, shape.lines * plan.LANES
     return plgpu.kernel(
         body,
         out_type=(

@@ -11,12 +11,12 @@ from mlra_jax.kernels.absorbed_decode.problem import Problem
 ROWS = 64
 # The smallest piece of a tiled shared-memory layout: starts and row counts are multiples of it.
 ALIGN = 8
-# Threads of a warpgroup, and the columns of a partial result that lie together.
+# Threads of a warpgroup, and the columns of a partial result that lie together, a line.
 LANES = 128
 SMEM_BYTES = 227 * 1024
 
-_WIDTHS = (128, 256, 512)
-_ROPES = (16, 32, 64, 128)
+_WIDTHS = (32, 64, 128, 256, 512)
+_ROPES = (16, 32, 64, 128, 256)
 # All of two bytes, which `join.weigh` counts on.
 _DTYPES = ("bfloat16", "float16")
 # More in flight gains nothing, but memory then serves some CTAs long before others.
@@ -120,6 +120,16 @@ class Shape:
         return self.mode.row_tiles * min(self.problem.groups, self.config.shared)
 
     @property
+    def rope_width(self) -> int:
+        """Columns of a tile's rotary keys."""
+        return self.problem.rope * min(self.problem.rope_heads, self.config.shared)
+
+    @property
+    def lines(self) -> int:
+        """Lines of a row of results; the last is not full where latents are narrower."""
+        return cdiv(self.problem.width, LANES)
+
+    @property
     def units(self) -> int:
         """Units per batch row: (latents of a tile, block of query rows) pairs."""
         return self.problem.latents // self.config.shared * self.row_blocks
@@ -139,12 +149,12 @@ class Shape:
     @property
     def piece(self) -> int:
         """Columns that a warpgroup passes through shared memory at a time when it has finished."""
-        return {128: 64, 256: 32, 512: 128}[self.problem.width]
+        return {32: 16, 64: 32, 128: 64, 256: 32, 512: 128}[self.problem.width]
 
     @property
     def chunk(self) -> int:
         """Columns that one copy of queries brings."""
-        return 64 if self.problem.width == 512 else 128
+        return 64 if self.problem.width == 512 else min(self.problem.width, 128)
 
     def query_rows(self, streams: int) -> int:
         """Rows of queries in shared memory: a product of 64 rows may begin at any stream's."""
@@ -162,8 +172,10 @@ def _round_up(x: int, multiple: int) -> int:
 def smem_bytes(shape: Shape) -> int:
     """Shared memory of a CTA of the first launch, as `walk` asks for it."""
     config, rope, width = shape.config, shape.problem.rope, shape.problem.width
-    query = shape.query_rows(shape.streams) * width + shape.query_rows(shape.rope_streams) * rope
-    cache = config.stages * config.block * (config.shared * width + rope)
+    query = shape.query_rows(shape.rope_streams) * rope
+    if not shape.problem.values_only or shape.mode is COLUMNS:
+        query += shape.query_rows(shape.streams) * width
+    cache = config.stages * config.block * (config.shared * width + shape.rope_width)
     stored = (config.query_stages * query + cache) * shape.dtype.itemsize
     if shape.mode is COLUMNS:
         # Probabilities; results pass through the space of the queries.
@@ -192,11 +204,8 @@ def supports(problem: Problem) -> str | None:
 
 def heuristic(problem: Problem) -> Config:
     """The Config for a problem that nobody measured."""
-    pairs = (
-        problem.width == 128
-        and problem.latents % 2 == 0
-        and problem.queries * problem.heads <= ROWS
-    )
+    # Two latents of a tile read the rotary key that they share once.
+    pairs = problem.rope_heads == 1 and _pairs(problem)
     config = Config(ctas=_multiprocessors(problem.device_kind), shared=2 if pairs else 1)
     units = Shape(problem, config).units
     if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
@@ -204,7 +213,7 @@ def heuristic(problem: Problem) -> Config:
         tiles = cdiv(problem.cache, config.block)
         team = cdiv(tiles, cdiv(tiles, config.ctas // units))
         config = dataclasses.replace(config, stripes=True, ctas=team * units)
-    elif problem.width == 128 and config.shared == 1:
+    elif problem.width <= 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
     return _with_most_stages(config, problem)
 
@@ -216,7 +225,7 @@ def candidates(problem: Problem) -> list[Config]:
     # Tiles in stripes are joined by whole teams.
     join_rows = [first.join_rows] if first.stripes else [2, 4, 8]
     for block, shared, query_stages, rows in itertools.product(
-        (64, 128), sorted({1, first.shared}), (1, 2), join_rows
+        (64, 128), (1, 2) if _pairs(problem) else (1,), (1, 2), join_rows
     ):
         stripes = first.stripes and shared == first.shared
         config = dataclasses.replace(
@@ -238,6 +247,16 @@ def candidates(problem: Problem) -> list[Config]:
             if config not in found:
                 found.append(config)
     return found
+
+
+def _pairs(problem: Problem) -> bool:
+    """Whether tiles may be of two latents; swizzled keys are cut at multiples of 64 columns."""
+    return (
+        problem.width == 128
+        and problem.latents % 2 == 0
+        and problem.queries * problem.heads <= ROWS
+        and (problem.rope_heads == 1 or problem.rope % 64 == 0)
+    )
 
 
 def _with_most_stages(config: Config, problem: Problem) -> Config | None:

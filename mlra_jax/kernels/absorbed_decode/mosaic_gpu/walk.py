@@ -33,7 +33,7 @@ class _Cta:
     Attributes:
       shape: the static sizes.
       factor: what scores are multiplied by, so that exp2 of them is the weight.
-      q, q_rope, latents, k_rope: the arguments, in device memory.
+      q, q_rope, latents, k_rope: the arguments, in device memory; no q of values only.
       bounds: what each query sees.
       parts, lses: the results, in device memory.
       memory: shared memory and barriers by name, of `_memory` and the mode's own.
@@ -84,16 +84,18 @@ def launch(shape: Shape, scale: float) -> Callable:
     """Builds the launch.
 
     Returns:
-      A function of queries, rotary queries, latents and rotary keys, all with rows instead of
-      queries and heads, and the bounds. It returns the parts, normalised, of shape [streams, rows,
-      width / 128, parts, 128], and their base-2 LSEs [streams, 64, parts].
+      A function of queries (unless latents are values only) and rotary queries, with rows instead
+      of queries and heads, of latents and rotary keys, each with its heads side by side, and of
+      the bounds. It returns the parts, normalised, of shape [streams, rows, lines, parts, 128], and
+      their base-2 LSEs [streams, 64, parts].
     """
     problem, config, mode = shape.problem, shape.config, shape.mode
     way = _WAYS[mode]
 
     def body(*refs, **scratch):
-        q, q_rope, latents, k_rope, lengths, starts = refs[:6]
-        parts, lses = refs[-2:]
+        *refs, parts, lses = refs
+        q = None if problem.values_only else refs.pop(0)
+        q_rope, latents, k_rope, lengths, starts, *table = refs
         memory = types.SimpleNamespace(**scratch)
         if mode is plan.COLUMNS:
             memory.q, memory.out = scratch["q"]
@@ -108,7 +110,7 @@ def launch(shape: Shape, scale: float) -> Callable:
             q_rope=q_rope,
             latents=latents,
             k_rope=k_rope,
-            bounds=Bounds(lengths, starts, refs[6] if problem.batch > 1 else None),
+            bounds=Bounds(lengths, starts, table[0] if table else None),
             parts=parts,
             lses=lses,
             memory=memory,
@@ -124,8 +126,7 @@ def launch(shape: Shape, scale: float) -> Callable:
                 plgpu.set_max_registers(role.registers, action=role.change)
                 role.run(cta)
 
-    chunks = problem.width // plan.LANES
-    out = shape.streams, shape.stream_rows, chunks, shape.parts, plan.LANES
+    out = shape.streams, shape.stream_rows, shape.lines, shape.parts, plan.LANES
     return plgpu.kernel(
         body,
         out_type=(
@@ -171,14 +172,16 @@ def _memory(shape: Shape) -> dict[str, Any]:
     """What every mode has: queries, the ring of tiles, their barriers, and row statistics."""
     problem, config, mode = shape.problem, shape.config, shape.mode
     rope_rows = shape.query_rows(shape.rope_streams)
-    copies = shape.streams * problem.width // shape.chunk + shape.rope_streams
-    return dict(
-        q=_queries(shape),
+    copies, queries = shape.rope_streams, {}
+    if not problem.values_only:
+        copies += shape.streams * problem.width // shape.chunk
+        queries = dict(q=_queries(shape))
+    return queries | dict(
         q_rope=_swizzled((config.query_stages, rope_rows, problem.rope), shape.dtype),
         latents=_swizzled(
             (config.stages, config.block, config.shared * problem.width), shape.dtype
         ),
-        k_rope=_swizzled((config.stages, config.block, problem.rope), shape.dtype),
+        k_rope=_swizzled((config.stages, config.block, shape.rope_width), shape.dtype),
         q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
         q_empty=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
@@ -256,22 +259,24 @@ def _load(cta: _Cta) -> None:
 
 
 def _load_tile(cta: _Cta, place: Place, position, stage) -> None:
-    width, shared = cta.shape.problem.width, cta.shape.config.shared
+    problem, shared = cta.shape.problem, cta.shape.config.shared
+    width, rope = problem.width, problem.rope
     full = cta.memory.full.at[stage]
     positions = at(position, cta.shape.config.block)
     columns = at(place.latent * width, shared * width, width)
     plgpu.copy_gmem_to_smem(
         cta.latents.at[place.batch_row, positions, columns], cta.memory.latents.at[stage], full
     )
+    columns = at(place.latent * rope if problem.rope_heads > 1 else 0, cta.shape.rope_width, rope)
     plgpu.copy_gmem_to_smem(
-        cta.k_rope.at[place.batch_row, positions], cta.memory.k_rope.at[stage], full
+        cta.k_rope.at[place.batch_row, positions, columns], cta.memory.k_rope.at[stage], full
     )
 
 
 def _load_queries(cta: _Cta, place: Place, stage) -> None:
     shape, memory = cta.shape, cta.memory
     rows, chunk_width = shape.stream_rows, shape.chunk
-    chunks = shape.problem.width // chunk_width
+    chunks = 0 if cta.q is None else shape.problem.width // chunk_width
     one_latent = shape.mode.row_tiles > 1
     full = memory.q_full.at[stage]
     for stream in range(shape.streams):
@@ -331,16 +336,19 @@ def _scores(cta: _Cta, query_stage, stream, stage):
     """Products of a stream's queries and keys, float32 [64, block]."""
     shape, memory = cta.shape, cta.memory
     rows, chunk_width, width = shape.stream_rows, shape.chunk, shape.problem.width
+    chunks = 0 if cta.q is None else width // chunk_width
+    rope = shape.problem.rope
 
     def products(acc_ref):
         own_rows = at(stream * rows, plan.ROWS)
         rope_rows = at(stream % shape.rope_streams * rows, plan.ROWS)
         first_column = 0 if shape.config.shared == 1 else stream * width
-        for chunk in range(width // chunk_width):
+        for chunk in range(chunks):
             columns = at(first_column + chunk * chunk_width, chunk_width, chunk_width)
             keys = memory.latents.at[stage, :, columns].transpose((1, 0))
             plgpu.wgmma(acc_ref, memory.q.at[query_stage, chunk, own_rows], keys)
-        keys = memory.k_rope.at[stage].transpose((1, 0))
+        columns = at(0 if shape.rope_width == rope else stream * rope, rope, rope)
+        keys = memory.k_rope.at[stage, :, columns].transpose((1, 0))
         plgpu.wgmma(acc_ref, memory.q_rope.at[query_stage, rope_rows], keys)
         return acc_ref[...]
 

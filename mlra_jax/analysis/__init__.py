@@ -1,0 +1,1 @@
+"""Looking into a model: what positions change, how large values are, what branches attend to."""
