@@ -10,7 +10,12 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.data.pipeline import TrainIterator, make_train_iterator, make_validation_batches
+from mlra_jax.data.pipeline import (
+    ORDERS,
+    TrainIterator,
+    make_train_iterator,
+    make_validation_batches,
+)
 from mlra_jax.data.sources import Source, load_source
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.training.settings import DataSettings
@@ -67,7 +72,7 @@ class Feed:
     rows: int
     model: ModelConfig
 
-    def train(self, source: Source, seed: int, order: str) -> "TrainBatches":
+    def train(self, source: Source, seed: int, order: str = ORDERS[0]) -> "TrainBatches":
         """Batches without end in one of `data.pipeline.ORDERS`, read ahead."""
         how = dict(seed=seed, order=order, prefetch=2)
         return TrainBatches(self, make_train_iterator(source, **how, **self._sizes()))

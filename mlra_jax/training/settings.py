@@ -162,6 +162,9 @@ class Experiment:
             1, self, "", "steps", "log_every", "validate_every", "save_every", "keep", "loss_chunk"
         )
         at_least(0, self, "", "seed", "virtual_cpu_devices")
+        for name in ("validate_first", "keep_best"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name}={value!r} must be true or false")
         require(self.steps < 2**31, f"steps={self.steps} must lie in [1, 2**31)")
         require(self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(

@@ -140,12 +140,21 @@ def test_settings_that_contradict_each_other():
         dataclasses.replace(split, data=dataclasses.replace(data, accumulate=4))
 
 
+def test_words_and_switches_are_checked():
+    with pytest.raises(ConfigError, match="^data.order='backward' is none of shuffled, sequential"):
+        DataSettings(source="pydoc", order="backward")
+    for name in ("validate_first", "keep_best"):
+        with pytest.raises(ConfigError, match=f"^{name}='no' must be true or false$"):
+            dataclasses.replace(EXPERIMENT, **{name: "no"})
+
+
 def test_the_defaults_are_the_papers_recipe():
     values = EXPERIMENT.to_config_dict().to_dict()
     assert values.pop("model") == MODEL.to_dict()
     assert values == {
         "data": {
             "source": "pydoc",
+            "order": "shuffled",
             "validation": "",
             "validation_fraction": 0.05,
             "validation_tokens": 10 * 2**20,
@@ -169,8 +178,10 @@ def test_the_defaults_are_the_papers_recipe():
         "seed": 0,
         "log_every": 10,
         "validate_every": 1000,
+        "validate_first": False,
         "save_every": 1000,
         "keep": 2,
+        "keep_best": False,
         "loss_chunk": 512,
         "virtual_cpu_devices": 0,
     }

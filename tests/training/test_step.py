@@ -92,12 +92,10 @@ def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape):
     assert shard.size * shape[1] * shape[2] == kernel.size
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, parts):
+def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device):
     state, expected = one_device
     model = dataclasses.replace(EXPERIMENT.model, unroll=2, remat="none")
-    data = dataclasses.replace(EXPERIMENT.data, accumulate=parts)
-    by_layer, losses = run(on_mesh(1, 2, 2, model=model, data=data))
+    by_layer, losses = run(on_mesh(1, 2, 2, model=model))
     assert [x.ndim for x in by_layer.params["layers"]["mlp"]["up"]["kernel"]] == [2, 2]
     got = [m["loss"] for m in losses]
     np.testing.assert_allclose(got, [m["loss"] for m in expected], rtol=1e-5)
