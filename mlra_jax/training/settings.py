@@ -58,8 +58,6 @@ class DataSettings:
     source: str = ""
     """Text files, folders of them, `.bin` token files, patterns, or `pydoc` for the language
     reference inside every CPython; several with commas between (`mlra_jax.data.sources`)."""
-    order: str = "shuffled"
-    """Of the windows: `shuffled`, anew each epoch, or `sequential`, as they stand in the files."""
     validation: str = ""
     """The same for validation; empty takes the source's own validation files or holds out
     `validation_fraction` of its end."""
@@ -74,6 +72,8 @@ class DataSettings:
     accumulate: int = 1
     """Parts in which a step's batch is computed, one after the other, to save memory; from
     1 on."""
+    order: str = "shuffled"
+    """Of the windows: `shuffled`, anew each epoch, or `sequential`, as they stand in the files."""
 
     def __post_init__(self):
         at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
@@ -145,17 +145,17 @@ class Experiment:
     """In [0, 2**32); of the weights and of the order of the data."""
     log_every: int = 10
     validate_every: int = 1000
-    validate_first: bool = False
-    """Validate before the first step, too."""
     save_every: int = 1000
     keep: int = 2
     """Checkpoints that stay; older ones are deleted."""
-    keep_best: bool = False
-    """Keep the weights of the lowest validation loss besides, a checkpoint in `workdir/best`."""
     loss_chunk: int = 512
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
     virtual_cpu_devices: int = 0
     """If not 0, train on this many virtual devices of the CPU."""
+    validate_first: bool = False
+    """Validate before the first step, too."""
+    keep_best: bool = False
+    """Keep the weights of the lowest validation loss besides, a checkpoint in `workdir/best`."""
 
     def __post_init__(self):
         at_least(

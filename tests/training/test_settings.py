@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.config import PRESETS, ConfigError, Execution, GroupedConfig, ModelConfig, preset
+from mlra_jax.data.pipeline import ORDERS
 from mlra_jax.settings_tree import closest
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
@@ -255,6 +256,7 @@ def experiments(draw):
         tokenizer=draw(st.text()),
         global_batch=mesh.data * mesh.fsdp * accumulate * draw(SMALL),
         accumulate=accumulate,
+        order=draw(st.sampled_from(ORDERS)),
     )
     optimizer = OptimizerSettings(
         draw(POSITIVE),
@@ -272,6 +274,8 @@ def experiments(draw):
         draw(st.integers(0, 2**32 - 1)),
         *(draw(SMALL) for _ in range(5)),
         draw(st.integers(0, 8)),
+        draw(st.booleans()),
+        draw(st.booleans()),
     )
 
 
