@@ -3,17 +3,21 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
 import numpy as np
 
-from mlra_jax.settings_tree import ConfigError, at_least, build, closest
+from mlra_jax.settings_tree import ConfigError, among, at_least, build, check_kinds, closest, within
 from mlra_jax.settings_tree import require as _require
 
 
-def _require_positive(config) -> None:
-    at_least(1, config, "", *(f.name for f in dataclasses.fields(config) if f.type is int))
+def _check_fields(config) -> None:
+    """Sizes are whole numbers in [1, 2**31): devices count in int32. Switches are True or False."""
+    check_kinds(config, "")
+    for name in (f.name for f in dataclasses.fields(config) if f.type is int):
+        at_least(1, config, "", name)
+        size = getattr(config, name)
+        _require(size < 2**31, f"{name}={size} must lie in [1, 2**31)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +30,26 @@ class LatentConfig:
 
     kind: ClassVar[str] = "latent"
     num_heads: int
+    """In [1, 2**31), a multiple of `groups`."""
     groups: int
+    """In [1, 2**31)."""
     branches: int
+    """In [1, 2**31)."""
     latent_dim: int
-    """d_c, the width of all latents together (the released configs' `kv_lora_rank`)."""
+    """d_c, the width of all latents together (the released configs' `kv_lora_rank`); in [1, 2**31),
+    a multiple of the number of latents."""
     q_latent_dim: int
-    """d_q, the width of the query latent (`q_lora_rank`)."""
+    """d_q, the width of the query latent (`q_lora_rank`); in [1, 2**31)."""
     nope_dim: int
+    """Width of a head's key without rotation, and of its value; in [1, 2**31)."""
     rope_dim: int
+    """Width of the shared rotary key; even, in [2, 2**31)."""
     gated: bool = False
     scaled: bool = True
     """Calibration factors on the query latent, the latents and the branch sum."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.groups == 0,
             f"num_heads={self.num_heads} does not divide into groups={self.groups}",
@@ -94,12 +104,15 @@ class GroupedConfig(_WholeHeads):
 
     kind: ClassVar[str] = "grouped"
     num_heads: int
+    """In [1, 2**31), a multiple of `num_kv_heads`."""
     num_kv_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """Even, in [2, 2**31)."""
     gated: bool = False
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
@@ -113,11 +126,14 @@ class TiedConfig(_WholeHeads):
 
     kind: ClassVar[str] = "tied"
     num_heads: int
+    """In [1, 2**31), a multiple of `num_kv_heads`."""
     num_kv_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """A multiple of 4, in [4, 2**31)."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads}",
@@ -135,11 +151,14 @@ class MultiMatrixConfig(_WholeHeads):
 
     kind: ClassVar[str] = "multi_matrix"
     num_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """Even, in [2, 2**31)."""
     q_latent_dim: int
+    """In [1, 2**31)."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
 
@@ -149,12 +168,16 @@ class TensorProductConfig(_WholeHeads):
 
     kind: ClassVar[str] = "tensor_product"
     num_heads: int
+    """In [1, 2**31)."""
     head_dim: int
+    """Even, in [2, 2**31)."""
     rank: int
+    """Of keys and of values; in [1, 2**31)."""
     q_rank: int
+    """Of queries; in [1, 2**31)."""
 
     def __post_init__(self):
-        _require_positive(self)
+        _check_fields(self)
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even")
 
 
@@ -203,33 +226,25 @@ class Execution:
     """Of activations and products; norms' statistics, softmax and logits are float32. It may be
     given as NumPy or JAX write it (`jnp.bfloat16`), and is kept by name."""
     remat: str | bool = "auto"
-    """What the backward pass finds kept of a block and what it computes again, one of `REMAT`
-    (`mlra_jax.remat`); True is "block" and False "none". "auto" is the fastest that fits, chosen
-    when a training step is compiled (`mlra_jax.training.fitting`), and "block" elsewhere."""
+    """What the backward pass finds kept of a block, one of `REMAT` (`mlra_jax.remat`); True is
+    "block" and False "none". "auto" is the fastest that fits, chosen when a training step is
+    compiled (`mlra_jax.training.fitting`), and "block" elsewhere."""
     unroll: int = 0
-    """Blocks that follow each other in the body of the loop over blocks, from 0 on. More of them
-    take longer to compile; 0 is all of them on GPUs and one elsewhere."""
+    """Blocks in the body of the loop over blocks, from 0 on; 0 is all of them on GPUs, which takes
+    longer to compile, and one elsewhere."""
     float32_stream: bool = False
     """Keep the sum that blocks add to in float32, also where activations are narrower."""
     attention_kernel: str = "auto"
-    """Of whole sequences, one of `ATTENTION_KERNELS`; "auto" takes the fastest of the device
-    (`mlra_jax.kernels.causal_attention`)."""
+    """Of whole sequences, one of `ATTENTION_KERNELS`; "auto" takes the device's fastest."""
 
     def __post_init__(self):
         _normalise_dtype(self, "dtype")
         at_least(0, self, "", "unroll")
-        as_name = {"true": "block", "false": "none"}
-        remat = as_name.get(str(self.remat).lower(), self.remat)
-        object.__setattr__(self, "remat", remat)
-        _require(remat in REMAT, f"remat={remat!r} is none of {', '.join(REMAT)}")
-        _require(
-            isinstance(self.float32_stream, bool),
-            f"float32_stream={self.float32_stream!r} must be true or false",
-        )
-        _require(
-            self.attention_kernel in ATTENTION_KERNELS,
-            f"attention_kernel={self.attention_kernel!r} is none of {', '.join(ATTENTION_KERNELS)}",
-        )
+        names = {"true": "block", "false": "none"}
+        object.__setattr__(self, "remat", names.get(str(self.remat).lower(), self.remat))
+        check_kinds(self, "")
+        among(REMAT, self, "remat")
+        among(ATTENTION_KERNELS, self, "attention_kernel")
 
 
 def _with_execution(values: dict[str, Any]) -> dict[str, Any]:
@@ -266,13 +281,19 @@ class ModelConfig:
 
     attention: AttentionConfig
     vocab_size: int
+    """In [1, 2**31); at least the tokenizer's, and more so that it divides over a mesh."""
     num_layers: int
+    """In [1, 2**31)."""
     embed_dim: int
+    """In [1, 2**31)."""
     mlp_dim: int
+    """In [1, 2**31)."""
     context_length: int = 2048
-    """Tokens in a training sequence; decoding is limited by its cache, not by this."""
+    """Tokens in a training sequence, in [1, 2**31); decoding is limited by its cache only."""
     norm_eps: float = 1e-6
+    """Added to the mean square in the norms; in (0, inf), as float32 has it."""
     rope_base: float = 10000.0
+    """Rotary pair i of n turns by `position / rope_base**(i / n)`; in [1, inf)."""
     zero_init: bool = True
     """Attention output and MLP down projections begin at zero (the paper's choice)."""
     param_dtype: str = "float32"
@@ -283,14 +304,9 @@ class ModelConfig:
             type(self.attention) in _KINDS.values(),
             f"attention={self.attention!r} is none of {', '.join(_KINDS)}",
         )
-        _require_positive(self)
-        for name in ("norm_eps", "rope_base"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int | float) and math.isfinite(value) and value > 0,
-                f"{name}={value!r} must be a positive number",
-            )
         _normalise_dtype(self, "param_dtype")
+        _check_fields(self)
+        within(self, "", norm_eps="(0, inf)", rope_base="[1, inf)")
 
     def identity(self) -> dict[str, Any]:
         """What the model is, JSON-ready: `to_dict` without how it is computed."""

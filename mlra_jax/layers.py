@@ -115,7 +115,7 @@ class SummedProjection(Projection):
 
         def local(x, kernel):
             part = jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)
-            return all_reduce.all_reduce(part, mesh, sharding.MODEL, x.dtype)
+            return all_reduce.all_reduce(part, mesh=mesh, axis_names=sharding.MODEL, dtype=x.dtype)
 
         rows = ("batch", "length")
         return jax.shard_map(

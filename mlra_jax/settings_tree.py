@@ -3,8 +3,11 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 # So many names are listed when none is near the one that was given; more would hide the message.
 _LISTED = 8
@@ -23,8 +26,8 @@ def require(condition: bool, message: str) -> None:
 def at_least(least: int, settings: Any, prefix: str, *names: str) -> None:
     """Raises ConfigError unless these fields of a dataclass are finite numbers from `least` on.
 
-    A field that is declared as int must hold a whole number. `prefix`, as in `mesh.`, is put before
-    the names in messages.
+    A field that is declared as int must hold a whole number below 2**63. `prefix`, as in `mesh.`,
+    is put before the names in messages.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     for name in names:
@@ -32,10 +35,51 @@ def at_least(least: int, settings: Any, prefix: str, *names: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             kind = "whole number" if whole else "number"
             raise ConfigError(f"{prefix}{name}={value!r} is not a {kind}")
+        # Python's whole numbers have no largest, and its floats may be infinite.
+        too_large = whole and value >= 2**63
+        require(not too_large, f"{prefix}{name} must be below 2**63")
         require(
-            math.isfinite(value) and value >= least,
+            least <= value <= sys.float_info.max,
             f"{prefix}{name}={value} must be at least {least}",
         )
+
+
+def within(settings: Any, prefix: str, **ranges: str) -> None:
+    """Raises ConfigError unless each of these fields of a dataclass lies in its range.
+
+    `[0, 1)` has the 0 and not the 1. What counts is what float32 on a device makes of the number:
+    a decay of 1 - 1e-9 is 1 there, and an eps of 1e-40 is 0.
+    """
+    at_least(0, settings, prefix, *ranges)
+    for name, written in ranges.items():
+        value = getattr(settings, name)
+        lower, upper = map(float, written[1:-1].split(","))
+        with np.errstate(over="ignore"):
+            number = float(np.float32(value))
+        if abs(number) < np.finfo(np.float32).tiny:
+            number = 0.0
+        above = number > lower or (written[0] == "[" and number == lower)
+        below = number < upper or (written[-1] == "]" and number == upper)
+        changed = number in (0, 1, math.inf) and number != value
+        rounded = f" (float32 makes it {number:g})" if changed else ""
+        require(above and below, f"{prefix}{name}={value} must lie in {written}{rounded}")
+
+
+def check_kinds(settings: Any, prefix: str) -> None:
+    """Raises ConfigError unless the fields of a dataclass for text and switches hold such."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for kind, called in ((str, "text"), (bool, "True or False")):
+            require(
+                field.type is not kind or isinstance(value, kind),
+                f"{prefix}{field.name}={value!r} is not {called}",
+            )
+
+
+def among(known: Sequence[str], settings: Any, name: str, prefix: str = "") -> None:
+    """Raises ConfigError unless a field of a dataclass holds one of these words."""
+    value = getattr(settings, name)
+    require(value in known, f"{prefix}{name}={value!r} is none of {', '.join(known)}")
 
 
 def build(cls: type, values: Mapping[str, Any], prefix: str = "", what: str = "setting") -> Any:

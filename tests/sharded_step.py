@@ -16,8 +16,8 @@ def sharded_step(mesh: Mesh, *, B, T, L, H, C, R, S, **options):
     split, whole = P(None, None, "tensor"), P()
 
     def shard(q, q_rope, latents, k_rope, new_latents, new_k_rope, length, starts):
-        latents = jax.lax.dynamic_update_slice(latents, new_latents, (0, length, 0, 0))
-        k_rope = jax.lax.dynamic_update_slice(k_rope, new_k_rope, (0, length, 0))
+        latents = jax.lax.dynamic_update_slice_in_dim(latents, new_latents, length, 1)
+        k_rope = jax.lax.dynamic_update_slice_in_dim(k_rope, new_k_rope, length, 1)
         lengths = jnp.broadcast_to(length + T, [B])
         out, lse = absorbed_decode(q, q_rope, latents, k_rope, lengths, starts, **options)
         return out, lse, latents, k_rope

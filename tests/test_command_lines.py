@@ -429,17 +429,17 @@ def handed(monkeypatch, script, work, *flags):
             "mlra-evaluate", "evaluate", "--checkpoint=a --tokens=x,,y", ("a", ["x", "y"]),
             dict(
                 window=2048, max_tokens=100_000_000, output=None, mesh=make_mesh(), batch=None,
-                dtype=None, step=None,
+                dtype=None, step=None, token_format="header",
             ),
         ),
         (
             "mlra-evaluate", "evaluate",
             "--checkpoint=a --tokens=x --window=3 --max_tokens=9 --output=o --mesh=data=2 "
-            "--batch=4 --dtype=float32 --step=5",
+            "--batch=4 --dtype=float32 --step=5 --token_format=uint32",
             ("a", ["x"]),
             dict(
                 window=3, max_tokens=9, output="o", mesh=make_mesh(data=2), batch=4,
-                dtype="float32", step=5,
+                dtype="float32", step=5, token_format="uint32",
             ),
         ),
     ],

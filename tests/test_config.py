@@ -180,10 +180,17 @@ def test_sizes_of_an_attention_that_cannot_be(name, field, value, words):
             (name, 0, f"{name}=0 must be at least 1")
             for name in ("vocab_size", "num_layers", "embed_dim", "mlp_dim", "context_length")
         ),
-        ("norm_eps", 0.0, "norm_eps=0.0 must be a positive number"),
-        ("norm_eps", float("nan"), "norm_eps=nan must be a positive"),
-        ("rope_base", float("inf"), "rope_base=inf must be a positive"),
-        ("rope_base", "1e4", "rope_base='1e4' must be a positive"),
+        ("vocab_size", 2**31, r"vocab_size=2147483648 must lie in \[1, 2\*\*31\)"),
+        ("num_layers", 10**400, "num_layers must be below"),
+        ("norm_eps", 0.0, r"norm_eps=0.0 must lie in \(0, inf\)"),
+        ("norm_eps", 1e-50, r"norm_eps=1e-50 must lie in \(0, inf\) \(float32 makes it 0\)"),
+        ("norm_eps", float("nan"), "norm_eps=nan must be"),
+        ("rope_base", float("inf"), "rope_base=inf must be"),
+        ("rope_base", 1e39, r"must lie in \[1, inf\) \(float32 makes it inf\)"),
+        ("rope_base", 0.5, r"rope_base=0.5 must lie in \[1, inf\)"),
+        ("rope_base", "1e4", "rope_base='1e4' is not a number"),
+        ("zero_init", "no", "zero_init='no' is not True or False"),
+        ("remat", 0, "remat=0 is none of auto, none, block"),
         ("param_dtype", None, "param_dtype=None is none of float32"),
     ],
 )

@@ -140,15 +140,48 @@ def test_correlation_between_neighbouring_rows():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(temperature=-0.1), "temperature=-0.1 must be 0 or more"),
+        (dict(temperature=-0.1), "temperature=-0.1 must be at least 0"),
         (dict(temperature=float("inf")), "temperature=inf must be"),
         (dict(temperature=float("nan")), "temperature=nan must be"),
-        (dict(top_k=-1), "top_k=-1 must be 0"),
-        (dict(top_p=0.0), "top_p=0.0 must be above 0"),
-        (dict(top_p=1.01), "top_p=1.01 must be above 0 and at most 1"),
+        (dict(temperature=1e39), r"must lie in \[0, inf\) \(float32 makes it inf\)"),
+        (dict(temperature="warm"), "temperature='warm' is not a number"),
+        (dict(top_k=-1), "top_k=-1 must be at least 0"),
+        (dict(top_k=2**31), r"top_k=2147483648 must lie in \[0, 2\*\*31\)"),
+        (dict(top_k=10**400), "top_k must be below"),
+        (dict(top_k=2.5), "top_k=2.5 is not a whole number"),
+        (dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"),
+        (dict(top_p=1e-60), r"must lie in \(0, 1\] \(float32 makes it 0\)"),
+        (dict(top_p=1.01), r"top_p=1.01 must lie in \(0, 1\]"),
     ],
 )
 def test_settings_outside_their_range_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Sampling(**options)
     Sampling(temperature=0.0, top_k=0, top_p=1.0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Sampling(np.float32(0.5), np.int64(3), np.float64(1)) == Sampling(0.5, 3, 1.0)
+    assert Sampling(jnp.float32(0.5), jnp.int32(3), np.array(1.0)) == Sampling(0.5, 3, 1.0)
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-45, 1e-300])
+def test_a_temperature_that_float32_loses_is_greedy(temperature):
+    logits = np.array([[1.0, 3.0, 2.999999, 3.0], [-2e30, -1e30, 5.0, 4.9]])
+    assert Sampling(temperature).greedy and not Sampling(1.2e-38).greedy
+    assert draw(logits, temperature=temperature).tolist() == [1, 2]
+    assert draw(logits, temperature=temperature, top_k=2, top_p=0.5).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("temperature", [2e-38, 1e-30, 1e-9])
+def test_a_small_temperature_takes_the_likeliest(temperature):
+    """Divided by it, all of these logits are infinite in float32."""
+    logits = np.tile(np.array([50.0, 70.0, 69.0, -80.0, 90.0]), (64, 1))
+    assert set(draw(logits, 4, temperature=temperature).tolist()) == {1}
+    assert set(draw(-logits, 4, temperature=temperature, top_k=3).tolist()) == {3}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, "1", [0, -1]])
+def test_seeds_outside_their_range_are_refused(seed):
+    with pytest.raises(ValueError, match=r"seed=.* must be a whole number in \[0, 2\*\*32\)"):
+        draws(Sampling(1.0), seed, 2)

@@ -73,7 +73,7 @@ def convert(
         shapes = {name: spec.shape for name, spec in weights.specs.items()}
         try:
             config, notes = recognise(shapes, weights.config, variant, folder.name)
-            stored = check_tensors(config, weights.specs, weights.complete)
+            stored, more = check_tensors(config, weights.specs)
             compute = _compute_dtype(weights.config)
         except (CheckpointFileError, ConfigError) as error:
             raise CheckpointFileError(f"{folder}: {error}") from None
@@ -81,11 +81,11 @@ def convert(
             config, param_dtype=dtype or stored.name, execution=Execution(compute)
         )
         arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
-        for line in (*weights.notes, *notes):
+        for line in (*weights.notes, *notes, *more):
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
             weights.verify(progress)
-        _check_tied(weights)
+        _check_tied(weights, _dtype(config.param_dtype))
         total = sum(array.nbytes for array in arrays.values())
         with (
             in_one_line(destination),
@@ -109,10 +109,14 @@ def _compute_dtype(values: Mapping) -> str:
     return found
 
 
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def _arrays(
     weights: Weights, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, lazy.LazyArray]:
-    dtype = np.dtype(getattr(ml_dtypes, config.param_dtype, config.param_dtype))
+    dtype = _dtype(config.param_dtype)
     return {
         path: lazy.LazyArray(leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype))
         for path, leaf in layout(config).leaves.items()
@@ -134,7 +138,9 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Sli
                 if name == EMBEDDING and name not in weights.specs:
                     name = HEAD
                 view = part.view(weights.read(name))
-                pieces.append(cast(view[(slice(low - start, high - start), *rest)], dtype, name))
+                values = view[(slice(low - start, high - start), *rest)]
+                _check_finite(name, values)
+                pieces.append(cast(values, dtype, name))
             start = stop
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         weights.release()
@@ -143,7 +149,17 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Sli
     return read
 
 
-def _check_tied(weights: Weights) -> None:
+def _check_finite(name: str, values: np.ndarray) -> None:
+    """A model with such a number in it gives no text and no error."""
+    if not np.isfinite(values).all():
+        wrong = values[~np.isfinite(values)]
+        raise CheckpointFileError(
+            f"tensor {name} has numbers that are not finite ({wrong[0]}, say): its training had "
+            "failed, or the file is damaged"
+        )
+
+
+def _check_tied(weights: Weights, dtype: np.dtype) -> None:
     """The embedding and the output head are one tensor; it is stored once, so it must be one."""
     if not {EMBEDDING, HEAD} <= weights.specs.keys() or weights.same_bytes(EMBEDDING, HEAD):
         return
@@ -151,9 +167,15 @@ def _check_tied(weights: Weights) -> None:
     step = max(1, _ROWS_AT_ONCE // width)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        if weights.read(EMBEDDING)[part].tobytes() != weights.read(HEAD)[part].tobytes():
+        a, b = (cast(weights.read(name)[part], dtype, name) for name in (EMBEDDING, HEAD))
+        if a.tobytes() != b.tobytes():
+            row, column = np.argwhere(a.view(f"u{dtype.itemsize}") != b.view(f"u{dtype.itemsize}"))[
+                0
+            ]
             raise CheckpointFileError(
-                f"{weights.folder}: {EMBEDDING} and {HEAD} differ; a model has one tensor for both"
+                f"{weights.folder}: {EMBEDDING} and {HEAD} differ, first in row {start + row}, "
+                f"column {column} ({a[row, column]} and {b[row, column]}); a model has one tensor "
+                "for both: was this one trained with a head of its own?"
             )
         weights.release()
 

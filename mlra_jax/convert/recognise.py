@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlra_jax.config import (
+    DTYPES,
     AttentionConfig,
     GroupedConfig,
     LatentConfig,
@@ -16,6 +17,7 @@ from mlra_jax.config import (
     TensorProductConfig,
     TiedConfig,
 )
+from mlra_jax.convert import foreign
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, Shape, base_name, layout
 
@@ -63,6 +65,8 @@ def recognise(
         embed_dim=sizes["n_embd"],
         mlp_dim=sizes["intermediate_size"],
         context_length=sizes["block_size"],
+        rope_base=foreign.rope_base(values),
+        norm_eps=foreign.norm_eps(values),
     )
     # Bounds the list of names that the comparison makes.
     per_layer = attention.num_latents if isinstance(attention, LatentConfig) else 1
@@ -133,6 +137,10 @@ class _Sizes:
 def _recognise_attention(shapes: Mapping[str, Shape], sizes: _Sizes) -> AttentionConfig:
     prefix = LAYER.format(0) + "attn."
     names = {n.removeprefix(prefix).removesuffix(".weight") for n in shapes if n.startswith(prefix)}
+    if not names:
+        raise CheckpointFileError(
+            f"no tensor begins with {prefix}; there are {foreign.whose(shapes)}"
+        )
     heads = sizes["n_head"]
     if "kv_a_proj_with_mqa" in names:
         nope = sizes["qk_nope_head_dim"]
@@ -161,8 +169,10 @@ def _recognise_attention(shapes: Mapping[str, Shape], sizes: _Sizes) -> Attentio
     if "c_q" in names:
         kv_heads = sizes.divided("n_head", "group_size") if "group_size" in sizes.values else heads
         return GroupedConfig(heads, kv_heads, sizes["head_dim"], gated="c_gated" in names)
-    found = ", ".join(sorted(names)[:8])[:200] or "none"
-    raise CheckpointFileError(f"no attention variant has these tensors in {prefix}: {found}")
+    raise CheckpointFileError(
+        f"no attention variant has the tensors in {prefix}: "
+        + foreign.whose(n.removeprefix(prefix) for n in shapes if n.startswith(prefix))
+    )
 
 
 def _groups_and_branches(
@@ -181,50 +191,54 @@ def _groups_and_branches(
     return groups, shape[0] // groups
 
 
-def check_tensors(config: ModelConfig, specs: Mapping[str, Any], complete: bool = True) -> np.dtype:
-    """Compares all tensors with what the model needs and returns their common dtype.
+def check_tensors(config: ModelConfig, specs: Mapping[str, Any]) -> tuple[np.dtype, list[str]]:
+    """Compares all tensors with what the model needs.
+
+    The embedding and the head are one tensor, which may be there under either name or both.
 
     Args:
       config: the model.
       specs: released name to `TensorSpec`.
-      complete: whether the tied pair must be there under both names.
+
+    Returns:
+      The dtype in which all numbers can be stored as they are, float64 becoming float32, and notes
+      for the user, a line each.
 
     Raises:
       CheckpointFileError: the first missing, extra, misshapen or mistyped tensor, and how many
         more there are of the kind.
     """
-    wanted = dict(layout(config).tensors)
-    if not complete and (EMBEDDING in specs or HEAD in specs):
-        wanted = {n: s for n, s in wanted.items() if n in specs or n not in (EMBEDDING, HEAD)}
-    other = "; is config.json another model's?"
+    wanted, notes = dict(layout(config).tensors), []
+    for absent, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        if absent not in specs and other in specs:
+            del wanted[absent]
+            notes.append(f"{absent} is not there: {other} is both, as in all these models")
+    cause = "; is config.json another model's?"
     _complain([f"{n} is missing" for n in wanted if n not in specs], "; fetch all files again")
-    _complain([f"{n} is no tensor of this model" for n in specs if n not in wanted], other)
+    _complain([f"{n} is no tensor of this model" for n in specs if n not in wanted], cause)
     _complain(
         [
             f"{n} has shape {list(specs[n].shape)} instead of {list(shape)}"
             for n, shape in wanted.items()
             if specs[n].shape != shape
         ],
-        other,
+        cause,
     )
-    usual = specs[next(n for n in (EMBEDDING, HEAD) if n in specs)].dtype
-    floats = ("float32", "bfloat16", "float16")
+    floats = (*DTYPES, "float64")
     _complain(
         [
             f"{n} has dtype {spec.dtype}; float32, bfloat16 or float16 is wanted"
             for n, spec in specs.items()
             if spec.dtype.name not in floats
-        ]
-    )
-    _complain(
-        [
-            f"{n} has dtype {spec.dtype}, the embedding {usual}"
-            for n, spec in specs.items()
-            if spec.dtype != usual
         ],
-        "; one dtype is wanted",
+        "; are the weights quantised? save them in a float type first",
     )
-    return usual
+    first = {spec.dtype: name for name, spec in reversed(specs.items())}
+    if len(first) == 1 and np.dtype(np.float64) not in first:
+        return next(iter(first)), notes
+    found = ", ".join(f"{dtype} (as {name})" for dtype, name in first.items())
+    notes.append(f"tensors are {found}; stored as float32 unless --dtype says another")
+    return np.dtype(np.float32), notes
 
 
 def _complain(faults: list[str], remedy: str = "") -> None:

@@ -258,6 +258,11 @@ def released_values(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "vocab_size": config.vocab_size,
     }
+    # The released code has no other base and eps; conversion reads these back.
+    if config.rope_base != 10000.0:
+        values["rope_theta"] = config.rope_base
+    if config.norm_eps != 1e-6:
+        values["rms_norm_eps"] = config.norm_eps
     match a:
         case LatentConfig():
             values |= {

@@ -13,6 +13,7 @@ from mlra_jax.convert import foreign
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.torch_format.archive import map_file
 from mlra_jax.convert.torch_format.reader import TensorSpec, TorchFile
+from mlra_jax.data.file_kinds import HEAD_BYTES, kind
 
 # The first that is there is read.
 WEIGHT_FILES = (
@@ -49,9 +50,13 @@ class SafetensorsFile:
         self._path = path
         # Pipes, devices and large headers are refused, all of which the library opens.
         with map_file(path) as mapped:
-            header = int.from_bytes(mapped[:8], "little")
+            header, first = int.from_bytes(mapped[:8], "little"), mapped[:HEAD_BYTES]
         if header > MAX_JSON_BYTES:
-            raise CheckpointFileError(f"{path}: no safetensors file (a header of {header} bytes)")
+            found = kind(first)
+            what = f"it is {found.what}" if found else f"it begins with {first[:12]}"
+            raise CheckpointFileError(
+                f"{path}: no safetensors file (a header of {header} bytes: {what})"
+            )
         self._last: tuple[str, np.ndarray] | None = None
         with self._open() as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -92,7 +97,10 @@ class SafetensorsFile:
 
     def _dtype(self, name: str, dtype: str) -> np.dtype:
         if dtype not in SAFETENSORS_DTYPES:
-            raise CheckpointFileError(f"{self._path}: {name!r} has the dtype {dtype}")
+            raise CheckpointFileError(
+                f"{self._path}: {name!r} has the dtype {dtype}; are the weights quantised? save "
+                "them in a float type first"
+            )
         return SAFETENSORS_DTYPES[dtype]
 
 
@@ -106,8 +114,6 @@ class Weights:
         (see `foreign`), and without masks and rotary tables.
       notes: what was left out of the names and tensors, a line each.
       size: bytes that `verify` will read.
-      complete: whether tied tensors must be there under both names (.bin), or may be stored once
-        (.safetensors, which cannot share storage).
     """
 
     def __init__(self, folder: str | Path):
@@ -118,13 +124,12 @@ class Weights:
             raise CheckpointFileError(
                 f"{self.folder}: no weights there (none of {', '.join(WEIGHT_FILES)})"
             )
-        self.complete = first.startswith("pytorch")
         index = _read_index(self.folder / first) if first.endswith(".json") else None
         names = [first] if index is None else dict.fromkeys(index.values())
         self._files: dict[str, TorchFile | SafetensorsFile] = {}
         self._where: dict[str, TorchFile | SafetensorsFile] = {}
         try:
-            self._open(names, index)
+            self._open(names, index, TorchFile if first.startswith("pytorch") else SafetensorsFile)
             self._stored, notes = foreign.plain_names(self._where)
             self.notes = self._training_dictionaries() + notes
             self._leave_out_buffers()
@@ -134,8 +139,7 @@ class Weights:
         self.specs = {n: self._where[stored].specs[stored] for n, stored in self._stored.items()}
         self.size = sum(file.size for file in self._files.values())
 
-    def _open(self, names: Iterable[str], index: Mapping[str, str] | None) -> None:
-        reader = TorchFile if self.complete else SafetensorsFile
+    def _open(self, names: Iterable[str], index: Mapping[str, str] | None, reader: type) -> None:
         for name in names:
             if not (self.folder / name).exists():
                 raise CheckpointFileError(
@@ -171,7 +175,7 @@ class Weights:
     def _leave_out_buffers(self) -> None:
         buffers = [name for name in self._stored if foreign.is_buffer(name)]
         for name in buffers:
-            foreign.check_frequencies(name, self.read(name))
+            foreign.check_frequencies(name, self.read(name), foreign.rope_base(self.config))
             del self._stored[name]
         if buffers:
             more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""

@@ -1,4 +1,4 @@
-"""Documents to tokenise: text files, JSON lines, CPython's manual, data sets of Hugging Face.
+"""Documents to tokenise: files of text and JSON, CPython's manual, data sets of Hugging Face.
 
 Each input can be read on from the middle, so that an interrupted run does not begin again.
 """
@@ -6,7 +6,6 @@ Each input can be read on from the middle, so that an interrupted run does not b
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from mlra_jax.data import token_file
+from mlra_jax.data.content import files_identity, rows_identity
+from mlra_jax.data.documents import read_documents
 from mlra_jax.data.sources import PYDOC, pydoc_documents, text_files
-from mlra_jax.data.text_reader import line_number, read_lines, read_pieces
 
 HUB_PREFIX = "hf:"
 _ROWS_READ_AT_ONCE = 256
@@ -47,7 +48,7 @@ class Input(Protocol):
 
 
 class Files:
-    """Text files, a document each, and files of JSON lines, a document a line."""
+    """Files of text, a document each, and of JSON, with many (`documents.layout`)."""
 
     unit = "B"
 
@@ -59,34 +60,20 @@ class Files:
         self.size = self._starts[-1]
         digest = hashlib.sha256(text_key.encode())
         for path, stat in zip(files, stats, strict=True):
-            digest.update(
-                f"{os.path.relpath(path, root)}\0{stat.st_size} {stat.st_mtime_ns}\n".encode()
-            )
+            digest.update(f"{os.path.relpath(path, root)}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(files_identity(files).encode())
         self.identity = digest.hexdigest()
 
     def pieces(self, position: tuple[int, int]) -> Iterator[Piece]:
         first, offset = position
         for index in range(first, len(self._files)):
-            path = self._files[index]
-            if path.suffix in (".jsonl", ".ndjson"):
-                yield from self._lines(index, path, offset)
-            else:
-                for start, text in read_pieces(path, offset):
-                    yield Piece((index, start), start == 0, text)
+            for start, begins, text in read_documents(self._files[index], self._text_key, offset):
+                yield Piece((index, start), begins, text)
             offset = 0
 
     def done(self, position: tuple[int, int]) -> int:
-        return self._starts[position[0]] + position[1]
-
-    def _lines(self, index: int, path: Path, offset: int) -> Iterator[Piece]:
-        for start, line in read_lines(path, offset):
-            if line.strip():
-                try:
-                    text = _text_of_line(line, self._text_key)
-                except ValueError as error:
-                    number = line_number(path, start)
-                    raise ValueError(f"{path}, line {number} at byte {start}: {error}") from None
-                yield Piece((index, start), True, text)
+        # Of a compressed file, the place is in what it holds.
+        return min(self._starts[position[0]] + position[1], self._starts[position[0] + 1])
 
 
 class Rows:
@@ -115,9 +102,10 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
     """The documents that `source` names.
 
     Args:
-      source: a text file; a `.jsonl` file; a folder of both (read in order of path, hidden files
-        left out); "pydoc", the language reference inside CPython; or
-        "hf:NAME" or "hf:NAME:CONFIGURATION", a Hugging Face data set (needs the `datasets` extra).
+      source: a file of text, JSON lines or a JSON array, plain or compressed (see `documents`); a
+        folder of these (read in order of path, hidden files left out); "pydoc", the language
+        reference inside CPython; or "hf:NAME" or "hf:NAME:CONFIGURATION", a Hugging Face data set
+        (needs the `datasets` extra).
       text_key: the field of a JSON line, or the column of a data set, that holds the text.
       split: of a Hugging Face data set.
 
@@ -144,22 +132,10 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
         )
     if not files:
         raise ValueError(f"folder {source} has no files")
-    tokens = next((name for name in files if name.suffix == ".bin"), None)
+    tokens = next((name for name in files if token_file.is_named(name)), None)
     if tokens:
         raise ValueError(f"{tokens} is a token file already; give text")
     return Files(files, root, text_key)
-
-
-def _text_of_line(line: bytes, text_key: str) -> str:
-    try:
-        text = json.loads(line)[text_key]
-    except (ValueError, RecursionError):
-        raise ValueError("no JSON") from None
-    except (KeyError, TypeError, IndexError):
-        raise ValueError(f"no field {text_key!r}; name it with --text_key") from None
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_key!r} holds no text")
-    return text
 
 
 def _open_hub(name: str, text_key: str, split: str) -> Input:
@@ -179,5 +155,6 @@ def _open_hub(name: str, text_key: str, split: str) -> Input:
             f"data set {name} has no column {text_key!r} but {', '.join(data.column_names)}; name "
             "it with --text_key"
         )
-    identity = f"{name} {split} {text_key} {len(data)}"
-    return Rows(lambda start, stop: data[start:stop][text_key], len(data), identity)
+    read = lambda start, stop: data[start:stop][text_key]
+    identity = f"{name} {split} {text_key} {rows_identity(read, len(data))}"
+    return Rows(read, len(data), identity)

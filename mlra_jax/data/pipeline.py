@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlra_jax.data.content import arrays_identity
 from mlra_jax.data.sources import Source, Windows, fingerprint, load_source
 from mlra_jax.data.tokenizers import Tokenizer
 
@@ -42,9 +43,12 @@ class TrainIterator(Iterator[Batch]):
         before = {"order": "shuffled"} | state["data"]
         for key, value in self._identity.items():
             saved = before.get(key)
+            if key == "content" and saved is None:
+                continue  # Runs begun before it was noted have the fingerprint only.
             if saved != value:
                 raise ValueError(
-                    f"cannot resume the data: {key} was {saved} in the saved run and is {value} now"
+                    f"cannot resume the data: {key} was {saved} in the saved run and is {value} "
+                    "now; give the data and settings of that run, or another workdir"
                 )
         self._iterator.set_state({"next_index": state["next_batch"]})
 
@@ -140,6 +144,7 @@ def make_train_iterator(
     identity = {
         "windows": len(windows),
         "fingerprint": fingerprint(train),
+        "content": arrays_identity([segment.tokens for segment in train]),
         "context_length": context_length,
         "global_batch": global_batch,
         "order": order,

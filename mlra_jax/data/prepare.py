@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--source",
         required=True,
-        help="text file, .jsonl file, folder of both, pydoc, or hf:NAME[:CONFIGURATION]",
+        help="file of text or JSON, folder of these, pydoc, or hf:NAME[:CONFIGURATION]",
     )
     parser.add_argument("--destination", required=True, help="folder for the shards")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a ranks file")

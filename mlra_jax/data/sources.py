@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import glob
+import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.data import token_file
-from mlra_jax.data.text_reader import read_pieces
+from mlra_jax.data.documents import layout
+from mlra_jax.data.text_reader import is_compressed, read_pieces
 from mlra_jax.data.tokenizers import Tokenizer
 
 PYDOC = "pydoc"
@@ -23,6 +26,8 @@ PYDOC = "pydoc"
 # rest as it is read: 100 GB must not delay the first step.
 _TOKENS_CHECKED_FIRST = 100_000_000
 _TOKENS_CHECKED_AT_ONCE = 1 << 22
+# A small compressed file may hold any amount of text, and this text is in memory.
+_MAX_UNPACKED = 64 << 20
 _MAX_HELD_OUT = 10_000_000
 _VALIDATION_WORDS = frozenset(("val", "valid", "validation", "test"))
 _TRAINING_WORDS = frozenset(("train", "training"))
@@ -95,9 +100,9 @@ class Windows(Sequence):
         first = index - (self._ends[place - 1] if place else 0)
         segment = self._segments[place]
         start = first * self._context_length
-        window = segment.tokens[start : start + self._context_length + 1].astype(np.int32)
+        window = segment.tokens[start : start + self._context_length + 1]
         _check_ids(segment, window, start, self._vocab_size)
-        return window
+        return window.astype(np.int32)
 
 
 def load_source(
@@ -107,6 +112,7 @@ def load_source(
     vocab_size: int,
     validation: str | None = None,
     validation_fraction: float = 0.05,
+    token_format: str = "header",
 ) -> Source:
     """Opens what `spec` names and sets tokens aside for validation.
 
@@ -121,6 +127,7 @@ def load_source(
         valid, validation or test in their own names are validation where there are others to
         train on; else the tail of the tokens is.
       validation_fraction: how much of the tokens that tail is, at most 10 million tokens.
+      token_format: of all token files, see `token_file.read`.
 
     Raises:
       FileNotFoundError: the spec names nothing.
@@ -132,14 +139,15 @@ def load_source(
     files = _expand(spec)
     files, held_out, note = _roles(files)
     notes = (note,) if note else ()
-    train = _load(files, tokenizer, vocab_size)
+    load = lambda files: _load(files, tokenizer, vocab_size, token_format)
+    train = load(files)
     if validation is not None:
         if held_out:
             names = _listed([str(path) for path in held_out])
             notes += (f"neither trained nor validated on, by their names: {names}",)
-        return Source(train, _load(_expand(validation), tokenizer, vocab_size), notes)
+        return Source(train, load(_expand(validation)), notes)
     if held_out:
-        return Source(train, _load(held_out, tokenizer, vocab_size), notes)
+        return Source(train, load(held_out), notes)
     return Source(*_hold_out(train, validation_fraction), notes)
 
 
@@ -156,7 +164,10 @@ def describe(source: Source, validation_tokens: int | None = None) -> list[str]:
 
 
 def fingerprint(segments: Sequence[Segment]) -> str:
-    """A short check that a resumed run reads the same tokens, wherever the files lie now."""
+    """A short check of the ends of all segments, as runs of all versions have noted it.
+
+    `content.arrays_identity` sees what lies between them.
+    """
     digest = 0
     for segment in segments:
         for part in (segment.tokens[:65536], segment.tokens[-65536:]):
@@ -166,13 +177,20 @@ def fingerprint(segments: Sequence[Segment]) -> str:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """All files under `folder` but hidden ones, ordered by path, subfolders included."""
-    found = []
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith(".") for part in parts):
-            found.append((parts, path))
-    return [path for _, path in sorted(found)]
+    """All files under `folder` but hidden ones, ordered by path, subfolders included.
+
+    Links are followed; a folder that several ways lead to is read once.
+    """
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(here)
+        place = status.st_dev, status.st_ino
+        # A link to a folder above would never end.
+        folders[:] = [] if place in seen else sorted(n for n in folders if n[0] != ".")
+        if place not in seen:
+            found += [Path(here, name) for name in names if name[0] != "."]
+        seen.add(place)
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.parts)
 
 
 def pydoc_documents() -> list[str]:
@@ -192,7 +210,7 @@ def _expand(spec: str) -> list[Path | str]:
         files = text_files(whole)
         if not files:
             raise FileNotFoundError(f"no data: folder {spec} has no files")
-        return [path for path in files if path.suffix == ".bin"] or files
+        return [path for path in files if token_file.is_named(path)] or files
     if whole.is_file():
         return [whole]
     if "," in spec:
@@ -230,7 +248,7 @@ def _parted(files: Sequence[Path | str], held_out: Sequence[bool]):
 
 def _words(path: Path | str) -> list[str]:
     """The words of a token file's own name; of text, whose names are its authors', none."""
-    if path == PYDOC or path.suffix != ".bin":
+    if path == PYDOC or not token_file.is_named(path):
         return []
     return re.findall(r"[^\W\d_]+", path.stem.lower())
 
@@ -261,15 +279,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _load(
-    files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size: int
+    files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size: int, token_format: str
 ) -> tuple[Segment, ...]:
     """Token files as one segment each; all text together as one segment."""
     segments, texts = [], []
     for path in files:
-        if path == PYDOC or path.suffix != ".bin":
+        if path == PYDOC or not token_file.is_named(path):
             texts.append(path)
         else:
-            segments.append(Segment(str(path), token_file.read(path)))
+            segments.append(Segment(str(path), token_file.read(path, token_format)))
     for segment in segments:
         first = segment.tokens[: _TOKENS_CHECKED_FIRST // len(segments)]
         for start in range(0, len(first), _TOKENS_CHECKED_AT_ONCE):
@@ -305,15 +323,21 @@ def _encode(files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size
 
 def _pieces(path: Path | str) -> Iterator[tuple[bool, str]]:
     """The text of one file in pieces, each with whether a document begins there."""
+    prepare = f"python -m mlra_jax.data.prepare --source={path} --destination=DIR"
     if path == PYDOC:
         yield from ((True, document) for document in pydoc_documents())
-    elif path.suffix in (".jsonl", ".ndjson"):
-        raise ValueError(
-            f"{path} holds JSON lines; make token files of it first: python -m "
-            f"mlra_jax.data.prepare --source={path} --destination=DIR"
-        )
+    elif layout(path, "text") != "text":
+        raise ValueError(f"{path} holds documents in JSON; make token files of it first: {prepare}")
     else:
-        yield from ((start == 0, piece) for start, piece in read_pieces(path))
+        left = _MAX_UNPACKED if is_compressed(path) else math.inf
+        for start, piece in read_pieces(path):
+            left -= len(piece)
+            if left < 0:
+                raise ValueError(
+                    f"{path} holds more than {_MAX_UNPACKED >> 20} Mi characters; make token files "
+                    f"of it first: {prepare}"
+                )
+            yield start == 0, piece
 
 
 def _hold_out(

@@ -6,6 +6,7 @@
 import sys
 
 from mlra_jax.command import Parser, run
+from mlra_jax.data import token_file
 from mlra_jax.evaluate.perplexity import MAX_TOKENS, WINDOW, evaluate, table
 from mlra_jax.sharding import parse_mesh
 
@@ -22,6 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="windows at a time (default: 4 per device)")
     parser.add_argument("--dtype", help="of parameters and products (default: the checkpoint's)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
+    parser.add_argument(
+        "--token_format",
+        default="header",
+        choices=token_file.FORMATS,
+        help="uint16 or uint32 for files without a header, as nanoGPT writes them",
+    )
     flags = parser.parse_args(argv)
 
     def work():
@@ -35,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             batch=flags.batch,
             dtype=flags.dtype,
             step=flags.step,
+            token_format=flags.token_format,
         )
         print(table(result))
 

@@ -12,9 +12,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from mlra_jax import sharding
+from mlra_jax import checkpoints, sharding
 from mlra_jax.config import DTypeLike
 from mlra_jax.evaluate import scoring
+from mlra_jax.evaluate.stored import Answers, checkpoint_identity
 from mlra_jax.generation import Sampling
 from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
 
@@ -33,6 +34,8 @@ class HarnessModel(TemplateLM):
       batch_size: sequences at a time, a multiple of the devices that split the batch.
       dtype: of parameters and products, by default the checkpoint's.
       max_length: tokens that the model sees, by default its `context_length`.
+      cache: answers are kept in the database `<cache>_rank0.db`, batch by batch, and those that are
+        there are not computed again. It is of one checkpoint, dtype, tokenizer and `max_length`.
       **_: what the harness gives every model (device and the like).
 
     Raises:
@@ -47,16 +50,31 @@ class HarnessModel(TemplateLM):
         batch_size: int | str = 8,
         dtype: DTypeLike | None = None,
         max_length: int | None = None,
+        cache: str | Path | None = None,
         **_: Any,
     ):
         super().__init__()
+        opened = None if cache is None else checkpoints.open_checkpoint(checkpoint)
         # A command line in which `mesh=` comes more than once is cut at its commas by the harness.
-        model = load_model(checkpoint, sharding.parse_mesh(str(mesh)), dtype)
+        step = opened and opened.step
+        model = load_model(checkpoint, sharding.parse_mesh(str(mesh)), dtype, step)
         self.text = tokenizer_of(model, tokenizer)
         self.model = with_tokenizer(model, self.text)
         self.batch_size = int(batch_size)
         scoring.check_batch(self.model, self.batch_size)
         self.max_length = int(max_length or self.model.config.context_length)
+        self.kept = None
+        if opened is not None:
+            config = self.model.config
+            identity = {
+                "checkpoint": checkpoint_identity(opened.folder),
+                "step": opened.step,
+                "param_dtype": config.param_dtype,
+                "dtype": config.execution.dtype,
+                "tokenizer": self.text.name,
+                "max_length": self.max_length,
+            }
+            self.kept = Answers(cache, identity)
 
     @property
     def eot_token_id(self) -> int:
@@ -99,6 +117,7 @@ class HarnessModel(TemplateLM):
                     max_length=self.max_length,
                     sampling=sampling,
                     progress=bar.update,
+                    kept=self.kept,
                 )
                 for i, text in zip(group, found, strict=True):
                     texts[i] = text
@@ -121,6 +140,7 @@ class HarnessModel(TemplateLM):
                 batch=self.batch_size,
                 max_length=self.max_length,
                 progress=bar.update,
+                kept=self.kept,
             )
 
     def _prompt(self, context: str) -> list[int]:

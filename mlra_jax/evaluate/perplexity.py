@@ -6,7 +6,6 @@ import glob
 import json
 import math
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from tqdm import tqdm
 from mlra_jax import checkpoints, sharding
 from mlra_jax.config import DTypeLike, dtype_name
 from mlra_jax.data import token_file
-from mlra_jax.data.sources import Segment, Windows, fingerprint
+from mlra_jax.data.content import arrays_identity
+from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
+from mlra_jax.evaluate.stored import check_same, checkpoint_identity
 from mlra_jax.files import whole_file
 from mlra_jax.loading import load_model
 
@@ -100,6 +101,7 @@ def evaluate(
     batch: int | None = None,
     dtype: DTypeLike | None = None,
     step: int | None = None,
+    token_format: str = "header",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of each token file, exp(mean loss), and the mean over the files.
@@ -118,6 +120,7 @@ def evaluate(
       batch: windows at a time, by default 4 for each device that splits the batch.
       dtype: of parameters and products; see `load_model`.
       step: of the checkpoint, by default the latest.
+      token_format: of the token files, see `token_file.read`.
       quiet: no progress bars.
 
     Returns:
@@ -133,17 +136,15 @@ def evaluate(
     files = _expand(tokens)
     _check(files, window, max_tokens)
     opened = checkpoints.open_checkpoint(checkpoint, step)
-    sets = {}
-    for file in files:
-        segment = Segment(file, token_file.read(file))
-        sets[file] = segment, Windows([segment], window, opened.model.vocab_size, "evaluation")
+    sets = {file: token_file.read(file, token_format) for file in files}
+    windows = _windows(sets, window, opened.model.vocab_size)
     settings = {
-        "checkpoint": _checkpoint_identity(opened.folder),
+        "checkpoint": checkpoint_identity(opened.folder),
         "window": window,
         "max_tokens": max_tokens,
         "param_dtype": dtype or opened.model.param_dtype,
         "dtype": dtype or opened.model.execution.dtype,
-        "tokens": {file: fingerprint([segment]) for file, (segment, _) in sets.items()},
+        "tokens": {file: arrays_identity([part]) for file, part in sets.items()},
     }
     store = _Store(output, settings)
     if store.result is not None:
@@ -152,10 +153,10 @@ def evaluate(
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
     check_batch(model, batch)
     with store.kept():
-        for file, (_, windows) in sets.items():
-            total = min(len(windows), max_tokens // window)
+        for file in files:
+            total = min(len(windows[file]), max_tokens // window)
             done = store.tally(file, window)
-            sums = tallies(model, windows, total, batch, done)
+            sums = tallies(model, windows[file], total, batch, done)
             for tally in _shown(sums, Path(file).name, done, total, quiet):
                 store.note(file, tally)
     results = {file: store.tally(file, window).result() for file in files}
@@ -233,12 +234,7 @@ class _Store:
             settings = dict(stored["settings"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no result of an evaluation; delete it") from None
-        for name, value in self.settings.items():
-            if settings.get(name) != value:
-                raise ValueError(
-                    f"{path} is of another evaluation: {name} is {settings.get(name)} there and "
-                    f"{value} here; delete it or give another --output"
-                )
+        check_same(path, settings, self.settings, "evaluation", "--output")
         return stored
 
 
@@ -287,6 +283,13 @@ def _expand(tokens: Sequence[str | Path]) -> list[str]:
     return files
 
 
+def _windows(sets: Mapping[str, np.ndarray], window: int, vocab_size: int) -> dict[str, Windows]:
+    return {
+        file: Windows([Segment(file, tokens)], window, vocab_size, "evaluation")
+        for file, tokens in sets.items()
+    }
+
+
 def _check(files: Sequence[str], window: int, max_tokens: int) -> None:
     if not files:
         raise ValueError("no token file: give --tokens=FILE.bin")
@@ -296,14 +299,3 @@ def _check(files: Sequence[str], window: int, max_tokens: int) -> None:
         raise ValueError(
             f"window={window} and max_tokens={max_tokens}: at least one window of one token"
         )
-
-
-def _checkpoint_identity(folder: Path) -> str:
-    """Changes when another checkpoint is put in this place, not when this one is moved."""
-    listed = sorted(
-        (str(path.relative_to(folder)), path.stat().st_size)
-        for path in folder.rglob("*")
-        if path.is_file()
-    )
-    digest = zlib.crc32(json.dumps(listed).encode())
-    return f"{zlib.crc32((folder / 'model' / 'metadata').read_bytes(), digest):08x}"

@@ -1,7 +1,9 @@
 """Log-probabilities of given tokens, and text up to a stop string."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,16 @@ _SHORTEST = 32
 
 Tokens = Sequence[int]
 Progress = Callable[[int], object]
+
+
+class Kept(Protocol):
+    """Answers by request, from this call or earlier ones: a dictionary, or `stored.Answers`."""
+
+    def get(self, request: Any) -> Any:
+        """The answer, None if there is none."""
+
+    def update(self, answers: Mapping[Any, Any]) -> None:
+        """Keeps these, too."""
 
 
 def token_scores(
@@ -87,6 +99,7 @@ def loglikelihood(
     batch: int = 8,
     max_length: int | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> list[tuple[float, bool]]:
     """log p(continuation | context) in nats, and whether greedy decoding would continue so.
 
@@ -99,10 +112,13 @@ def loglikelihood(
       batch: sequences at a time.
       max_length: tokens that the model sees, by default its `context_length`.
       progress: told the number of answers, batch by batch.
+      kept: answers that are there are not computed again, new ones are put there batch by batch.
+        The batches are the same as without: what is gone on with ends with the same numbers.
 
     Raises:
       ValueError: an empty context or continuation, a continuation longer than `max_length`, a token
-        outside the vocabulary, a batch that does not divide over the mesh.
+        outside the vocabulary, a batch that does not divide over the mesh, a score that is not
+        finite.
     """
     check_batch(model, batch)
     max_length = max_length or model.config.context_length
@@ -121,26 +137,57 @@ def loglikelihood(
         sequences.append([*context, *continuation][-max_length - 1 :])
         _check_tokens(i, sequences[-1], model.config.vocab_size)
 
-    answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    for group, scores in _ahead(_score_groups(model, sequences, batch, max_length)):
+    names = [(tuple(context), tuple(rest)) for context, rest in requests]
+    answers = [_known(kept, name) for name in names]
+    groups = _score_groups(model, sequences, answers, batch, max_length, progress)
+    for group, scores in _ahead(groups):
         log_probs_BT, greedy_BT = (np.asarray(x) for x in scores)
         for row, i in enumerate(group):
             end = len(sequences[i]) - 1
             part = slice(end - len(requests[i][1]), end)
-            log_prob = log_probs_BT[row, part].sum(dtype=np.float64)
-            answers[i] = float(log_prob), bool(greedy_BT[row, part].all())
-        if progress:
-            progress(len(group))
+            log_prob = float(log_probs_BT[row, part].sum(dtype=np.float64))
+            if not math.isfinite(log_prob):
+                raise ValueError(
+                    f"the score of request {i} is not finite: the weights are damaged, or float16 "
+                    "is too narrow for them"
+                )
+            answers[i] = log_prob, bool(greedy_BT[row, part].all())
+        _note(kept, group, names, answers, progress)
     return answers
 
 
-def _score_groups(model, sequences, batch, max_length):
-    for group in _batches([len(s) for s in sequences], batch):
+def _score_groups(model, sequences, answers, batch, max_length, progress):
+    for group in _unanswered([len(s) for s in sequences], answers, batch, progress):
         longest = len(sequences[group[0]]) - 1
         tokens_BT = np.zeros((batch, min(_bucket(longest), max_length) + 1), np.int32)
         for row, i in zip(tokens_BT, group, strict=False):
             row[: len(sequences[i])] = sequences[i]
         yield group, token_scores(model, tokens_BT[:, :-1], tokens_BT[:, 1:])
+
+
+def _known(kept: Kept | None, name: Any) -> Any:
+    answer = None if kept is None else kept.get(name)
+    return tuple(answer) if isinstance(answer, list) else answer
+
+
+def _note(kept: Kept | None, group: list[int], names: list, answers: list, progress) -> None:
+    """A batch is done."""
+    if kept is not None:
+        kept.update({names[i]: answers[i] for i in group})
+    if progress:
+        progress(len(group))
+
+
+def _unanswered(
+    lengths: Sequence[int], answers: Sequence, batch: int, progress: Progress | None
+) -> Iterator[list[int]]:
+    """The batches of all, each without what is answered in it."""
+    for group in _batches(lengths, batch):
+        left = [i for i in group if answers[i] is None]
+        if progress and len(left) < len(group):
+            progress(len(group) - len(left))
+        if left:
+            yield left
 
 
 def rolling_windows(
@@ -170,6 +217,7 @@ def generate_until(
     sampling: Sampling | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> list[str]:
     """The text that follows each prompt, up to and without the first of the strings `until`.
 
@@ -183,6 +231,7 @@ def generate_until(
       max_new_tokens: at most so many, below `max_length`.
       batch, max_length, progress: see `loglikelihood`.
       sampling, seed: by default greedy.
+      kept: as for `loglikelihood`; sampled texts are not kept.
 
     Raises:
       ValueError: as `mlra_jax.generate`.
@@ -195,8 +244,11 @@ def generate_until(
             f"{room + max_new_tokens} tokens that the model sees"
         )
     prompts = [list(prompt)[-room:] for prompt in prompts]
-    texts = [""] * len(prompts)
-    for group in _batches([len(p) for p in prompts], batch):
+    if kept is not None and sampling is not None and not sampling.greedy:
+        kept = None
+    names = [(tuple(prompt), tuple(until), max_new_tokens) for prompt in prompts]
+    texts = [_known(kept, name) for name in names]
+    for group in _unanswered([len(p) for p in prompts], texts, batch, progress):
         rows = [_Row(tokenizer, until) for _ in group]
         steps = Stream(
             model,
@@ -213,8 +265,7 @@ def generate_until(
                 break
         for i, row in zip(group, rows, strict=True):
             texts[i] = row.close()
-        if progress:
-            progress(len(group))
+        _note(kept, group, names, texts, progress)
     return texts
 
 

@@ -32,17 +32,15 @@ def run(
     num_fewshot: int = 0,
     limit: int | None = None,
     include_path: str | None = None,
-    cache: str | None = None,
 ) -> dict[str, Any]:
     """Runs harness tasks on a `HarnessModel`.
 
     Args:
-      model: a `HarnessModel`.
+      model: a `HarnessModel`; it keeps the answers, if it has a `cache`.
       tasks: names the harness knows, or that task files in `include_path` define.
       num_fewshot: solved examples before each question; the paper uses none.
       limit: only so many examples of each task, to try things out.
       include_path: folder with task files (YAML) of your own.
-      cache: database of answers; the same call goes on from it after an interruption.
 
     Returns:
       `{"tasks": {name: {"acc": …, "acc_norm": …, "examples": n}}, "mean": {"acc": …,
@@ -66,7 +64,6 @@ def run(
         tasks=list(tasks),
         num_fewshot=num_fewshot,
         limit=limit,
-        use_cache=cache,
         task_manager=manager,
         log_samples=False,
         # Its estimates of the error of other metrics than accuracies fork a process with JAX in it.
@@ -143,6 +140,7 @@ def _work(flags) -> None:
         mesh=flags.mesh,
         batch_size=flags.batch,
         dtype=flags.dtype,
+        cache=flags.cache,
     )
     result = run(
         model,
@@ -150,7 +148,6 @@ def _work(flags) -> None:
         num_fewshot=flags.num_fewshot,
         limit=flags.limit,
         include_path=flags.include_path,
-        cache=flags.cache,
     )
     if flags.output:
         write_json(Path(flags.output), result)

@@ -21,6 +21,8 @@ from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
 from mlra_jax.generation import Sampling, Stream
 from mlra_jax.loading import load_model, tokenizer_of, with_tokenizer
 
+_MOST_PROMPTS, _MOST_CHARACTERS = 1 << 16, 64 << 20
+
 
 def main(argv: list[str] | None = None) -> int:
     """Decodes as the flags say; see `command.run` for the exit codes."""
@@ -134,7 +136,7 @@ def _lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file that are not blank."""
     if not path.is_file():
         raise ValueError(f"--prompt_file={path} is not a file")
-    prompts, number = [], 1
+    prompts, number, size = [], 1, 0
     for number, (_, content) in enumerate(text_reader.read_lines(path), 1):
         try:
             line = content.decode()
@@ -144,6 +146,12 @@ def _lines(path: Path) -> list[str]:
             ) from None
         if line.strip():
             prompts.append(line)
+        size += len(line)
+        if len(prompts) > _MOST_PROMPTS or size > _MOST_CHARACTERS:
+            raise ValueError(
+                f"--prompt_file={path} has more than {_MOST_PROMPTS:,} prompts or "
+                f"{_MOST_CHARACTERS >> 20} Mi characters; all are one batch, so give it in parts"
+            )
     if not prompts:
         raise ValueError(
             f"--prompt_file={path} has no prompt: it is blank from line 1 to line {number}"

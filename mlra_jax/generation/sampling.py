@@ -8,25 +8,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlra_jax.settings_tree import at_least, require, within
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Raises ValueError for values outside their range."""
+    """How a token is drawn. Raises ConfigError for values outside their range, in float32."""
 
     temperature: float = 0.0
-    """0 takes the most likely token; 1 samples the model's distribution."""
+    """In [0, inf). 0 takes the most likely token, as does what float32 has no number for (below
+    1.2e-38); 1 samples the model's distribution."""
     top_k: int = 0
-    """Only the k most likely tokens; 0 for all."""
+    """In [0, 2**31). Only the k most likely tokens; 0 for all."""
     top_p: float = 1.0
-    """Only the most likely tokens that together reach this probability."""
+    """In (0, 1]. Only the most likely tokens that together reach this probability."""
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            # Numbers of NumPy and JAX.
+            if hasattr(value, "item"):
+                object.__setattr__(self, field.name, value.item())
+        within(self, "", temperature="[0, inf)", top_p="(0, 1]")
+        at_least(0, self, "", "top_k")
+        require(self.top_k < 2**31, f"top_k={self.top_k} must lie in [0, 2**31)")
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing is drawn: a device would take a smaller temperature for 0."""
+        return self.temperature < float(np.finfo(np.float32).tiny)
 
 
 @functools.partial(
@@ -51,8 +61,13 @@ def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], ro
     """The settings of `rows` rows, from one for all of them or from one for each.
 
     A seed of a row's own gives it the draws that it has alone. One seed for all gives each row its
-    own draws, of the seed and the row's place. Raises ValueError where there are more or fewer.
+    own draws, of the seed and the row's place. Seeds are in [0, 2**32).
+
+    Raises ValueError for other seeds, and for more or fewer settings or seeds than rows.
     """
+    for each in seed if isinstance(seed, Sequence | np.ndarray) else [seed]:
+        if not hasattr(each, "__index__") or not 0 <= each < 2**32:
+            raise ValueError(f"seed={each!r} must be a whole number in [0, 2**32)")
     sampling = [sampling] * rows if isinstance(sampling, Sampling) else list(sampling)
     if isinstance(seed, Sequence | np.ndarray):
         keys_B = jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
@@ -63,11 +78,11 @@ def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], ro
             raise ValueError(f"{given} {name} for {rows} prompts: give one, or one for each")
     column = lambda name, dtype: np.array([getattr(s, name) for s in sampling], dtype)
     return Draws(
-        temperature=column("temperature", np.float32),
+        temperature=np.array([0 if s.greedy else s.temperature for s in sampling], np.float32),
         top_k=column("top_k", np.int32),
         top_p=column("top_p", np.float32),
         keys=keys_B,
-        narrow=any(s.temperature > 0 and (s.top_k > 0 or s.top_p < 1) for s in sampling),
+        narrow=any(not s.greedy and (s.top_k > 0 or s.top_p < 1) for s in sampling),
     )
 
 
@@ -81,7 +96,9 @@ def sample(logits_BV: jax.Array, draws: Draws, step: jax.Array, num_tokens: int)
     logits_BV = jnp.where(jnp.arange(V) < num_tokens, logits_BV, -jnp.inf)
     greedy_B = jnp.argmax(logits_BV, axis=-1)
     warm_B = draws.temperature > 0
-    heated_BV = logits_BV / jnp.where(warm_B, draws.temperature, 1.0)[:, None]
+    # From the largest on down, so that a small temperature makes no two of them infinite.
+    heated_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    heated_BV = heated_BV / jnp.where(warm_B, draws.temperature, 1.0)[:, None]
     if draws.narrow:
         heated_BV = _likeliest(heated_BV, draws, num_tokens)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(draws.keys, step)

@@ -1,8 +1,11 @@
 """What is being compiled for, which decides the kernel."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -13,6 +16,21 @@ def device() -> Any:
     # time for a TPU; outside there is no mesh to ask.
     described = jax.sharding.get_abstract_mesh().abstract_device
     return described if described is not None else jax.devices()[0]
+
+
+def int32_indices(kernel: Callable) -> Callable:
+    """The kernel with int32 for Python's whole numbers and int64 arrays, under `jax_enable_x64`.
+
+    Devices count in int32, and a kernel's indices must all be of one type.
+    """
+
+    @functools.wraps(kernel)
+    def traced(*arrays, **settings):
+        with jax.enable_x64(False):
+            narrow = [x.astype(jnp.int32) if x.dtype == jnp.int64 else x for x in arrays]
+            return kernel(*narrow, **settings)
+
+    return traced
 
 
 def is_gpu(device: Any) -> bool:

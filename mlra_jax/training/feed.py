@@ -43,6 +43,7 @@ def load_data(data: DataSettings, vocab_size: int) -> tuple[str, Source]:
             vocab_size=vocab_size,
             validation=data.validation or None,
             validation_fraction=data.validation_fraction,
+            token_format=data.token_format,
         )
     except ValueError as e:
         raise (unreachable if unreachable and "give a tokenizer" in str(e) else e) from None

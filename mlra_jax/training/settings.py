@@ -5,37 +5,15 @@ which may override any key; `Experiment.from_dict` checks what comes back.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from mlra_jax.config import ModelConfig, dtype_name
 from mlra_jax.data.pipeline import ORDERS
-from mlra_jax.settings_tree import at_least, build, require
-
-
-def _within(settings: Any, prefix: str, **ranges: str) -> None:
-    """Raises ConfigError unless each field of a dataclass lies in its range.
-
-    `[0, 1)` has the 0 and not the 1. What counts is what float32 on a device makes of the number:
-    a decay of 1 - 1e-9 is 1 there, and an eps of 1e-40 is 0.
-    """
-    at_least(0, settings, prefix, *ranges)
-    for name, written in ranges.items():
-        value = getattr(settings, name)
-        lower, upper = map(float, written[1:-1].split(","))
-        with np.errstate(over="ignore"):
-            number = float(np.float32(value))
-        if abs(number) < np.finfo(np.float32).tiny:
-            number = 0.0
-        above = number > lower or (written[0] == "[" and number == lower)
-        below = number < upper or (written[-1] == "]" and number == upper)
-        changed = number in (0, 1, math.inf) and number != value
-        rounded = f" (float32 makes it {number:g})" if changed else ""
-        require(above and below, f"{prefix}{name}={value} must lie in {written}{rounded}")
+from mlra_jax.data.token_file import FORMATS
+from mlra_jax.settings_tree import among, at_least, build, check_kinds, require, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +45,8 @@ class DataSettings:
     """Validate on this many tokens at most; from 1 on."""
     tokenizer: str = "gpt2"
     """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`)."""
+    token_format: str = "header"
+    """Of token files: `header`, or `uint16` or `uint32` where they have none, as nanoGPT's."""
     global_batch: int = 480
     """Sequences of `model.context_length` tokens in one step, over all devices; from 1 on."""
     accumulate: int = 1
@@ -77,9 +57,11 @@ class DataSettings:
 
     def __post_init__(self):
         at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
+        check_kinds(self, "data.")
         require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
-        require(self.order in ORDERS, f"data.order={self.order!r} is none of {', '.join(ORDERS)}")
-        _within(self, "data.", validation_fraction="(0, 1)")
+        among(ORDERS, self, "order", "data.")
+        among(FORMATS, self, "token_format", "data.")
+        within(self, "data.", validation_fraction="(0, 1)")
 
     @property
     def part_batch(self) -> int:
@@ -113,7 +95,7 @@ class OptimizerSettings:
 
     def __post_init__(self):
         at_least(0, self, "optimizer.", "warmup_steps")
-        _within(
+        within(
             self,
             "optimizer.",
             peak_learning_rate="[0, inf)",
@@ -128,7 +110,7 @@ class OptimizerSettings:
             object.__setattr__(self, "moment_dtype", name)
         at_least(0, self, "optimizer.", "clip_norm")
         if self.clip_norm:
-            _within(self, "optimizer.", clip_norm="(0, inf)")
+            within(self, "optimizer.", clip_norm="(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +144,7 @@ class Experiment:
             1, self, "", "steps", "log_every", "validate_every", "save_every", "keep", "loss_chunk"
         )
         at_least(0, self, "", "seed", "virtual_cpu_devices")
-        for name in ("validate_first", "keep_best"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), f"{name}={value!r} must be true or false")
+        check_kinds(self, "")
         require(self.steps < 2**31, f"steps={self.steps} must lie in [1, 2**31)")
         require(self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(

@@ -140,13 +140,18 @@ def test_spoiled_folder(fault, tmp_path):
 
 SPOILED_TENSORS = {
     "missing": (lambda a: without(a, QUERY), f"{QUERY} is missing"),
-    "head missing": (lambda a: without(a, HEAD), f"{HEAD} is missing"),
+    "embedding missing": (
+        lambda a: without(without(a, HEAD), EMBEDDING),
+        f"{EMBEDDING} is missing",
+    ),
     "extra": (lambda a: a | {"extra.weight": a[QUERY]}, "extra.weight is no tensor of this model"),
     "wrong shape": (lambda a: a | {QUERY: a[QUERY][:-1]}, rf"{QUERY} has shape \[63, 48\]"),
     "transposed": (lambda a: a | {QUERY: a[QUERY].T.copy()}, rf"{QUERY} has shape \[48, 64\]"),
-    "float64": (lambda a: a | {QUERY: a[QUERY].astype(np.float64)}, f"{QUERY} has dtype float64"),
     "int64": (lambda a: a | {QUERY: a[QUERY].astype(np.int64)}, f"{QUERY} has dtype int64"),
-    "mixed": (lambda a: a | {QUERY: a[QUERY].astype(np.float16)}, f"{QUERY} has dtype float16"),
+    "quantised": (
+        lambda a: {n: x.astype(np.int8) for n, x in a.items()},
+        "has dtype int8; .* are the weights quantised",
+    ),
     "untied": (lambda a: a | {HEAD: a[HEAD] + 1}, f"{EMBEDDING} and {HEAD} differ"),
     "unknown": (
         lambda a: {n.replace("c_q", "zz"): v for n, v in a.items()},

@@ -64,7 +64,6 @@ def test_two_shards_are_one_set_of_tensors(tmp_path, suffix):
         assert found.specs == {
             name: TensorSpec(array.shape, array.dtype) for name, array in (first | second).items()
         }
-        assert found.complete == (suffix == "bin")
         # To and fro, as layers of several shards are read.
         for name in (*first, "z", *reversed(first), "z", "a.weight", "a.weight"):
             assert found.read(name).tobytes() == (first | second)[name].tobytes()
@@ -86,7 +85,7 @@ def test_the_first_layout_that_is_there_is_read(tmp_path):
 
     def read():
         with Weights(folder) as opened:
-            found.append((opened.read("w")[0], opened.complete))
+            found.append(opened.read("w")[0])
 
     save_file(value(4), folder / "model.safetensors")
     read()
@@ -100,7 +99,7 @@ def test_the_first_layout_that_is_there_is_read(tmp_path):
     write_arrays(folder / "other.bin", value(1))
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"w": "other.bin"}}')
     read()
-    assert found == [(4, False), (3, False), (2, True), (1, True)]
+    assert found == [4, 3, 2, 1]
 
 
 def test_each_tensor_is_in_one_shard(tmp_path):

@@ -87,7 +87,7 @@ def model(asked, monkeypatch):
     monkeypatch.setattr(harness.sharding, "parse_mesh", lambda text: f"mesh {text}")
     monkeypatch.setattr(harness.scoring, "check_batch", lambda *a: asked.append(("batch", a[1])))
 
-    def loglikelihood(model, pairs, *, batch, max_length, progress):
+    def loglikelihood(model, pairs, *, batch, max_length, progress, kept):
         asked.append(("score", pairs, batch, max_length))
         return [(-float(sum(rest)), len(rest) == 1) for _, rest in pairs]
 
@@ -111,7 +111,7 @@ def request(*arguments):
 
 def test_a_model_is_loaded_as_the_flags_say(asked, model):
     assert only(asked, "registered") == [("mlra_jax",)]
-    assert only(asked, "load") == [("DIR", "mesh data=2", "bfloat16")]
+    assert only(asked, "load") == [("DIR", "mesh data=2", "bfloat16", None)]
     assert only(asked, "batch") == [(4,)] and model.batch_size == 4
     assert model.max_length == 8 and model.model.vocabulary.num_tokens == 257
     assert model.eot_token_id == 256 and model.tokenizer_name == "bytes"
@@ -179,14 +179,12 @@ def test_generation_options(model, options, until, new, sampling):
 
 def test_tasks_are_asked_for_as_they_are_named(asked):
     model = object()
-    found = tasks.run(
-        model, ("piqa", "boolq"), num_fewshot=2, limit=5, include_path="mine", cache="answers"
-    )
+    found = tasks.run(model, ("piqa", "boolq"), num_fewshot=2, limit=5, include_path="mine")
     assert only(asked, "manager") == [("mine",)]
     ((settings,),) = only(asked, "evaluate")
     assert settings.pop("task_manager").all_tasks
     assert settings == dict(
-        model=model, tasks=["piqa", "boolq"], num_fewshot=2, limit=5, use_cache="answers",
+        model=model, tasks=["piqa", "boolq"], num_fewshot=2, limit=5,
         log_samples=False, bootstrap_iters=0,
     )  # fmt: skip
     assert found == {
@@ -221,16 +219,16 @@ def test_the_papers_seven_tasks_are_the_default(asked, model, tmp_path, monkeypa
     assert settings["tasks"] == [
         "arc_easy", "arc_challenge", "openbookqa", "boolq", "hellaswag", "winogrande", "piqa"
     ]  # fmt: skip
-    assert (settings["num_fewshot"], settings["limit"], settings["use_cache"]) == (0, None, None)
-    assert settings["model"].batch_size == 16
-    assert only(asked, "load")[-1] == ("DIR", "mesh ", "float32")
+    assert (settings["num_fewshot"], settings["limit"]) == (0, None)
+    assert settings["model"].batch_size == 16 and settings["model"].kept is None
+    assert only(asked, "load")[-1] == ("DIR", "mesh ", "float32", None)
     printed = capsys.readouterr().out
     assert printed == tasks.table(json.loads(output.read_text())) + "\n"
-    flags = ["--tasks=piqa,,boolq", "--num_fewshot=3", "--limit=2", "--batch=5", "--cache=c"]
+    flags = ["--tasks=piqa,,boolq", "--num_fewshot=3", "--limit=2", "--batch=5"]
     assert tasks.main(["--checkpoint=DIR", *flags, "--include_path=i", "--mesh=fsdp=2"]) == 0
     settings = only(asked, "evaluate")[-1][0]
     assert settings["tasks"] == ["piqa", "boolq"] and settings["model"].batch_size == 5
-    assert (settings["num_fewshot"], settings["limit"], settings["use_cache"]) == (3, 2, "c")
+    assert (settings["num_fewshot"], settings["limit"]) == (3, 2)
     assert only(asked, "manager")[-1] == ("i",) and only(asked, "load")[-1][1] == "mesh fsdp=2"
 
 

@@ -17,7 +17,7 @@ def lowered(mesh, shape):
     over = sharding.spec("latent")
 
     def sums(x):
-        return all_reduce.all_reduce(x, mesh, sharding.MODEL, jnp.bfloat16)
+        return all_reduce.all_reduce(x, mesh=mesh, axis_names=sharding.MODEL, dtype=jnp.bfloat16)
 
     function = jax.jit(
         jax.shard_map(sums, mesh=mesh, in_specs=over, out_specs=sharding.spec(), check_vma=False)

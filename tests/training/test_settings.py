@@ -126,6 +126,12 @@ def test_a_validation_fraction_lies_between_0_and_1(value):
 def test_settings_that_contradict_each_other():
     with pytest.raises(ConfigError, match="^data.source is empty; give a text file"):
         DataSettings()
+    for name in ("source", "validation", "tokenizer", "token_format"):
+        for value in (None, 3, ["a.bin"]):
+            with pytest.raises(ConfigError, match=f"^data.{name}=.* is not text$"):
+                DataSettings(**{"source": "x", name: value})
+    with pytest.raises(ConfigError, match="^data.token_format='int8' is none of header, uint16, u"):
+        DataSettings(source="x", token_format="int8")
     warm = lambda steps: dataclasses.replace(EXPERIMENT, steps=steps)
     assert warm(2001).steps == 2001
     with pytest.raises(ConfigError, match="^optimizer.warmup_steps=2000 must be below steps=2000$"):
@@ -145,7 +151,7 @@ def test_words_and_switches_are_checked():
     with pytest.raises(ConfigError, match="^data.order='backward' is none of shuffled, sequential"):
         DataSettings(source="pydoc", order="backward")
     for name in ("validate_first", "keep_best"):
-        with pytest.raises(ConfigError, match=f"^{name}='no' must be true or false$"):
+        with pytest.raises(ConfigError, match=f"^{name}='no' is not True or False$"):
             dataclasses.replace(EXPERIMENT, **{name: "no"})
 
 
@@ -160,6 +166,7 @@ def test_the_defaults_are_the_papers_recipe():
             "validation_fraction": 0.05,
             "validation_tokens": 10 * 2**20,
             "tokenizer": "gpt2",
+            "token_format": "header",
             "global_batch": 480,
             "accumulate": 1,
         },

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlra_jax.convert.errors import CheckpointFileError
+from mlra_jax.data import file_kinds
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -58,6 +59,7 @@ class StoredArchive:
         self.path = Path(path)
         self.map = map_file(self.path)
         try:
+            self._check_beginning()
             self.entries = self._read_directory()
         except BaseException:
             self.map.close()
@@ -100,6 +102,25 @@ class StoredArchive:
         if fields[0] != signature:
             raise self._error("no whole zip archive as torch.save writes it; fetch it again")
         return fields
+
+    def _check_beginning(self) -> None:
+        """Names what is no zip archive at all."""
+        head = self.map[: file_kinds.HEAD_BYTES]
+        if head.startswith(b"PK"):
+            return
+        kind = file_kinds.kind(head)
+        if kind in (file_kinds.OLD_TORCH, file_kinds.PICKLE):
+            raise self._error(
+                f"is {kind.what}, a program that is not run; save it anew where it is trusted: "
+                "torch.save(torch.load(FILE, weights_only=True), NEW)"
+            )
+        if kind:
+            raise self._error(f"is {kind.what}, no weights as torch.save writes them")
+        if head[8:9] == b"{":
+            raise self._error("is probably a .safetensors file; call it model.safetensors")
+        raise self._error(
+            f"begins with {head[:12]}, not as torch.save writes weights; fetch it again"
+        )
 
     def _read_directory(self) -> dict[str, Entry]:
         end = len(self.map) - _END.size

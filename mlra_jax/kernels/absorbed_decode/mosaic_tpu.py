@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mlra_jax.kernels import target
 from mlra_jax.kernels.absorbed_decode.problem import Problem
 from mlra_jax.kernels.softmax import merge_partials
 
@@ -153,6 +154,7 @@ def vmem_bytes(problem: Problem, config: TpuConfig) -> int:
 
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
+@target.int32_indices
 def absorbed_decode(
     q_BTLHC: jax.Array | None,
     q_rope_BTGHR: jax.Array,

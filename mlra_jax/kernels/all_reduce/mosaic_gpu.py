@@ -43,8 +43,9 @@ def supports(mesh: Mesh, axis_names: Sequence[str], size: int) -> str | None:
 
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("mesh", "axis_names", "dtype"))
+@target.int32_indices
 def all_reduce(
-    x: jax.Array, mesh: Mesh, axis_names: tuple[str, ...], dtype: jnp.dtype
+    x: jax.Array, *, mesh: Mesh, axis_names: tuple[str, ...], dtype: jnp.dtype
 ) -> jax.Array:
     """The sum of `x`, float32 of any shape, over all devices of `mesh`; within its `shard_map`.
 

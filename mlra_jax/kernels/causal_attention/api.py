@@ -66,7 +66,8 @@ def implementation_for(device: Any, dtype: jnp.dtype, key_width: int, value_widt
     if target.is_gpu(device) and dtype != jnp.float32:
         unequal = key_width != value_width
         chosen = "cudnn_padded" if unequal and not _unequal_widths(device) else "cudnn"
-    elif device.platform == "tpu":
+    # The library's indices are of the program's own type, and TPUs have no int64.
+    elif device.platform == "tpu" and not jax.config.jax_enable_x64:
         chosen = "splash"
     _say(chosen, str(getattr(device, "device_kind", device.platform)), key_width, value_width)
     return chosen

@@ -58,6 +58,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.kernels import target
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu import join, schedule, walk
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import (
     Config,
@@ -73,6 +74,7 @@ __all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "supports"]
 
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
+@target.int32_indices
 def absorbed_decode(
     q_BTLHC: jax.Array | None,
     q_rope_BTGHR: jax.Array,

@@ -76,9 +76,10 @@ def tile_count(start, end, block: int):
 def table(shape: Shape, lengths_BT: jax.Array, starts_B: jax.Array) -> jax.Array:
     """For batches: before which tile each row begins, then the row that each CTA begins with."""
     batch, ctas = shape.problem.batch, shape.config.ctas
+    lengths_BT, starts_B = lengths_BT.astype(jnp.int32), starts_B.astype(jnp.int32)
     count_B = tile_count(starts_B, lengths_BT.max(axis=1), shape.config.block)
-    row = jnp.arange(batch + 1)
-    begin = jnp.where(row[:-1] < row[:, None], count_B, 0).sum(axis=1)
+    row = jnp.arange(batch + 1, dtype=jnp.int32)
+    begin = jnp.where(row[:-1] < row[:, None], count_B, 0).sum(axis=1, dtype=jnp.int32)
     share = jnp.maximum(cdiv(begin[-1] * shape.units, ctas), 1)
     first = jnp.arange(ctas, dtype=jnp.int32) * share
     row_of_cta = (begin[1:] * shape.units <= first[:, None]).sum(axis=1)
