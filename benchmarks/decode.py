@@ -81,7 +81,7 @@ def measure(
         for n in range(0, count, per_call):
             if per_call == 1:
                 logits, cache = step(decoder, cache, tokens)
-                tokens = programs.draw(logits, settings, np.int32(n), num_tokens=num_tokens)
+                tokens = programs.draw(logits, tokens, settings, np.int32(n), num_tokens=num_tokens)
             else:
                 _, tokens, cache = step(decoder, cache, tokens, settings, np.int32(n))
         return tokens

@@ -1,6 +1,6 @@
 """Times the prefill of whole prompts by the published 2.9B models, chunk by chunk.
 
-    python -m benchmarks.prefill [--length=2048,16384,131072] [--over=blocks,kernel,cudnn]
+    python -m benchmarks.prefill [--length=2048,16384,131072] [--over=blocks,cudnn]
                                  [--models=mlra_4,mla] [--mesh=tensor=2] [--chunk=2048] [--whole]
                                  [--output=FILE.json]
 
@@ -97,9 +97,19 @@ def default_over(decoder: Decoder) -> str:
     return nnx.eval_shape(make).extends_over()
 
 
-def measure(decoder: Decoder, batch: int, length: int, chunk: int, over: str | None) -> dict:
-    """One row of the table; `matrix_flops` is of one device."""
-    once, compiling, peak = prefill(decoder, batch, length, chunk, over)
+def measure(row: dict, decoder: Decoder, over: str | None, matrix: float) -> None:
+    """Fills a row of the table, whose line grows meanwhile, so that one sees what hangs.
+
+    `matrix` is the rate of one device.
+    """
+    batch, length = row["batch"], row["length"]
+    once, compiling, peak = prefill(decoder, batch, length, row["chunk"], over)
+    row |= dict(
+        compile_seconds=compiling,
+        peak_GB=peak,
+        weights_GB=bytes_per_device(decoder.weights) / 1e9,
+    )
+    print(f"  compile {compiling:5.1f} s {peak:6.2f} GB", end="", flush=True)
     jax.block_until_ready(once())
     seconds = []
     # A long one is not repeated: what differs from run to run is little beside it.
@@ -108,26 +118,18 @@ def measure(decoder: Decoder, batch: int, length: int, chunk: int, over: str | N
         jax.block_until_ready(once())
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds)
-    return dict(
+    flops = forward_flops(decoder, batch, length) / median / decoder.mesh.size
+    row |= dict(
         seconds=median,
         spread=[min(seconds), max(seconds)],
         tokens_per_second=batch * length / median,
-        flops=forward_flops(decoder, batch, length) / median / decoder.mesh.size,
-        compile_seconds=compiling,
-        peak_GB=peak,
-        weights_GB=bytes_per_device(decoder.weights) / 1e9,
+        flops=flops,
+        share=flops / matrix,
     )
-
-
-def line(row: dict) -> str:
-    head = f"{row['model']:8} {row['mesh'] or 'one device':12} {row['over']:7}"
-    head += f"{row['batch']:3} x {row['length']:8}"
-    if "error" in row:
-        return f"{head}  {row['error'][:120]}"
-    return (
-        f"{head} {row['seconds']:9.3f} s {row['tokens_per_second']:9.0f} tok/s "
-        f"{row['flops'] / 1e12:7.1f} TFLOP/s ({row['share']:4.0%})  {row['peak_GB']:6.2f} GB  "
-        f"compile {row['compile_seconds']:5.1f} s"
+    print(
+        f" {median:9.3f} s {row['tokens_per_second']:9.0f} tok/s "
+        f"{flops / 1e12:7.1f} TFLOP/s ({row['share']:4.0%})",
+        flush=True,
     )
 
 
@@ -158,13 +160,14 @@ def main(argv: list[str] | None = None) -> int:
                 for over in ways:
                     row = dict(model=name, mesh=text, batch=flags.batch, length=length)
                     row |= dict(chunk=flags.chunk, over=over or "whole")
+                    head = f"{name:8} {text or 'one device':12} {row['over']:7}"
+                    print(f"{head}{flags.batch:3} x {length:8}", end="", flush=True)
                     try:
-                        row |= measure(decoder, flags.batch, length, flags.chunk, over)
-                        row["share"] = row["flops"] / matrix
+                        measure(row, decoder, over, matrix)
                     except Exception as error:  # One that does not run is no end of the others.
                         row["error"] = " ".join(str(error).split())[:300]
+                        print(f"  {row['error'][:120]}", flush=True)
                     result["rows"].append(row)
-                    print(line(row), flush=True)
                     if flags.output:
                         flags.output.write_text(json.dumps(result, indent=1) + "\n")
             del decoder

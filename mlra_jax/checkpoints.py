@@ -2,8 +2,9 @@
 
 Items: `params` (nested dict of arrays, layers stacked along the first axis) and `model` (JSON:
 format version, model config, tokenizer name) always; `optimizer`, `iterator` and `progress` in a
-training run. Orbax writes a step under a temporary name and renames it when all of it is there, so
-a folder whose name is a number is a finished checkpoint; a half-written one is never looked at.
+training run. Orbax writes a step under a temporary name and renames it when all of it is there and
+can be read, so a folder whose name is a number is a finished checkpoint; a half-written one is
+never looked at. Everything in it has a checksum that reading verifies (`checksums.py`).
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mlra_jax import checksums
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.settings_tree import flatten
 
@@ -102,17 +104,67 @@ def writable_path(folder: str | Path) -> Path:
     return path
 
 
-def make_manager(folder: str | Path, *, keep: int | None = None) -> ocp.CheckpointManager:
-    """The Orbax manager that writes `folder`'s checkpoints asynchronously, the last `keep` kept.
+class Manager(ocp.CheckpointManager):
+    """Writes the checkpoints of a folder in the background; those before the last `keep` go.
 
-    Creates the folder; removes what an interrupted save left behind. Raises as `writable_path`
-    does, before anything is written.
+    A step counts, and older ones go, when it has been found readable. Creates the folder; removes
+    what an interrupted save left behind.
+
+    Raises:
+      CheckpointError: as `writable_path`, before anything is written.
     """
-    policy = ocp.checkpoint_managers.LatestN(keep) if keep else None
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-    path = writable_path(folder) / SUBFOLDER
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return ocp.CheckpointManager(path, options=options)
+
+    def __init__(self, folder: str | Path, keep: int | None = None):
+        path = writable_path(folder) / SUBFOLDER
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._arrays, self._step, self._failure = checksums.ArrayHandler(), -1, None
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, self._arrays), (np.ndarray, self._arrays)
+        )
+        tree = lambda: ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
+        super().__init__(
+            path,
+            item_names=("model", "iterator", "progress"),
+            item_handlers={"params": tree(), "optimizer": tree()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep) if keep else None,
+                cleanup_tmp_directories=True,
+                # In the background, a folder that cannot be made leaves threads that wait for it.
+                async_options=ocp.AsyncOptions(
+                    create_directories_asynchronously=False,
+                    post_finalization_callback=self._seal,
+                ),
+            ),
+        )
+
+    def save(self, step: int, *args, **kwargs) -> bool:
+        """As Orbax's."""
+        self.wait_until_finished()
+        self._step = step
+        return super().save(step, *args, **kwargs)
+
+    def poll(self) -> bool:
+        """Whether the last save is done; raises what it failed with. Never waits for it."""
+        # Known here before Orbax's threads end, which may wait for other processes.
+        if failure := self._failure or self._arrays.failure:
+            raise failure
+        if done := not self.is_saving_in_progress():
+            self.wait_until_finished()
+        return done
+
+    def _seal(self) -> None:
+        """On process 0, when all is written and before the step has its name."""
+        try:
+            name = f"{self._step}{ocp.path.step.TMP_DIR_SUFFIX}"
+            checksums.seal(Path(self.directory) / name)
+        except Exception as error:
+            self._failure = error
+            raise
+
+
+def make_manager(folder: str | Path, *, keep: int | None = None) -> Manager:
+    """`Manager(folder, keep)`."""
+    return Manager(folder, keep)
 
 
 def save(
@@ -134,9 +186,9 @@ def save(
       optimizer: tree of arrays, in a training run.
       **json_items: anything JSON can say, `iterator` and `progress` in a training run.
     """
-    items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(dict(model))}
+    items = {"params": ocp.args.PyTreeSave(params), "model": ocp.args.JsonSave(dict(model))}
     if optimizer is not None:
-        items["optimizer"] = ocp.args.StandardSave(optimizer)
+        items["optimizer"] = ocp.args.PyTreeSave(optimizer)
     items |= {name: ocp.args.JsonSave(value) for name, value in json_items.items()}
     manager.save(step, args=ocp.args.Composite(**items))
 
@@ -164,6 +216,7 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     step = steps[-1] if step is None else step
     path = Path(folder).absolute() / SUBFOLDER / str(step)
     with _one_line(path, "model"):
+        checksums.verify(path)
         described = json.loads((path / "model" / "metadata").read_text())
         version, values = described["format_version"], described["model"]
         tokenizer = described["tokenizer"]
@@ -236,12 +289,16 @@ def _one_line(folder: Path, item: str):
         raise
     except Exception as e:
         damaged = True
-        reason = "is missing" if not (folder / item).exists() else f"is damaged ({_reason(e)})"
+        reason = f"{item} is damaged ({_reason(e)})"
+        if not (folder / item).exists():
+            reason = f"{item} is missing"
+        elif isinstance(e, checksums.DamageError):
+            reason = str(e)
         others = [str(s) for s in finished_steps(folder.parent.parent) if str(s) != folder.name]
         remedy = f"delete {folder} to go on from step {others[-1]}" if others else "copy it again"
         # Without `from`: the cause's frames would keep the unfinished coroutines alive. The hook
         # stays, since threads may still report.
-        raise CheckpointError(f"checkpoint {folder}: {item} {reason}; {remedy}") from None
+        raise CheckpointError(f"checkpoint {folder}: {reason}; {remedy}") from None
     finally:
         if not damaged:
             sys.unraisablehook = hook

@@ -13,12 +13,15 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from absl import logging
 from tqdm import tqdm
+
+_SECONDS_TO_END = 3.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,8 +97,8 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
       interrupted: what an interruption leaves.
     """
     _print_anything()
-    # The checkpoint library says much.
-    logging.set_verbosity(logging.ERROR)
+    # The checkpoint library says much, of an error the traces of all its threads.
+    logging.set_verbosity(logging.FATAL)
     try:
         with _sigterm_is_ctrl_c():
             _keep_compiled(parser.compilation_cache)
@@ -105,8 +108,12 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
     except (ValueError, OSError) as error:
         message = str(error).strip() or type(error).__name__
         if "\n" in message:
+            _end_in_time(1)
             raise
         return _fail(parser, message, 1)
+    except Exception:
+        _end_in_time(1)
+        raise
     return 0
 
 
@@ -231,7 +238,24 @@ def _print_anything() -> None:
 
 def _fail(parser: Parser, message: str, code: int) -> int:
     print(f"{parser.prog}: {message}", file=sys.stderr)
+    _end_in_time(code)
     return code
+
+
+def _end_in_time(code: int) -> None:
+    """Ends the process soon after its main thread, whatever its other threads still wait for.
+
+    They may wait for many minutes: for what will never be written, or for other processes.
+    """
+
+    def watch():
+        threading.main_thread().join()
+        time.sleep(_SECONDS_TO_END)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, sharding
@@ -11,6 +13,7 @@ from mlra_jax import model as models
 from mlra_jax.config import GPT2_VOCABULARY, DTypeLike, dtype_name
 from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Decoder, Vocabulary
+from mlra_jax.settings_tree import flatten
 
 _GPT2_TOKENS = 50257
 
@@ -20,6 +23,7 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
     step: int | None = None,
+    allow_nonfinite: bool = False,
 ) -> Decoder:
     """The model of a training run's or a converted checkpoint, ready to decode.
 
@@ -30,13 +34,14 @@ def load_model(
         the checkpoint's config says: weights are held in the dtype of the products, norms as they
         are stored.
       step: another step than the latest.
+      allow_nonfinite: takes weights in which there are infinities or NaN, too.
 
     Returns:
       a `Decoder`: `model(tokens)` gives logits, `mlra_jax.generate(model, prompts)` continues. Its
       `vocabulary` has the checkpoint's tokenizer name and the number of ids that mean something.
 
     Raises:
-      CheckpointError: missing or damaged.
+      CheckpointError: missing or damaged, or a weight that is not finite in `dtype`.
       ConfigError: sizes that do not divide over the mesh, another dtype than `config.DTYPES`.
     """
     dtype = None if dtype is None else dtype_name(dtype)
@@ -54,6 +59,8 @@ def load_model(
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
     params = checkpoint.restore("params", jax.tree.map_with_path(as_used, shapes))
+    if not allow_nonfinite:
+        _check_finite(checkpoint, params, mesh)
     vocabulary = Vocabulary(
         _num_tokens(checkpoint.tokenizer, config.vocab_size), checkpoint.tokenizer
     )
@@ -84,6 +91,19 @@ def with_tokenizer(model: Decoder, tokenizer: tokenizers.Tokenizer) -> Decoder:
     """The same weights, for text in this tokenizer's ids."""
     num_tokens = min(tokenizer.vocab_size, model.config.vocab_size)
     return dataclasses.replace(model, vocabulary=Vocabulary(num_tokens, tokenizer.name))
+
+
+def _check_finite(checkpoint: checkpoints.Checkpoint, params: Any, mesh: Mesh) -> None:
+    count = lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+    counts = jax.jit(lambda tree: jax.tree.map(count, tree), out_shardings=sharding.named(mesh))
+    for (name, x), bad in zip(
+        flatten(params).items(), flatten(jax.device_get(counts(params))).values(), strict=True
+    ):
+        if bad:
+            raise checkpoints.CheckpointError(
+                f"checkpoint {checkpoint.folder}: {name} has {bad} of {x.size} numbers that are "
+                f"not finite in {x.dtype}; give --allow_nonfinite to take them"
+            )
 
 
 def _num_tokens(tokenizer: str | None, vocab_size: int) -> int:

@@ -45,3 +45,11 @@ def released(tmp_path_factory):
         return made[name]
 
     return converted
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience():
+    """A command that failed in a test does not end the process of the tests, however slow."""
+    from mlra_jax import command
+
+    command._SECONDS_TO_END = 600.0

@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
-from mlra_jax import checkpoints, sharding
+from benchmarks import bit_flips
+from mlra_jax import checkpoints, checksums, sharding
 from mlra_jax import model as models
 from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.config import (
@@ -96,7 +101,8 @@ def test_arrays_are_cast_one_after_the_other(tmp_path):
         restored = jax.tree.leaves(opened.restore("params", dict.fromkeys(params, asked)))
         grown = (kilobytes("VmHWM") - before) << 10
     assert all(x.dtype == jnp.bfloat16 and (x == 1).all() for x in restored)
-    assert grown < sum(x.nbytes for x in restored) + 5 * ones.nbytes
+    # As read, with its checksums verified, and cast.
+    assert grown < sum(x.nbytes for x in restored) + 8 * ones.nbytes
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 2), (1, 8, 1, 1)])
@@ -265,7 +271,89 @@ def test_each_missing_or_cut_file_is_an_error_or_harmless(copy, written, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path):
+    """In every file of the latest step, its arrays too: never other numbers."""
+    folder, params = tmp_path / "run", random_params(sharding.make_mesh())
+    moments = optax.adamw(1e-3).init(params)
+    write(folder, (2, 3), params, optimizer=moments, iterator={"next": 5}, progress={"step": 3})
+    files = [path for path in (folder / "checkpoints/3").rglob("*") if path.is_file()]
+    for kind, file, message in bit_flips.outcomes(folder, len(files), seed=2):
+        assert kind != "WRONG", f"{file}: {message}"
+        # Orbax's marks, and tables of which the whole was merged, are not read.
+        unread = "/" not in file and file != "checksums.json" or "/ocdbt.process_0/d/" in file
+        assert unread or kind == "refused", f"{file}: {message}"
+        assert kind == "harmless" or "to go on from step 2" in message
+
+
+def test_every_array_carries_a_checksum(written):
+    """Also in the store: what is read is compared with it by whoever reads."""
+    for item in ("params", "optimizer"):
+        path = written[0] / "checkpoints/3" / item
+        for leaf in jax.tree.leaves(ocp.PyTreeCheckpointHandler().metadata(path).tree):
+            store = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{leaf.name}/"}
+            array = ts.open({"driver": "zarr3", "kvstore": store}, open=True).result()
+            assert {"name": "crc32c"} in array.codec.to_json()["codecs"]
+
+
+def test_checkpoints_of_earlier_versions_are_read(tmp_path):
+    """As Orbax writes them by itself: Zarr 2, compressed, without checksums."""
+    params = random_params(sharding.make_mesh(tensor=2))
+    description = checkpoints.describe(CONFIG, "bytes")
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        items = {"params": ocp.args.StandardSave(params), "model": ocp.args.JsonSave(description)}
+        manager.save(4, args=ocp.args.Composite(**items))
+    opened = checkpoints.open_checkpoint(tmp_path)
+    restored = opened.restore("params", abstract_params(sharding.make_mesh(fsdp=2)))
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_files_that_changed_or_are_missing_are_named(copy):
+    step = copy / "checkpoints/3"
+    (step / "progress/metadata").write_text('{"step": 4}')
+    one_line(copy, "progress/metadata has changed since it was written")
+    (step / "progress/metadata").unlink()
+    one_line(copy, "progress/metadata is missing", "to go on from step 2")
+    # Someone who needs no training state may delete it; what is put beside the files does no harm.
+    for item in ("progress", "iterator", "optimizer"):
+        shutil.rmtree(step / item)
+    (step / "params" / "._METADATA").write_text("")
+    opened = checkpoints.open_checkpoint(copy)
+    opened.restore("params", abstract_params(sharding.make_mesh()))
+    assert not opened.has("optimizer")
+    (step / "checksums.json").write_text("[1]")
+    one_line(copy, "checksums.json is damaged")
+
+
+@pytest.mark.parametrize("lost", ["a part", "a file", "the end of a file"])
+def test_a_save_that_cannot_be_read_does_not_count(tmp_path, monkeypatch, lost):
+    """And the one before it stays, though only one is kept."""
+    mesh = sharding.make_mesh(fsdp=2)
+    params = random_params(mesh)
+    write(tmp_path, (1,), params)
+    parts, seal = checksums._parts, checksums.seal
+
+    def losing(step):
+        data = max((step / "params").glob("d/*"), key=lambda file: file.stat().st_size)
+        data.unlink() if lost == "a file" else os.truncate(data, data.stat().st_size - 1)
+        seal(step)
+
+    if lost == "a part":
+        monkeypatch.setattr(checksums, "_parts", lambda value: parts(value)[:1])
+    else:
+        monkeypatch.setattr(checksums, "seal", losing)
+    manager = checkpoints.make_manager(tmp_path, keep=1)
+    checkpoints.save(manager, 2, params=params, model=checkpoints.describe(CONFIG, None))
+    with pytest.raises(Exception) as error:
+        while not manager.poll():
+            time.sleep(0.01)
+    assert lost != "a part" or re.search("a part of .* is missing", str(error.value))
+    assert checkpoints.finished_steps(tmp_path) == [1]
+    checkpoints.open_checkpoint(tmp_path).restore("params", abstract_params(mesh))
+
+
 def test_damaged_descriptions_are_named(copy):
+    """Also where no checksums are, as in checkpoints of earlier versions."""
+    (copy / "checkpoints/3/checksums.json").unlink()
     model = copy / "checkpoints/3/model/metadata"
     described = json.loads(model.read_text())
     model.write_text(json.dumps(described)[:50])

@@ -8,7 +8,9 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -409,13 +411,17 @@ def handed(monkeypatch, script, work, *flags):
     [
         (
             "mlra-convert", "convert", "--source=a --destination=b", ("a", "b"),
-            dict(variant=None, dtype=None, mesh=None),
+            dict(variant=None, dtype=None, mesh=None, allow_nonfinite=False),
         ),
         (
             "mlra-convert", "convert",
-            "--source=a --destination=b --variant=mla --dtype=float16 --mesh=tensor=4,fsdp=2",
+            "--source=a --destination=b --variant=mla --dtype=float16 --mesh=tensor=4,fsdp=2 "
+            "--allow_nonfinite",
             ("a", "b"),
-            dict(variant="mla", dtype="float16", mesh=dict(data=1, fsdp=2, tensor=4, context=1)),
+            dict(
+                variant="mla", dtype="float16", mesh=dict(data=1, fsdp=2, tensor=4, context=1),
+                allow_nonfinite=True,
+            ),
         ),
         (
             "mlra-export", "export", "--checkpoint=a --destination=b", ("a", "b"),
@@ -429,17 +435,18 @@ def handed(monkeypatch, script, work, *flags):
             "mlra-evaluate", "evaluate", "--checkpoint=a --tokens=x,,y", ("a", ["x", "y"]),
             dict(
                 window=2048, max_tokens=100_000_000, output=None, mesh=make_mesh(), batch=None,
-                dtype=None, step=None, token_format="header",
+                dtype=None, step=None, token_format="header", allow_nonfinite=False,
             ),
         ),
         (
             "mlra-evaluate", "evaluate",
             "--checkpoint=a --tokens=x --window=3 --max_tokens=9 --output=o --mesh=data=2 "
-            "--batch=4 --dtype=float32 --step=5 --token_format=uint32",
+            "--batch=4 --dtype=float32 --step=5 --token_format=uint32 --allow_nonfinite",
             ("a", ["x"]),
             dict(
                 window=3, max_tokens=9, output="o", mesh=make_mesh(data=2), batch=4,
                 dtype="float32", step=5, token_format="uint32",
+                allow_nonfinite=True,
             ),
         ),
     ],
@@ -461,14 +468,35 @@ def test_flags_are_handed_on(monkeypatch, script, work, flags, positional, named
 def test_accelerators_decode_in_bfloat16(monkeypatch, platform, flags, dtype):
     decoding, seen = module("mlra_jax.generation"), []
 
-    def load_model(checkpoint, mesh, dtype):
-        seen.append((checkpoint, dtype))
+    def load_model(checkpoint, mesh, dtype, allow_nonfinite):
+        seen.append((checkpoint, dtype, allow_nonfinite))
         raise ValueError("enough")
 
     monkeypatch.setattr(decoding, "load_model", load_model)
     monkeypatch.setattr(decoding.sharding, "platform", lambda mesh: platform)
-    assert ended(decoding.main, "--checkpoint=a", "--prompt=x", *flags)[0] == 1
-    assert seen == [("a", dtype)]
+    for more, allowed in (([], False), (["--allow_nonfinite"], True)):
+        assert ended(decoding.main, "--checkpoint=a", "--prompt=x", *flags, *more)[0] == 1
+        assert seen.pop() == ("a", dtype, allowed)
+
+
+def test_a_failed_command_ends_though_a_thread_waits():
+    """As the threads of the checkpoint library do, and those that wait for other processes."""
+    program = """
+import sys, threading, time
+from mlra_jax.command import Parser, run
+def work():
+    threading.Thread(target=time.sleep, args=(100,)).start()
+    print("said before")
+    raise ValueError("no")
+sys.exit(run(Parser("m", "d"), work))
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 1 and done.stdout == "said before\n"
+    assert done.stderr.splitlines()[-1].endswith(": no")
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

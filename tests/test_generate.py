@@ -57,20 +57,29 @@ def test_generate_is_the_argmax_of_whole_passes_and_stops(model):
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in rows]
 
 
-def test_a_row_that_has_stopped_stays_stopped(model, monkeypatch):
-    class Scripted:
-        def __init__(self, *_, **__):
-            pass
+@pytest.mark.parametrize("each", [1, 3])
+def test_a_row_that_has_stopped_stays_stopped(model, each):
+    given, hot = prompts(3, 6), dict(max_new_tokens=40, sampling=Sampling(9.0, top_k=9), seed=2)
+    rows = [list(row) for row in zip(*Stream(model, given, **hot), strict=True)]
+    stop = next(token for token in rows[0] if token in rows[1])
+    ends = [row.index(stop) for row in rows]
+    assert ends[0] != ends[1]
+    want = [(row[:end] + [stop] * 40)[: max(ends) + 1] for row, end in zip(rows, ends, strict=True)]
+    stream = Stream(model, given, stop_token=stop, tokens_per_call=each, **hot)
+    assert [list(row) for row in zip(*stream, strict=True)] == want
+    # A prompt may end with the stop token.
+    assert list(Stream(model, [[stop]], max_new_tokens=1, stop_token=stop))[0] != [stop]
 
-        def __iter__(self):
-            for tokens in ([1, 9], [7, 9], [2, 7], [3, 3]):
-                self.given = tokens
-                yield tokens
-            raise AssertionError("went on after every row had stopped")
 
-    monkeypatch.setattr(loop, "Stream", Scripted)
-    rows = mlra_jax.generate(model, [[1], [1]], max_new_tokens=9, stop_token=7)
-    assert rows == [[1], [9, 9]]
+def test_the_cache_of_a_row_that_has_stopped_does_not_grow(model):
+    tokens, lengths = np.ones((2, 8), np.int32), np.array([5, 3], np.int32)
+    _, cache = programs.prefill(model, tokens, lengths, capacity=16)
+    settings = draws(Sampling(), 0, 2, stop_token=7)
+    made, _, cache = programs.several(
+        model, cache, np.array([7, 1], np.int32), settings, np.int32(1), count=3, num_tokens=80
+    )
+    assert np.asarray(made)[:, 0].tolist() == [7, 7, 7] and 7 not in np.asarray(made)[:, 1]
+    assert np.asarray(cache.lengths).tolist() == [5, 6]
 
 
 @pytest.mark.parametrize("lengths", [(3,), (4, 1), (5, 4), (8, 8), (1, 9)])

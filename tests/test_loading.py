@@ -94,6 +94,28 @@ def test_a_dtype_as_numpy_and_jax_write_it(kept_in, dtype):
     assert model.config.execution.dtype == model.config.param_dtype == "float16"
 
 
+@pytest.mark.parametrize("mesh", [dict(), dict(fsdp=2, tensor=2)])
+def test_weights_that_are_not_finite_are_refused(tmp_path, mesh):
+    """By name and number; the numbers that float16 has no room for as well."""
+    params = nnx.to_pure_dict(nnx.state(tiny.random_model(CONFIG, make_mesh(), seed=3)))
+    kernel = np.array(params["layers"]["mlp"]["down"]["kernel"])
+    params["layers"]["mlp"]["down"]["kernel"] = kernel
+    for step, values in ((1, [1e6]), (2, [np.nan, np.inf])):
+        kernel[-1, -1, : len(values)] = values
+        with checkpoints.make_manager(tmp_path) as manager:
+            described = checkpoints.describe(CONFIG, "bytes")
+            checkpoints.save(manager, step, params=params, model=described)
+    mesh = make_mesh(**mesh)
+    for step, dtype, count in ((1, "float16", 1), (2, "float32", 2)):
+        line = f"layers.mlp.down.kernel has {count} of {kernel.size} numbers that are not finite in"
+        with pytest.raises(checkpoints.CheckpointError, match=f"{line} {dtype}; give --allow"):
+            loading.load_model(tmp_path, mesh, dtype, step)
+        model = loading.load_model(tmp_path, mesh, dtype, step, allow_nonfinite=True)
+        leaves = jax.tree.leaves(model.weights)
+        assert sum(np.count_nonzero(~np.isfinite(np.asarray(x))) for x in leaves) == count
+    assert loading.load_model(tmp_path, mesh, "float32", 1)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "int8", np.float64, jnp.int32, float, 7])
 def test_other_dtypes_are_refused(kept_in, dtype):
     with pytest.raises(ConfigError, match="^dtype=.* is none of float32, bfloat16, float16$"):

@@ -17,16 +17,17 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.attention import heads, sharded
-from mlra_jax.attention.blocks import in_blocks
+from mlra_jax.attention.blocks import in_blocks, of_keys, of_scores
 from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.kernels import target
-from mlra_jax.kernels.chunk_attention import chunk_attention
+from mlra_jax.kernels.chunk_attention import WIDEST, chunk_attention
+from mlra_jax.kernels.grouped_decode import grouped_decode
 from mlra_jax.layers import Projection, output_init
 
 Entries = dict[str, jax.Array]
-OVER = ("blocks", "kernel", "cudnn")
-"""How many tokens attend to a cache: plain JAX, a block of positions at a time; the kernel of a
-decoding step; cuDNN's fused attention, of GPUs, to the cache and to themselves."""
+OVER = ("blocks", "cudnn")
+"""How many tokens attend to a cache: plain JAX, a block of positions at a time; or cuDNN's fused
+attention, of GPUs, to the cache and to themselves."""
 Operands = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -104,37 +105,48 @@ class Attention(nnx.Module):
         `over` is one of `OVER`, by default what `extends_over` says.
         """
         y, over = self.inputs(x_BTD), over or self.extends_over()
-        attend, within = self._attend, None
-        if over == "blocks":
-            attend = in_blocks(self._attend)
-        elif over == "cudnn":
-            attend = lambda q, cache, ends_BT: self._by_library(q, cache, ends_BT[:, 0])
-            within = self._by_library
-        elif over != "kernel":
+        if over not in OVER:
             raise ValueError(f"attention over {over!r}, expected one of {', '.join(OVER)}")
+        if over == "blocks":
+            attend, within = in_blocks(self._in_plain, of_scores), None
+        else:
+            attend, within = in_blocks(self._to_earlier, of_keys), self._to_themselves
+        queries, weights = self._ask_chunk(self._queries(y, positions_BT))
         o_BTHV, cache = sharded.decode_step(
             attend,
-            self._ask(self._queries(y, positions_BT)),
+            queries,
             self._entries(self._kept(y, positions_BT)),
             cache,
             lengths_B,
             cache_axes=self.cache_axes,
             mesh=self.mesh,
             within=within,
+            weights=weights,
         )
-        return self._output(y, self._answer(o_BTHV)), cache
+        return self._output(y, self._answer_chunk(o_BTHV)), cache
 
     def extends_over(self) -> str:
         """The way of `OVER` that serves the mesh's devices."""
         sixteen_bits = self.dtype != "float32"
         gpu = target.is_gpu(self.mesh.devices.flat[0])
-        return "cudnn" if gpu and sixteen_bits and self._library_serves() else "blocks"
+        return "cudnn" if gpu and sixteen_bits and self._key_width() <= WIDEST else "blocks"
 
-    def _by_library(self, queries, entries, lengths_B=None):
-        """(o_BThV, lse_BTh): to the entries before `lengths[b]`, or causally to as many."""
-        q_BTJGK, k_BSJK, v_BSJV = self._grouped(queries, entries)
-        o_BTJGV, lse_BTJG = chunk_attention(q_BTJGK, k_BSJK, v_BSJV, lengths_B, scale=self.scale)
-        return self._ungrouped(o_BTJGV), self._ungrouped(lse_BTJG)
+    def _in_plain(self, queries, cache, lengths_BT, *weights):
+        plain = functools.partial(grouped_decode, implementation="reference", scale=self.scale)
+        return self._by_group(plain(*self._grouped(queries, cache, *weights), lengths_BT))
+
+    def _to_earlier(self, queries, cache, ends_BT, *weights):
+        grouped = self._grouped(queries, cache, *weights)
+        return self._by_group(chunk_attention(*grouped, ends_BT[:, 0], scale=self.scale))
+
+    def _to_themselves(self, queries, new, *weights):
+        return self._by_group(
+            chunk_attention(*self._grouped(queries, new, *weights), scale=self.scale)
+        )
+
+    def _by_group(self, found):
+        """(o_BThV, lse_BTh) from what was found for each of `_grouped`'s queries."""
+        return tuple(map(self._ungrouped, found))
 
     def operands(
         self, y: dict[str, jax.Array], positions_BT: jax.Array, key_positions_BT: jax.Array
@@ -214,16 +226,21 @@ class Attention(nnx.Module):
         )
 
     @abc.abstractmethod
-    def _grouped(self, queries: Any, entries: Entries) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(q_BTJGK, k_BSJK, v_BSJV) of one device: the cached entries as keys and values."""
+    def _grouped(
+        self, queries: Any, entries: Entries, *weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTJGK, k_BSJK, v_BSJV) of one device: the cached entries as keys and values.
+
+        `queries` and `weights` are of `_ask_chunk`.
+        """
 
     def _ungrouped(self, x_BTJG: jax.Array) -> jax.Array:
         """`[B, T, h, ...]` from what came out for each of `_grouped`'s queries."""
         return x_BTJG.reshape(*x_BTJG.shape[:2], -1, *x_BTJG.shape[4:])
 
-    def _library_serves(self) -> bool:
-        """Whether the keys of `_grouped` are as narrow as cuDNN takes them."""
-        return self.config.query_dim <= 256
+    def _key_width(self) -> int:
+        """Of the keys of `_grouped`."""
+        return self.config.query_dim
 
     def _ask(self, q_BTHK: jax.Array) -> Any:
         """The queries as the cache is asked them."""
@@ -232,6 +249,14 @@ class Attention(nnx.Module):
     def _answer(self, o_BTHV: jax.Array) -> jax.Array:
         """`[B, T, H, V]` from what `_attend` found."""
         return o_BTHV
+
+    def _ask_chunk(self, q_BTHK: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        """(the queries as `_grouped` takes them, the weights that it needs)."""
+        return self._ask(q_BTHK), ()
+
+    def _answer_chunk(self, o_BTHV: jax.Array) -> jax.Array:
+        """`[B, T, H, V]` from what was found for the queries of `_ask_chunk`."""
+        return self._answer(o_BTHV)
 
     def _output(self, y: dict[str, jax.Array], o_BTHV: jax.Array) -> jax.Array:
         o_BTHV = self._by_head(o_BTHV)

@@ -11,27 +11,31 @@ from mlra_jax.kernels.softmax import merge_partials
 
 _SCORES = 1 << 26
 """Of one block, as far as a block has at least 64 positions and at most 512."""
+_KEYS = 1 << 14
+"""Positions of all rows of one segment, as far as a segment has at least 256."""
 
-Attend = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
+Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def in_blocks(attend: Attend, block: int | None = None) -> Attend:
+def in_blocks(attend: Attend, positions: Callable[[Any], int]) -> Attend:
     """As `attend`, called with some positions at a time, up to the last that a query sees.
 
-    `attend` is `(queries, cache, lengths_BT) -> (o_BThV, lse_BTh)`, where query `t` of row `b` sees
-    the positions before `lengths[b, t]`; ends beyond the positions that it is given mean all.
-    `block` is the number of positions, by default what bounds the memory of the scores.
+    `attend` is `(queries, cache, lengths_BT, *weights) -> (o_BThV, lse_BTh)`, where query `t` of
+    row `b` sees the positions before `lengths[b, t]`; ends beyond the positions that it is given
+    mean all. `positions(queries)` is how many it is given, `of_scores` or `of_keys`.
     """
 
-    def attend_in_blocks(queries, cache, lengths_BT):
+    def attend_in_blocks(queries, cache, lengths_BT, *weights):
         slots = jax.tree.leaves(cache)[0].shape[1]
-        size = min(block or _positions(queries), slots)
+        size = min(positions(queries), slots)
+        if size == slots:
+            return attend(queries, cache, lengths_BT, *weights)
         # What is left over comes first, so that all others are whole blocks.
         first = slots % size or size
 
         def attend_to(start, count):
             part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, 1), cache)
-            o_BThV, lse_BTh = attend(queries, part, lengths_BT - start)
+            o_BThV, lse_BTh = attend(queries, part, lengths_BT - start, *weights)
             return o_BThV.astype(jnp.float32), lse_BTh
 
         def join(n, joined):
@@ -47,6 +51,12 @@ def in_blocks(attend: Attend, block: int | None = None) -> Attend:
     return attend_in_blocks
 
 
-def _positions(queries) -> int:
+def of_scores(queries: Any) -> int:
+    """Positions of a block whose scores are in memory."""
     rows = math.prod(jax.tree.leaves(queries)[0].shape[:-1])
     return max(64, min(512, _SCORES // rows // 64 * 64))
+
+
+def of_keys(queries: Any) -> int:
+    """Positions of a segment whose keys and values are, made of what is cached."""
+    return max(256, _KEYS // jax.tree.leaves(queries)[0].shape[0])

@@ -13,15 +13,13 @@ first part of its key.
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 
 from mlra_jax import sharding
 from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
-from mlra_jax.kernels import target
-from mlra_jax.kernels.absorbed_decode import absorbed_decode, has_kernel
+from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.kernels.softmax import precision
 from mlra_jax.layers import RMSNorm, rotate, weigh
 
@@ -96,9 +94,9 @@ class LatentAttention(Attention):
             k_rope_BTR[:, :, None], (B, T, a.branches * a.num_heads, a.rope_dim)
         )
         k_BTPK = self._by_branch_head(
-            jnp.concatenate([self._up(c_BTLC, self.k_up), rope_BTPR], axis=-1)
+            jnp.concatenate([self._up(c_BTLC, self.k_up.kernel[...]), rope_BTPR], axis=-1)
         )
-        return q_BTPK, k_BTPK, self._by_branch_head(self._up(c_BTLC, self.v_up))
+        return q_BTPK, k_BTPK, self._by_branch_head(self._up(c_BTLC, self.v_up.kernel[...]))
 
     def _whole_absorbed(self, q_BTHK, c_BTLC, k_rope_BTR):
         """The same without a key or value of any branch head: each latent is a key/value head."""
@@ -160,24 +158,31 @@ class LatentAttention(Attention):
         )
         return z_BTLHC.reshape(queries[0].shape), lse_BTLH.reshape(B, T, -1)
 
-    def _grouped(self, queries, entries):
-        (B, T), latents_BSLC = queries[0].shape[:2], entries["latents"]
-        q_BTPK = jnp.concatenate(queries, axis=-1)
-        q_BTLHK = q_BTPK.reshape(B, T, latents_BSLC.shape[2], -1, q_BTPK.shape[-1])
-        return q_BTLHK, heads.with_shared(latents_BSLC, entries["k_rope"]), latents_BSLC
+    def _ask_chunk(self, q_BTHK):
+        """Where latents are wider than keys, a chunk attends to keys and values made of them."""
+        if absorbs(self.config):
+            return self._ask(q_BTHK), ()
+        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+        up = (self.k_up.kernel[...], self.v_up.kernel[...])
+        return jnp.tile(q_BTHK, (1, 1, self.config.branches, 1)), up
 
-    def extends_over(self):
-        over, a = super().extends_over(), self.config
-        if over != "blocks" or not target.is_hopper(self.mesh.devices.flat[0]):
-            return over
-        # How many queries, heads and positions there are is nothing to the kernel.
-        shapes = ((1, 8, 1, 1, a.latent_head_dim), (1, 8, 1, 1, a.rope_dim))
-        shapes = (*shapes, (1, 8, 1, a.latent_head_dim))
-        serves = has_kernel(*(jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes))
-        return "kernel" if serves else over
+    def _answer_chunk(self, o_BTPX):
+        if absorbs(self.config):
+            return self._answer(o_BTPX)
+        return self._sum(self._by_branch_head(o_BTPX))
 
-    def _library_serves(self):
-        return self.config.latent_head_dim + self.config.rope_dim <= 256
+    def _grouped(self, queries, entries, *up):
+        latents_BSLC, k_rope_BSR = entries["latents"], entries["k_rope"]
+        if up:
+            k_BSPK, v_BSPK = (self._up(latents_BSLC, kernel_PCK) for kernel_PCK in up)
+            return queries[:, :, :, None], heads.with_shared(k_BSPK, k_rope_BSR), v_BSPK
+        (B, T), q_BTPX = queries[0].shape[:2], jnp.concatenate(queries, axis=-1)
+        q_BTLHX = q_BTPX.reshape(B, T, latents_BSLC.shape[2], -1, q_BTPX.shape[-1])
+        return q_BTLHX, heads.with_shared(latents_BSLC, k_rope_BSR), latents_BSLC
+
+    def _key_width(self):
+        a = self.config
+        return a.latent_head_dim + a.rope_dim if absorbs(a) else a.query_dim
 
     def _answer(self, z_BTPC):
         o_BTPK = jnp.einsum(
@@ -188,9 +193,9 @@ class LatentAttention(Attention):
         )
         return self._sum(self._by_branch_head(o_BTPK))
 
-    def _up(self, c_BTLC, projection):
+    def _up(self, c_BTLC, kernel_PCK):
         """Keys or values of every branch head from its latent head."""
-        (B, T, L, C), kernel_PCK = c_BTLC.shape, projection.kernel[...]
+        B, T, L, C = c_BTLC.shape
         kernel_LHCK = kernel_PCK.reshape(L, -1, C, kernel_PCK.shape[-1])
         return weigh(c_BTLC, kernel_LHCK, "btlc,lhck->btlhk").reshape(B, T, len(kernel_PCK), -1)
 

@@ -14,8 +14,7 @@ from mlra_jax import remat, sharding
 from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
 from mlra_jax.kernels.softmax import merge, merge_partials
 
-Attend = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array]]
-Within = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def whole_sequence(
@@ -54,19 +53,21 @@ def decode_step(
     *,
     cache_axes: dict[str, tuple[str | None, ...]],
     mesh: Mesh,
-    within: Within | None = None,
+    within: Attend | None = None,
+    weights: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Writes `new` into each row's next slots and attends to the cache, on every device.
 
     Args:
-      attend: `(queries, cache, lengths_BT) -> (o_BThV, lse_BTh)` of one device: its share of the
-        heads over its share of the positions, query `t` seeing those before `lengths[b, t]`.
+      attend: `(queries, cache, lengths_BT, *weights) -> (o_BThV, lse_BTh)` of one device: its share
+        of the heads over its share of the positions, query `t` seeing those before `lengths[b, t]`.
       queries: of the T new tokens, a tree of `[B, T, H, ...]`.
       new: their cache entries, `[B, T, ...]`; cache: `[B, S, ...]`, both by name.
       lengths_B: int32, the slots that each row fills.
-      within: `(queries, new) -> (o_BThV, lse_BTh)` of one device's share of the heads, causal
-        attention of the new tokens to themselves; `attend` is then asked for what came before them
-        only. Without it `attend` sees them in the cache.
+      within: `(queries, new, *weights) -> (o_BThV, lse_BTh)` of one device's share of the heads,
+        causal attention of the new tokens to themselves; `attend` is then asked for what came
+        before them only. Without it `attend` sees them in the cache.
+      weights: what attention needs besides, split by head in the first dimension.
 
     Returns:
       `[B, T, H, V]` split by head over the mesh, and the cache.
@@ -77,16 +78,18 @@ def decode_step(
     added = {n: sharding.spec("batch", "length", *axes[2:]) for n, axes in cache_axes.items()}
     shares = sharding.size(mesh, sharding.CONTEXT)
 
-    def local(queries, new, cache, lengths_B):
+    def local(queries, new, cache, lengths_B, *weights):
         share = jax.lax.axis_index(sharding.CONTEXT)
         T = jax.tree.leaves(queries)[0].shape[1]
         cache = {n: kv.write(cache[n], new[n], lengths_B, shares, share) for n in cache}
         if within is None:
-            o_BThV, lse_BTh = attend(queries, cache, kv.bounds(lengths_B, T, shares, share))
+            bounds_BT = kv.bounds(lengths_B, T, shares, share)
+            o_BThV, lse_BTh = attend(queries, cache, bounds_BT, *weights)
         else:
             ends_B = kv.shares(lengths_B, shares, share)
             ends_BT = jnp.broadcast_to(ends_B[:, None], (len(ends_B), T))
-            before, (o_BThV, lse_BTh) = attend(queries, cache, ends_BT), within(queries, new)
+            before = attend(queries, cache, ends_BT, *weights)
+            o_BThV, lse_BTh = within(queries, new, *weights)
             # Every device of the context axis has the new tokens: each counts its part of them.
             lse_BTh = lse_BTh - math.log(shares)
             o_BThV, lse_BTh = merge_partials(
@@ -99,7 +102,13 @@ def decode_step(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(jax.tree.map(lambda _: asked, queries), added, cached, sharding.spec("batch")),
+        in_specs=(
+            jax.tree.map(lambda _: asked, queries),
+            added,
+            cached,
+            sharding.spec("batch"),
+            *(sharding.spec("cache_latent", None, None) for _ in weights),
+        ),
         out_specs=(sharding.spec("batch", "length", "heads", "head_dim"), cached),
         check_vma=False,
-    )(queries, new, cache, lengths_B)
+    )(queries, new, cache, lengths_B, *weights)

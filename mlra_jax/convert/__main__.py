@@ -5,7 +5,7 @@
 
 import sys
 
-from mlra_jax.command import Parser, run, use_cpu
+from mlra_jax.command import Parser, Switch, run, use_cpu
 from mlra_jax.convert.conversion import convert
 from mlra_jax.sharding import mesh_sizes
 
@@ -18,6 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variant", help="released name where weights cannot tell: *_no_scale")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as in the files")
     parser.add_argument("--mesh", help="lay chunks out for this mesh, as in tensor=4,fsdp=2")
+    parser.add_argument(
+        "--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too"
+    )
     flags = parser.parse_args(argv)
 
     def work():
@@ -28,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             variant=flags.variant,
             dtype=flags.dtype,
             mesh=None if flags.mesh is None else mesh_sizes(flags.mesh),
+            allow_nonfinite=flags.allow_nonfinite,
         )
         print(f"{flags.destination}: written and read back")
 

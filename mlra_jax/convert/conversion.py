@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mlra_jax import checkpoints
+from mlra_jax import checkpoints, checksums
 from mlra_jax.command import progress_bar
 from mlra_jax.config import (
     DTYPES,
@@ -39,6 +39,7 @@ def convert(
     variant: str | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
+    allow_nonfinite: bool = False,
     note: Callable[[str], object] = print,
     quiet: bool = False,
 ) -> ModelConfig:
@@ -54,6 +55,7 @@ def convert(
       variant: released name of the model where weights cannot tell, as in `mlra_2_no_scale`.
       dtype: of the stored parameters, float32, bfloat16 or float16; by default that of the files.
       mesh: axis name to size: chunks on disk will be what one device of such a mesh holds.
+      allow_nonfinite: converts infinities and NaN, too.
       note: told what the user should know, a line each.
       quiet: no progress bars.
 
@@ -80,7 +82,7 @@ def convert(
         config = dataclasses.replace(
             config, param_dtype=dtype or stored.name, execution=Execution(compute)
         )
-        arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh))
+        arrays = _arrays(weights, config, chunks.chunk_shapes(config, mesh), allow_nonfinite)
         for line in (*weights.notes, *notes, *more):
             note(line)
         with progress_bar("checking", weights.size, quiet) as progress:
@@ -114,16 +116,23 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _arrays(
-    weights: Weights, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+    weights: Weights,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    allow_nonfinite: bool,
 ) -> dict[str, lazy.LazyArray]:
     dtype = _dtype(config.param_dtype)
     return {
-        path: lazy.LazyArray(leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype))
+        path: lazy.LazyArray(
+            leaf.shape, dtype, shapes[path], _reader(weights, leaf, dtype, allow_nonfinite)
+        )
         for path, leaf in layout(config).leaves.items()
     }
 
 
-def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Slices], np.ndarray]:
+def _reader(
+    weights: Weights, leaf: Leaf, dtype: np.dtype, allow_nonfinite: bool
+) -> Callable[[lazy.Slices], np.ndarray]:
     """A function from slices of a leaf to its values, which reads no more than they need."""
 
     def read(slices: lazy.Slices) -> np.ndarray:
@@ -138,9 +147,10 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Sli
                 if name == EMBEDDING and name not in weights.specs:
                     name = HEAD
                 view = part.view(weights.read(name))
-                values = view[(slice(low - start, high - start), *rest)]
-                _check_finite(name, values)
-                pieces.append(cast(values, dtype, name))
+                piece = view[(slice(low - start, high - start), *rest)]
+                if not (allow_nonfinite or np.isfinite(piece).all()):
+                    raise _not_finite(weights, name)
+                pieces.append(cast(piece, dtype, name))
             start = stop
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         weights.release()
@@ -149,14 +159,12 @@ def _reader(weights: Weights, leaf: Leaf, dtype: np.dtype) -> Callable[[lazy.Sli
     return read
 
 
-def _check_finite(name: str, values: np.ndarray) -> None:
-    """A model with such a number in it gives no text and no error."""
-    if not np.isfinite(values).all():
-        wrong = values[~np.isfinite(values)]
-        raise CheckpointFileError(
-            f"tensor {name} has numbers that are not finite ({wrong[0]}, say): its training had "
-            "failed, or the file is damaged"
-        )
+def _not_finite(weights: Weights, name: str) -> CheckpointFileError:
+    values = weights.read(name)
+    return CheckpointFileError(
+        f"{weights.folder}: tensor {name} has {np.count_nonzero(~np.isfinite(values))} of "
+        f"{values.size} numbers that are not finite; give --allow_nonfinite to take them"
+    )
 
 
 def _check_tied(weights: Weights, dtype: np.dtype) -> None:
@@ -185,7 +193,7 @@ def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder / checkpoints.SUBFOLDER,
         item_handlers={
-            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "params": ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry),
             "model": ocp.JsonCheckpointHandler(),
         },
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -204,6 +212,7 @@ def _write(
         params = ocp.args.PyTreeSave(chunks.nested(arrays))
         model = ocp.args.JsonSave(dict(described))
         manager.save(0, args=ocp.args.Composite(params=params, model=model))
+    checksums.seal(folder / checkpoints.SUBFOLDER / "0")
     return handler.checksums
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from mlra_jax.convert.errors import CheckpointFileError, reason
+from mlra_jax import checksums
+from mlra_jax.convert.errors import CheckpointFileError
+from mlra_jax.files import reason
 from mlra_jax.settings_tree import flatten
 
 Slices = tuple[slice, ...]
@@ -76,22 +78,7 @@ class ChunkHandler(ocp.type_handlers.TypeHandler):
     async def serialize(self, values, infos, args=None) -> Sequence:
         args = args or [ocp.SaveArgs()] * len(values)
         for value, info, arg in zip(values, infos, args, strict=True):
-            if hasattr(info, "await_path_creation"):
-                await info.await_path_creation()
-            spec = ocp.type_handlers.get_json_tspec_write(
-                info,
-                use_ocdbt=info.is_ocdbt_checkpoint,
-                global_shape=value.shape,
-                local_shape=value.chunk,
-                dtype=value.dtype,
-                process_index=0,
-                arg=arg,
-            )
-            spec["metadata"]["chunks"] = list(value.chunk)
-            # Trained weights hardly compress; without it writing and loading run at disk speed.
-            spec["metadata"]["compressor"] = None
-            spec["dtype"] = np.dtype(value.dtype).name
-            array = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+            array = await checksums.create_array(info, arg, value.shape, value.chunk, value.dtype)
             self.checksums[info.name] = sums = []
             # The next chunk is read while the last one is on its way to the disk.
             pending: ts.WriteFutures | None = None

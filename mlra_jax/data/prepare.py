@@ -6,8 +6,6 @@ interruptions. A journal beside them says after which shard to go on.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import sys
 from collections import deque
@@ -24,6 +22,7 @@ from mlra_jax.data import token_file
 from mlra_jax.data.inputs import HUB_PREFIX, Input, Piece, open_input
 from mlra_jax.data.journal import Journal
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.files import LOCK_FILE, only_writer
 
 _BATCH_CHARACTERS = 1 << 18
 
@@ -58,7 +57,7 @@ def prepare(
     Raises:
       ValueError: wrong sizes, an unreadable document, or a destination begun with other settings.
       FileExistsError: the destination has token files of this name that are not from here.
-      BlockingIOError: another process is writing there.
+      DestinationError: another process is writing there.
     """
     if tokenizer.vocab_size > token_file.MAX_VOCAB_SIZE:
         raise ValueError(
@@ -79,7 +78,7 @@ def prepare(
         "validation_first_shard": validation_first_shard,
     }
     destination.mkdir(parents=True, exist_ok=True)
-    with _only_writer(destination):
+    with only_writer(destination / LOCK_FILE, destination):
         journal = Journal(destination, name, settings)
         journal.save()
         try:
@@ -157,20 +156,6 @@ class _Stream:
             self.used += part.size
             count -= part.size
             yield part
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Locks a folder against other preparing processes; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is preparing data in {folder}") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -5,7 +5,7 @@
 
 import sys
 
-from mlra_jax.command import Parser, run
+from mlra_jax.command import Parser, Switch, run
 from mlra_jax.data import token_file
 from mlra_jax.evaluate.perplexity import MAX_TOKENS, WINDOW, evaluate, table
 from mlra_jax.sharding import parse_mesh
@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         choices=token_file.FORMATS,
         help="uint16 or uint32 for files without a header, as nanoGPT writes them",
     )
+    parser.add_argument(
+        "--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too"
+    )
     flags = parser.parse_args(argv)
 
     def work():
@@ -43,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             dtype=flags.dtype,
             step=flags.step,
             token_format=flags.token_format,
+            allow_nonfinite=flags.allow_nonfinite,
         )
         print(table(result))
 

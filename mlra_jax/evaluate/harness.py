@@ -36,6 +36,7 @@ class HarnessModel(TemplateLM):
       max_length: tokens that the model sees, by default its `context_length`.
       cache: answers are kept in the database `<cache>_rank0.db`, batch by batch, and those that are
         there are not computed again. It is of one checkpoint, dtype, tokenizer and `max_length`.
+      allow_nonfinite: as for `load_model`.
       **_: what the harness gives every model (device and the like).
 
     Raises:
@@ -51,13 +52,15 @@ class HarnessModel(TemplateLM):
         dtype: DTypeLike | None = None,
         max_length: int | None = None,
         cache: str | Path | None = None,
+        allow_nonfinite: bool = False,
         **_: Any,
     ):
         super().__init__()
         opened = None if cache is None else checkpoints.open_checkpoint(checkpoint)
         # A command line in which `mesh=` comes more than once is cut at its commas by the harness.
         step = opened and opened.step
-        model = load_model(checkpoint, sharding.parse_mesh(str(mesh)), dtype, step)
+        places = sharding.parse_mesh(str(mesh))
+        model = load_model(checkpoint, places, dtype, step, allow_nonfinite=allow_nonfinite)
         self.text = tokenizer_of(model, tokenizer)
         self.model = with_tokenizer(model, self.text)
         self.batch_size = int(batch_size)

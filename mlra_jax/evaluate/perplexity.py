@@ -102,6 +102,7 @@ def evaluate(
     dtype: DTypeLike | None = None,
     step: int | None = None,
     token_format: str = "header",
+    allow_nonfinite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of each token file, exp(mean loss), and the mean over the files.
@@ -111,15 +112,14 @@ def evaluate(
     call goes on from there; finished results are read again, not computed again.
 
     Args:
-      checkpoint: folder of a training run or a conversion.
+      checkpoint, step: folder of a training run or a conversion; its latest step by default.
       tokens: `.bin` files, each a set by itself, or patterns (`c4/**/*.bin`) of them.
       window: tokens that the model sees at once.
       max_tokens: of each set; whole windows only.
       output: JSON file for the result.
       mesh: the batch is split over `data` and `fsdp`, the model over the rest; one device.
       batch: windows at a time, by default 4 for each device that splits the batch.
-      dtype: of parameters and products; see `load_model`.
-      step: of the checkpoint, by default the latest.
+      dtype, allow_nonfinite: as for `load_model`; a loss that is not finite is refused always.
       token_format: of the token files, see `token_file.read`.
       quiet: no progress bars.
 
@@ -149,7 +149,7 @@ def evaluate(
     store = _Store(output, settings)
     if store.result is not None:
         return store.result
-    model = load_model(checkpoint, mesh, dtype, opened.step)
+    model = load_model(checkpoint, mesh, dtype, opened.step, allow_nonfinite)
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
     check_batch(model, batch)
     with store.kept():

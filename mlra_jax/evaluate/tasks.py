@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_jax import command
-from mlra_jax.command import Parser
+from mlra_jax.command import Parser, Switch
 from mlra_jax.evaluate.perplexity import check_output, write_json
 
 PAPER_TASKS = (
@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only so many examples of each task")
     parser.add_argument("--include_path", help="folder with task files of your own")
     parser.add_argument("--cache", help="database of answers, to go on after an interruption")
+    parser.add_argument(
+        "--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too"
+    )
     flags = parser.parse_args(argv)
     kept = "--cache keeps the answers" if flags.cache is None else "the same command goes on"
     return command.run(parser, lambda: _work(flags), kept)
@@ -141,6 +144,7 @@ def _work(flags) -> None:
         batch_size=flags.batch,
         dtype=flags.dtype,
         cache=flags.cache,
+        allow_nonfinite=flags.allow_nonfinite,
     )
     result = run(
         model,

@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cache_length", type=int, help="cache slots; by default what the prompts need")
     add("--tokens_per_call", type=int, default=1, help="tokens of a prompt that a program makes")
     add("--dtype", help="bfloat16 by default on GPUs and TPUs, else the checkpoint's")
+    add("--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too")
     add("--tokenizer", help="name or tiktoken ranks file, if not the checkpoint's")
     add("--stop", action=Switch, default=True, help="end a prompt at the end-of-text token")
     flags = parser.parse_args(argv)
@@ -61,7 +62,9 @@ def decode(flags: argparse.Namespace) -> None:
     if dtype is None and sharding.platform(mesh) != "cpu":
         dtype = "bfloat16"
     _say(f"loading {flags.checkpoint} ...")
-    model = load_model(flags.checkpoint, mesh=mesh, dtype=dtype)
+    model = load_model(
+        flags.checkpoint, mesh=mesh, dtype=dtype, allow_nonfinite=flags.allow_nonfinite
+    )
     # From here on warnings are about kernels.
     logging.set_verbosity(logging.WARNING)
     tokenizer = tokenizer_of(model, flags.tokenizer)
@@ -73,6 +76,7 @@ def decode(flags: argparse.Namespace) -> None:
         sampling=sampling,
         seed=flags.seed,
         cache_length=flags.cache_length,
+        stop_token=tokenizer.end_of_text if flags.stop else None,
         tokens_per_call=flags.tokens_per_call,
     )
     loading = time.perf_counter() - started

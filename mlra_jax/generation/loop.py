@@ -52,7 +52,6 @@ def generate(
         of another number than the prompts.
     """
     rows: list[list[int]] = [[] for _ in prompts]
-    going = [True] * len(prompts)
     steps = Stream(
         model,
         prompts,
@@ -60,15 +59,13 @@ def generate(
         sampling=_sampling(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
         cache_length=cache_length,
+        stop_token=stop_token,
         tokens_per_call=tokens_per_call,
     )
     for tokens_B in steps:
-        for b, token in enumerate(tokens_B):
-            going[b] = going[b] and token != stop_token
-            if going[b]:
-                rows[b].append(token)
-        if not any(going):
-            break
+        for row, token in zip(rows, tokens_B, strict=True):
+            if token != stop_token:
+                row.append(token)
     return rows
 
 
@@ -78,6 +75,7 @@ class Stream:
     The device is always one call ahead of the caller, but for the first token, which comes before
     the program of the others is compiled. Prompts longer than a chunk are prefilled chunk by chunk;
     `on_chunk` is called with the number of positions that are done, while the next are on the way.
+    A row that has ended repeats its stop token, and when all have, that list of them is the last.
     Arguments are checked here, not at the first token. `capacity` is the number of cache slots.
     """
 
@@ -90,6 +88,7 @@ class Stream:
         sampling: Sampling | Sequence[Sampling] | None = None,
         seed: int | Sequence[int] = 0,
         cache_length: int | None = None,
+        stop_token: int | None = None,
         tokens_per_call: int = 1,
         on_chunk: Callable[[int], None] | None = None,
     ):
@@ -122,19 +121,26 @@ class Stream:
         self.chunk = min(_CHUNK_WIDTH, max(_CHUNK_TOKENS * ways // len(prompts), 1))
         self.tokens_BT = tokens_BT[:, :cache_length]
         self.capacity = kv.round_capacity(cache_length, model.mesh)
-        self.draws = draws(sampling or Sampling(), seed, len(prompts))
+        self.draws = draws(sampling or Sampling(), seed, len(prompts), stop_token)
 
     def __iter__(self) -> Iterator[list[int]]:
+        for tokens_B in self._tokens():
+            yield tokens_B.tolist()
+            if (tokens_B == self.draws.stop).all():
+                return
+
+    def _tokens(self) -> Iterator[np.ndarray]:
         num_tokens = self.model.vocabulary.num_tokens
         draw = functools.partial(programs.draw, draws=self.draws, num_tokens=num_tokens)
         logits_BV, cache = self._prefilled()
-        tokens_B = draw(logits_BV, n=np.int32(0))
-        yield np.asarray(tokens_B).tolist()
+        nothing_B = jax.device_put(np.zeros_like(self.lengths_B), sharding.named(self.model.mesh))
+        tokens_B = draw(logits_BV, nothing_B, n=np.int32(0))
+        yield np.asarray(tokens_B)
         waiting: jax.Array | None = None
         for n in range(1, self.max_new_tokens, self.tokens_per_call):
             if self.tokens_per_call == 1:
                 logits_BV, cache = programs.step(self.model, cache, tokens_B)
-                made = tokens_B = draw(logits_BV, n=np.int32(n))
+                made = tokens_B = draw(logits_BV, tokens_B, n=np.int32(n))
             else:
                 made, tokens_B, cache = programs.several(
                     self.model,
@@ -152,8 +158,8 @@ class Stream:
             left = (self.max_new_tokens - 2) % self.tokens_per_call + 1
             yield from self._rows(waiting)[:left]
 
-    def _rows(self, tokens: jax.Array) -> list[list[int]]:
-        return np.asarray(tokens).reshape(-1, len(self.lengths_B)).tolist()
+    def _rows(self, tokens: jax.Array) -> np.ndarray:
+        return np.asarray(tokens).reshape(-1, len(self.lengths_B))
 
     def _prefilled(self) -> tuple[jax.Array, kv.Cache]:
         """(logits `[B, V]` after each prompt, the cache)."""

@@ -1,5 +1,6 @@
 """What runs on the devices: prefill, one token a step, the draw. Compiled once for each shape."""
 
+import dataclasses
 import functools
 
 import jax
@@ -59,9 +60,20 @@ def step(decoder: Decoder, cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="num_tokens")
-def draw(logits_BV: jax.Array, draws: Draws, n: jax.Array, *, num_tokens: int) -> jax.Array:
-    """Draw `n` of every row, int32 `[B]`; a program of its own, small beside a step."""
-    return sample(logits_BV, draws, n, num_tokens)
+def draw(
+    logits_BV: jax.Array, before_B: jax.Array, draws: Draws, n: jax.Array, *, num_tokens: int
+) -> jax.Array:
+    """Draw `n` of every row, int32 `[B]`; a program of its own, small beside a step.
+
+    `before_B` are the tokens of draw `n - 1`, of which the first draw has none: a row that has
+    ended repeats its stop token.
+    """
+    tokens_B = sample(logits_BV, draws, n, num_tokens)
+    return jnp.where((n > 0) & _ended(before_B, draws), before_B, tokens_B)
+
+
+def _ended(tokens_B, draws):
+    return tokens_B == draws.stop
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames=("count", "num_tokens"))
@@ -77,13 +89,17 @@ def several(
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """(tokens `[count, B]` of the draws from `n` on, the last of them, the cache) after `tokens_B`.
 
-    `count` times `step` and `draw` in one program; the cache is changed in place.
+    `count` times `step` and `draw` in one program; the cache is changed in place. Rows that have
+    ended stay as long as they are.
     """
 
     def one(carry, n):
-        logits_BV, cache = step(decoder, carry[1], carry[0])
-        tokens_B = sample(logits_BV, draws, n, num_tokens)
-        return (tokens_B, cache), tokens_B
+        before_B, cache = carry
+        lengths_B = cache.lengths
+        logits_BV, cache = step(decoder, cache, before_B)
+        lengths_B = jnp.where(_ended(before_B, draws), lengths_B, cache.lengths)
+        tokens_B = draw(logits_BV, before_B, draws, n, num_tokens=num_tokens)
+        return (tokens_B, dataclasses.replace(cache, lengths=lengths_B)), tokens_B
 
     numbers = n + jnp.arange(count, dtype=jnp.int32)
     (last_B, cache), tokens_NB = jax.lax.scan(one, (tokens_B, cache), numbers)

@@ -41,7 +41,7 @@ class Sampling:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_k", "top_p", "keys"],
+    data_fields=["temperature", "top_k", "top_p", "stop", "keys"],
     meta_fields=["narrow"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +51,20 @@ class Draws:
     temperature: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
     top_p: jax.Array | np.ndarray
+    stop: jax.Array | np.ndarray
+    """The token that ends a row, -1 where none does."""
     keys: jax.Array
     """Random keys; draw `n` of row `b` is made with `fold_in(keys[b], n)`."""
     narrow: bool
     """Some row has `top_k` or `top_p`; where none has, nothing is sorted."""
 
 
-def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], rows: int) -> Draws:
+def draws(
+    sampling: Sampling | Sequence[Sampling],
+    seed: int | Sequence[int],
+    rows: int,
+    stop_token: int | None = None,
+) -> Draws:
     """The settings of `rows` rows, from one for all of them or from one for each.
 
     A seed of a row's own gives it the draws that it has alone. One seed for all gives each row its
@@ -81,6 +88,7 @@ def draws(sampling: Sampling | Sequence[Sampling], seed: int | Sequence[int], ro
         temperature=np.array([0 if s.greedy else s.temperature for s in sampling], np.float32),
         top_k=column("top_k", np.int32),
         top_p=column("top_p", np.float32),
+        stop=np.full(rows, -1 if stop_token is None else stop_token, np.int32),
         keys=keys_B,
         narrow=any(not s.greedy and (s.top_k > 0 or s.top_p < 1) for s in sampling),
     )

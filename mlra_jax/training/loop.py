@@ -18,12 +18,13 @@ from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
 from mlra_jax.data.sources import describe
+from mlra_jax.files import whole_file
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.fitting import compile_step
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
-from mlra_jax.training.saving import Best, Saver
+from mlra_jax.training.saver import Best, Saver, only_run
 from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import (
     TrainState,
@@ -54,7 +55,8 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     Raises:
       ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
         workdir; nothing has been written then.
-      TrainingError: a metric was not finite.
+      DestinationError: another run writes the workdir.
+      TrainingError: a metric was not finite, or a file could not be written.
     """
     first = jax.process_index() == 0
     say = say if first else lambda line: None
@@ -66,20 +68,19 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
-    state, step, seconds = None, 0, 0.0
-    if checkpoints.finished_steps(workdir):
-        found = checkpoints.open_checkpoint(workdir)
-        checkpoints.check_same_model(found, model, tokenizer, workdir)
-        state, seconds = _restore(found, abstract, batches)
-        state = unstacked(state) if by_layer else state
-        step = found.step
-        say(f"resuming {workdir} from step {step}")
-
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
         enter(contextlib.closing(batches))
+        lock = enter(only_run(workdir))
+        state, step, seconds = None, 0, 0.0
+        if checkpoints.finished_steps(workdir):
+            found = checkpoints.open_checkpoint(workdir)
+            checkpoints.check_same_model(found, model, tokenizer, workdir)
+            state, step, seconds = _restore(found, abstract, batches)
+            state = unstacked(state) if by_layer else state
+            say(f"resuming {workdir} from step {step}")
         description = checkpoints.describe(model, tokenizer)
-        saver = enter(Saver(workdir, experiment.keep, description, step or None))
+        saver = enter(Saver(workdir, experiment.keep, description, lock))
         best = enter(Best(workdir, description)) if experiment.keep_best else None
         writer = enter(_begin(workdir, experiment, step, say)) if first else None
         stop = enter(StopSignals())
@@ -116,7 +117,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 loop.check(state)
                 progress.restart_interval()
             if loop.run(state, batch):
-                say(f"stopped and saved at step {saver.last}; the same command resumes")
+                say(f"stopped and saved at step {progress.step}; the same command resumes")
         if first:
             say(f"loss curve: {plot_losses(workdir, model.vocab_size)}")
 
@@ -172,12 +173,13 @@ class _Loop:
         while True:
             state, metrics = self.compute(state, batch)
             step, position = self.progress.count(), self.batches.get_state()
+            self.saver.poll()
             last, stop = step == self.due.steps, self.stop.after(step)
             log, check, save = self.due.after(step)
             save |= stop
             if log or check or save:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                check_finite(step, values, self.saver.last_good)
+                check_finite(step, values)
             if log:
                 self.progress.log(values)
             # What is written for a step is on the disk before its checkpoint, which is where a
@@ -192,6 +194,7 @@ class _Loop:
                     if save:
                         self.saver.save(step, state, position, self.progress.seconds)
             if last or stop:
+                self.saver.finish()
                 return not last
             if (save or best) and self.by_layer:
                 state = unstacked(state)
@@ -228,8 +231,8 @@ def _checked_mesh(settings: MeshSettings) -> Mesh:
 
 def _restore(
     found: Checkpoint, abstract: TrainState, batches: TrainBatches
-) -> tuple[TrainState, float]:
-    """The state of a checkpoint, and the seconds the run had taken; sets the data's place."""
+) -> tuple[TrainState, int, float]:
+    """The state of a checkpoint, its step and the seconds up to it; sets the data's place."""
     if not (found.has("optimizer") and found.has("iterator") and found.has("progress")):
         raise CheckpointError(
             f"{found.folder} has weights but no training state to go on from; use another workdir"
@@ -242,15 +245,15 @@ def _restore(
         params=found.restore("params", abstract.params),
         optimizer=found.restore("optimizer", abstract.optimizer),
     )
-    return state, progress["seconds"]
+    return state, found.step, progress["seconds"]
 
 
 def _begin(
     workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None]
 ) -> contextlib.closing[MetricsWriter]:
     """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
-    settings = json.dumps(experiment.to_config_dict().to_dict(), indent=2)
-    (workdir / "experiment.json").write_text(settings + "\n")
+    with whole_file(workdir / "experiment.json") as file:
+        file.write(json.dumps(experiment.to_config_dict().to_dict(), indent=2) + "\n")
     return contextlib.closing(MetricsWriter(workdir, step, say))
 
 

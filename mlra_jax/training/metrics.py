@@ -1,15 +1,18 @@
 """What a run leaves to read: a JSONL file, TensorBoard files, a loss curve."""
 
+import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
-from mlra_jax.files import whole_file
+from mlra_jax.files import naming, whole_file
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = METRICS_FILE + ".damaged"
@@ -42,21 +45,38 @@ class MetricsWriter:
         with whole_file(path) as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self._board_folder = workdir / "tensorboard"
+        self._board_folder.mkdir(exist_ok=True)
+        # The library's usual writer has a thread, and waits for ever when that could not write.
+        self._board = event_file_writer.EventsWriter(str(self._board_folder / "events"))
+        if step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._record(event_pb2.Event(step=step + 1, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line; floats keep every digit."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        """One line; floats keep every digit.
+
+        Raises OSError, with the file's name.
+        """
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        scalars = [summary.scalar(name, value) for name, value in values.items()]
+        self._record(*(event_pb2.Event(step=step, summary=scalar) for scalar in scalars))
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        # Each write was flushed; what could not be is told already.
+        with contextlib.suppress(OSError):
+            self._file.close()
+            self._board.close()
+
+    def _record(self, *events: event_pb2.Event) -> None:
+        with naming(self._board_folder):
+            for event in events:
+                event.wall_time = time.time()
+                self._board.write_event(event)
+            self._board.flush()
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
@@ -120,5 +140,6 @@ def plot_losses(workdir: Path, vocab_size: int) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = workdir / CURVE_FILE
-    figure.savefig(path, dpi=120)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
     return path

@@ -93,14 +93,11 @@ class Progress:
             self._writer.write(self.step, values)
 
 
-def check_finite(step: int, values: Mapping[str, float], last_good: str | None) -> None:
+def check_finite(step: int, values: Mapping[str, float]) -> None:
     """Raises TrainingError for the first metric that is not a number or without bound."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise TrainingError(
-                f"{name.replace('_', ' ')} is {value} at step {step}; last good checkpoint: "
-                + (last_good or "none was saved before")
-            )
+            raise TrainingError(f"{name.replace('_', ' ')} is {value} at step {step}")
 
 
 def format_duration(seconds: float) -> str:

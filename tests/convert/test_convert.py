@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from mlra_jax.convert.lazy import open_arrays
 from mlra_jax.convert.released import EMBEDDING, HEAD
 from mlra_jax.convert.torch_format.reader import TorchFile
 from mlra_jax.convert.weights import read_json
+from mlra_jax.files import only_writer
 from mlra_jax.sharding import mesh_sizes
 
 from .files import RELEASED, archive, read_folder, training_pickle, write_folder
@@ -168,6 +168,23 @@ def test_spoiled_tensors(fault, mha, tmp_path):
     assert str(folder) in refuse(match, folder, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_numbers_that_are_not_finite_are_refused(mha, tmp_path, dtype):
+    """In any tensor, in any place of it; `allow_nonfinite` takes them as they are."""
+    arrays, config = mha
+    name = "transformer.h.1.mlp.c_fc1.weight"
+    spoiled = arrays[name].copy()
+    spoiled[-1, [0, 3, -1]] = np.nan, np.inf, -np.inf
+    folder = write_folder(tmp_path / "mha", dict(arrays) | {name: spoiled}, config)
+    line = f"tensor {name} has 3 of {spoiled.size} numbers that are not finite; give --allow_nonf"
+    refuse(line, folder, tmp_path, dtype=dtype)
+    convert(folder, tmp_path / "out", dtype=dtype, quiet=True, allow_nonfinite=True)
+    values = np.concatenate([x.reshape(-1) for x in params_of(tmp_path / "out").values()])
+    assert np.count_nonzero(~np.isfinite(values)) == 3
+    with pytest.raises(CheckpointError, match="not finite"):
+        mlra_jax.load_model(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "match"),
     [
@@ -257,10 +274,8 @@ def test_interrupted_and_repeated(tmp_path, monkeypatch):
     partial = tmp_path / ".out.partial"
     (partial / "checkpoints" / "0" / "params").mkdir(parents=True)
     (partial / "checkpoints" / "0" / "params" / "junk").write_text("half")
-    lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    refuse("another run", RELEASED / "mha", tmp_path)
-    os.close(lock)
+    with only_writer(tmp_path / ".out.lock", tmp_path / "out"):
+        refuse(f"process {os.getpid()} on .* is writing", RELEASED / "mha", tmp_path)
     convert(RELEASED / "mha", tmp_path / "out", quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not list((tmp_path / "out").rglob("junk"))
@@ -280,7 +295,7 @@ def test_a_write_that_lies_is_found(tmp_path, monkeypatch):
         return sums
 
     monkeypatch.setattr(conversion, "_write", lying)
-    refuse("reads back differently", RELEASED / "mha", tmp_path)
+    refuse("Digest mismatch", RELEASED / "mha", tmp_path)
 
 
 def test_any_orbax_manager_restores_it(converted):
@@ -515,11 +530,15 @@ def test_every_flag_of_the_command_line_arrives(monkeypatch):
     flags = ["--source=S", "--destination=D"]
     assert command.main(flags) == 0
     sizes = ["--variant=mla_no_scale", "--dtype=float16", "--mesh=tensor=4,fsdp=2"]
+    sizes.append("--allow_nonfinite")
     assert command.main([*flags, *sizes]) == 0
     mesh = dict(data=1, fsdp=2, tensor=4, context=1)
     assert asked == [
-        (("S", "D"), dict(variant=None, dtype=None, mesh=None)),
-        (("S", "D"), dict(variant="mla_no_scale", dtype="float16", mesh=mesh)),
+        (("S", "D"), dict(variant=None, dtype=None, mesh=None, allow_nonfinite=False)),
+        (
+            ("S", "D"),
+            dict(variant="mla_no_scale", dtype="float16", mesh=mesh, allow_nonfinite=True),
+        ),
     ]
 
 

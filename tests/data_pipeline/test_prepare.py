@@ -20,6 +20,7 @@ from mlra_jax.data.inputs import Rows, open_input
 from mlra_jax.data.prepare import _in_order, main, prepare
 from mlra_jax.data.sources import load_source, pydoc_documents
 from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.files import DestinationError, only_writer
 
 
 @pytest.fixture(scope="module")
@@ -556,13 +557,10 @@ def test_a_damaged_finished_shard_is_not_taken_for_whole(corpus, ranks_file, tmp
 
 
 def test_two_writers_do_not_meet(corpus, ranks_file, tmp_path):
-    import fcntl
-
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(BlockingIOError, match="another process is preparing"):
-        run(corpus, tmp_path, ranks_file)
-    os.close(descriptor)
+    with only_writer(tmp_path / ".lock", tmp_path):
+        with pytest.raises(DestinationError, match=f"process {os.getpid()} on .* is writing it"):
+            run(corpus, tmp_path, ranks_file)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert not list(tmp_path.iterdir())
 
 
@@ -571,7 +569,7 @@ def test_a_writer_keeps_others_out_while_it_writes(tmp_path):
 
     class Meeting(Rows):
         def pieces(self, position):
-            with pytest.raises(BlockingIOError, match="another process is preparing"):
+            with pytest.raises(DestinationError, match=f"process {os.getpid()} on .* is writing"):
                 small(tmp_path, name="y")
             met.append(True)
             yield from super().pieces(position)

@@ -112,13 +112,14 @@ def test_every_flag_of_the_command_line_arrives(monkeypatch, result):
     monkeypatch.setattr("mlra_jax.evaluate.__main__.evaluate", note)
     assert main(["--checkpoint=C", "--tokens=a.bin"]) == 0
     sizes = ["--window=7", "--max_tokens=70", "--batch=6", "--step=3", "--token_format=uint16"]
-    places = ["--dtype=float16", "--output=o.json", "--mesh=fsdp=2"]
+    places = ["--dtype=float16", "--output=o.json", "--mesh=fsdp=2", "--allow_nonfinite"]
     assert main(["--checkpoint=C", "--tokens=a.bin,b.bin", *sizes, *places]) == 0
     (paths, plain), (more_paths, given) = asked
     assert paths == ("C", ["a.bin"]) and more_paths == ("C", ["a.bin", "b.bin"])
     assert (plain.pop("mesh").size, given.pop("mesh").shape["fsdp"]) == (1, 2)
     assert (plain.pop("token_format"), given.pop("token_format")) == ("header", "uint16")
     nothing = dict(batch=None, step=None, dtype=None, output=None)
+    assert (plain.pop("allow_nonfinite"), given.pop("allow_nonfinite")) == (False, True)
     assert plain == dict(window=2048, max_tokens=100_000_000, **nothing)
     assert given == dict(window=7, max_tokens=70, batch=6, step=3, dtype="float16", output="o.json")
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mlra_jax import checkpoints, sharding
+from mlra_jax import checkpoints, checksums, sharding
 from mlra_jax.config import GroupedConfig, ModelConfig
 from mlra_jax.data import token_file
 from mlra_jax.data.sources import Segment, Windows
@@ -116,7 +116,9 @@ def test_what_is_loaded_is_what_was_asked_for(place, calls, monkeypatch):
     assert run(place, output=None, step=1, mesh=mesh, dtype="float16")["step"] == 1
     latest, named = asked
     assert (latest["step"], latest["mesh"].size, latest["dtype"]) == (2, 1, None)
-    assert named == dict(path=place / "run", step=1, mesh=mesh, dtype="float16")
+    assert named == dict(
+        path=place / "run", step=1, mesh=mesh, dtype="float16", allow_nonfinite=False
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, ml_dtypes.bfloat16, np.dtype("bfloat16")])
@@ -149,11 +151,11 @@ def test_a_batch_changes_no_bit(place, calls, batch):
 def test_the_model_is_the_one_that_was_asked_for(place, calls):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     run(place, step=1, dtype="float16", mesh=mesh, batch=None)
-    assert loaded == [(place / "run", mesh, "float16", 1)]
+    assert loaded == [(place / "run", mesh, "float16", 1, False)]
     # Four windows for each device that splits the batch.
     assert [len(inputs) for inputs, _ in calls] == [16, 16]
     run(place, output=None, batch=None)
-    assert loaded[1][2:] == (None, 2) and loaded[1][1].size == 1
+    assert loaded[1][2:] == (None, 2, False) and loaded[1][1].size == 1
     assert len(calls[2][0]) == 4
 
 
@@ -259,6 +261,7 @@ def another_checkpoint(place):
 def other_model(place):
     item = place / "run" / "checkpoints" / "2" / "model" / "metadata"
     item.write_text(item.read_text().replace("10000.0", "50000.0"))
+    checksums.seal(item.parents[1])
     return {}
 
 

@@ -78,8 +78,8 @@ def model(asked, monkeypatch):
     """A harness model on a loaded model that is none; scores count tokens."""
     from mlra_jax.evaluate import harness
 
-    def load_model(*arguments):
-        asked.append(("load", *arguments))
+    def load_model(*arguments, allow_nonfinite):
+        asked.append(("load", *arguments, allow_nonfinite))
         return Loaded(types.SimpleNamespace(context_length=8, vocab_size=264))
 
     monkeypatch.setattr(harness, "load_model", load_model)
@@ -111,7 +111,7 @@ def request(*arguments):
 
 def test_a_model_is_loaded_as_the_flags_say(asked, model):
     assert only(asked, "registered") == [("mlra_jax",)]
-    assert only(asked, "load") == [("DIR", "mesh data=2", "bfloat16", None)]
+    assert only(asked, "load") == [("DIR", "mesh data=2", "bfloat16", None, False)]
     assert only(asked, "batch") == [(4,)] and model.batch_size == 4
     assert model.max_length == 8 and model.model.vocabulary.num_tokens == 257
     assert model.eot_token_id == 256 and model.tokenizer_name == "bytes"
@@ -221,15 +221,17 @@ def test_the_papers_seven_tasks_are_the_default(asked, model, tmp_path, monkeypa
     ]  # fmt: skip
     assert (settings["num_fewshot"], settings["limit"]) == (0, None)
     assert settings["model"].batch_size == 16 and settings["model"].kept is None
-    assert only(asked, "load")[-1] == ("DIR", "mesh ", "float32", None)
+    assert only(asked, "load")[-1] == ("DIR", "mesh ", "float32", None, False)
     printed = capsys.readouterr().out
     assert printed == tasks.table(json.loads(output.read_text())) + "\n"
     flags = ["--tasks=piqa,,boolq", "--num_fewshot=3", "--limit=2", "--batch=5"]
-    assert tasks.main(["--checkpoint=DIR", *flags, "--include_path=i", "--mesh=fsdp=2"]) == 0
+    flags += ["--include_path=i", "--mesh=fsdp=2", "--allow_nonfinite"]
+    assert tasks.main(["--checkpoint=DIR", *flags]) == 0
     settings = only(asked, "evaluate")[-1][0]
     assert settings["tasks"] == ["piqa", "boolq"] and settings["model"].batch_size == 5
     assert (settings["num_fewshot"], settings["limit"]) == (3, 2)
-    assert only(asked, "manager")[-1] == ("i",) and only(asked, "load")[-1][1] == "mesh fsdp=2"
+    assert only(asked, "manager")[-1] == ("i",)
+    assert only(asked, "load")[-1][1:] == ("mesh fsdp=2", None, None, True)
 
 
 def test_the_commands_mistakes_are_one_line(asked, model, tmp_path, capsys):

@@ -186,6 +186,7 @@ def test_says_what_it_cannot_serve():
         ("width", (32, 64, 128, 256, 512), (16, 48, 127, 129, 384, 1024)),
         ("rope", (16, 32, 64, 128, 256), (8, 24, 48, 96, 512)),
         ("cache", (8, 4096), (4095, 4097, 4100)),
+        ("queries", (1, 16), (17, 64, 2048)),
     ):
         for value in served:
             assert mosaic_gpu.supports(problem(**{name: value})) is None

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import select
 import shutil
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from mlra_jax import checkpoints
+from mlra_jax.files import only_writer
 from mlra_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +32,12 @@ class Process:
         self._out, self._err = (
             starter.folder / f"{len(starter.codes)}.{x}" for x in ("out", "err")
         )
-        self.pid = starter.start(arguments, self._out, self._err)
+        self._number = starter.start(arguments, self._out, self._err)
+        self.pid = starter.pids[self._number]
 
     @property
     def returncode(self) -> int | None:
-        return self._starter.codes[self.pid]
+        return self._starter.codes[self._number]
 
     def poll(self) -> int | None:
         self._starter.listen(0)
@@ -62,7 +65,11 @@ class Starter:
     """The process that imports everything once and forks for each command line."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
-        self.folder, self.codes, self._unread = folder, {}, b""
+        self.folder, self._unread = folder, b""
+        # Of each process by its number; the system uses a PID again.
+        self.pids: list[int] = []
+        self.codes: list[int | None] = []
+        self._running: dict[int, int] = {}
         self._process = subprocess.Popen(
             [sys.executable, "tests/training/fork.py"],
             cwd=ROOT,
@@ -78,7 +85,7 @@ class Starter:
         self._process.stdin.flush()
         while len(self.codes) == before:
             self.listen(300)
-        return list(self.codes)[-1]
+        return before
 
     def listen(self, seconds: float) -> None:
         """Notes what has started and ended; waits at most so long for the first news."""
@@ -88,9 +95,11 @@ class Starter:
             *lines, self._unread = (self._unread + read).split(b"\n")
             for line in map(json.loads, lines):
                 if "started" in line:
-                    self.codes[line["started"]] = None
+                    self._running[line["started"]] = len(self.codes)
+                    self.pids.append(line["started"])
+                    self.codes.append(None)
                 else:
-                    self.codes[line["ended"]] = line["code"]
+                    self.codes[self._running.pop(line["ended"])] = line["code"]
             seconds = 0
 
     def close(self) -> None:
@@ -213,22 +222,26 @@ def test_killed_twice_and_stopped_once_gives_the_undisturbed_losses(command, und
     assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_two_processes_stopped_by_sigterm_then_resumed_by_one(command, undisturbed, tmp_path):
-    """The signal reaches one process; both save the same step; one process goes on from it."""
+def two_processes(command, workdir, *arguments) -> list[Process]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [
+    return [
         command.train(
-            tmp_path,
+            workdir,
             f"--coordinator=localhost:{port}",
             "--num_processes=2",
             f"--process_id={i}",
             "--config.virtual_cpu_devices=4",
-            "--config.steps=100000",
+            *arguments,
         )
         for i in range(2)
     ]
+
+
+def test_two_processes_stopped_by_sigterm_then_resumed_by_one(command, undisturbed, tmp_path):
+    """The signal reaches one process; both save the same step; one process goes on from it."""
+    processes = two_processes(command, tmp_path, "--config.steps=100000")
     wait_for_step(tmp_path, 3, *processes)
     processes[1].send_signal(signal.SIGTERM)
     outs = [finish(process) for process in processes]
@@ -243,6 +256,74 @@ def test_two_processes_stopped_by_sigterm_then_resumed_by_one(command, undisturb
     both = sorted(got.keys() & want.keys())
     assert len(both) >= 12
     np.testing.assert_allclose([got[k] for k in both], [want[k] for k in both], rtol=1e-5)
+
+
+ROUNDS = int(os.environ.get("WRITER_ROUNDS", "0"))
+
+
+@pytest.mark.parametrize("together", [2, 4, 8] if ROUNDS else [3])
+def test_of_runs_that_start_together_one_goes_on(command, undisturbed, tmp_path, together):
+    """It is killed at random, they start together again, and the losses are undisturbed.
+
+    With WRITER_ROUNDS=20 in the environment two, four and eight start together, twenty times each.
+    """
+    seed, rounds = random.randrange(10**6), ROUNDS or 2
+    print(f"seed {seed}")
+    moments = sorted(random.Random(seed).choices(range(1, STEPS), k=rounds - 1))
+    for moment in (*moments, STEPS + 1):
+        runs = [command.train(tmp_path, "--config.steps=100000") for _ in range(together)]
+        deadline = time.monotonic() + 300
+        while sum(run.poll() is None for run in runs) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (owner,) = (run for run in runs if run.poll() is None)
+        for run in runs:
+            if run is not owner:
+                out, err = run.communicate()
+                assert (run.returncode, out) == (1, "")
+                who = f"process {owner.pid} on {socket.gethostname()}"
+                assert err.startswith(f"train.py: {tmp_path}: {who} is writing it"), err
+                assert len(err.splitlines()) == 1
+        wait_for_step(tmp_path, moment, owner)
+        owner.kill()
+        owner.communicate()
+        assert owner.returncode == -signal.SIGKILL
+    assert [line for line in losses(tmp_path) if line[0] <= STEPS] == losses(undisturbed)
+
+
+def test_processes_of_one_run_are_refused_together(command, tmp_path):
+    with only_writer(tmp_path / ".lock", tmp_path):
+        for process in two_processes(command, tmp_path):
+            out, err = process.communicate()
+            assert process.returncode == 1
+            assert f"{tmp_path}: process {os.getpid()} on " in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["full", "lost"])
+def test_a_run_that_cannot_write_ends_soon_and_names_the_last_checkpoint(command, tmp_path, fault):
+    """A disk that is full for arrays (no file may be longer than some); a folder that was moved."""
+    workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    process = command.train(workdir, "--config.steps=100000", "--config.log_every=100000")
+    deadline = time.monotonic() + 300
+    while not (steps := checkpoints.finished_steps(workdir)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    if fault == "full":
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9000, 9000))
+    else:
+        workdir.rename(elsewhere)
+    began = time.monotonic()
+    out, err = process.communicate()
+    assert process.returncode == 1 and time.monotonic() - began < 30
+    assert len(err.splitlines()) == 1, err
+    if fault == "full":
+        last = checkpoints.finished_steps(workdir)[-1]
+        assert f"File too large); last good checkpoint: {workdir}/checkpoints/{last}" in err
+        opened = checkpoints.open_checkpoint(workdir)
+        assert opened.step == last >= steps[-1]
+    else:
+        assert str(workdir) in err and "last good checkpoint: " in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):

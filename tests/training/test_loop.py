@@ -4,10 +4,13 @@ A clock that the test moves: 1 s a step, 2 s a batch, 50 s a validation, 7 s a s
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +21,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax import checkpoints, costs, sharding
+from mlra_jax import checkpoints, checksums, costs, sharding
 from mlra_jax import model as models
 from mlra_jax.config import ConfigError
 from mlra_jax.costs import flops_per_token
@@ -28,7 +31,7 @@ from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.training import feed, loop, progress
 from mlra_jax.training.metrics import read_metrics
-from mlra_jax.training.saving import Best
+from mlra_jax.training.saver import Best
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 from mlra_jax.training.state import create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
@@ -457,6 +460,35 @@ def test_the_last_good_checkpoint_is_named_also_after_resuming(experiment, lab, 
         )
         assert checkpoints.finished_steps(tmp_path) == [5]
         assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 6]
+
+
+def test_a_failed_save_ends_the_run_at_its_next_step(experiment, lab, tmp_path, monkeypatch):
+    """Not when the next save is due; and the one before it stays, though only one is kept."""
+    seal, failed, steps = checksums.seal, threading.Event(), []
+
+    def full(step):
+        if checkpoints.finished_steps(tmp_path):
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        seal(step)
+
+    def spoil(step, values):
+        steps.append(step)
+        if step == 7:
+            assert failed.wait(60)
+            time.sleep(0.2)
+        return values
+
+    monkeypatch.setattr(checksums, "seal", full)
+    lab.spoil = spoil
+    short = dataclasses.replace(experiment, keep=1, save_every=3, log_every=100)
+    with pytest.raises(progress.TrainingError) as error:
+        lab.train(short, tmp_path)
+    assert steps[-1] == 7
+    folder = tmp_path / "checkpoints"
+    line = f"checkpoint {folder}/6: the disk is full; last good checkpoint: {folder}/3"
+    assert str(error.value) == line
+    assert checkpoints.finished_steps(tmp_path) == [3]
 
 
 def test_nothing_is_written_before_the_settings_are_found_good(experiment, tmp_path, monkeypatch):

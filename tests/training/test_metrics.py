@@ -1,13 +1,16 @@
 """What a run leaves to read: each line, the picture, durations, FLOPs counted by hand."""
 
+import errno
 import json
 import math
 import os
+import struct
+from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
 import pytest
-import tensorboardX
+from tensorboardX.proto import event_pb2
 
 from mlra_jax.config import GroupedConfig, LatentConfig, ModelConfig, preset
 from mlra_jax.costs import PEAK_FLOPS, flops_per_token, peak_flops
@@ -20,28 +23,22 @@ from mlra_jax.training.metrics import (
 )
 
 
-class Board:
-    """Stands for TensorBoard's writer and remembers what it was told."""
-
-    def __init__(self, folder, purge_step):
-        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
-
-    def add_scalar(self, *arguments):
-        self.scalars.append(arguments)
-
-    def close(self):
-        self.closed = True
-
-
-@pytest.fixture
-def boards(monkeypatch):
-    made = []
-    make = lambda folder, purge_step: made.append(Board(folder, purge_step)) or made[-1]
-    monkeypatch.setattr(tensorboardX, "SummaryWriter", make)
-    return made
+def board(folder):
+    """What the newest TensorBoard file has: (its scalars, the step from which it begins anew)."""
+    data = max((folder / "tensorboard").iterdir(), key=os.path.getmtime).read_bytes()
+    scalars, purged = [], None
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        assert event.wall_time > 1e9
+        scalars += [(v.tag, v.simple_value, event.step) for v in event.summary.value]
+        if event.session_log.status == event_pb2.SessionLog.START:
+            purged = event.step
+    return scalars, purged
 
 
-def test_a_line_is_in_the_file_when_write_ends(tmp_path, boards):
+def test_a_line_is_in_the_file_when_write_ends(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(1, {"loss": 0.1 + 0.2, "tokens": 96})
     assert (tmp_path / METRICS_FILE).read_text() == (
@@ -52,19 +49,17 @@ def test_a_line_is_in_the_file_when_write_ends(tmp_path, boards):
         {"step": 1, "loss": 0.1 + 0.2, "tokens": 96},
         {"step": 2, "validation_loss": 2.0},
     ]
-    (board,) = boards
-    assert board.scalars == [
-        ("loss", 0.1 + 0.2, 1),
+    scalars = [
+        ("loss", float(np.float32(0.1 + 0.2)), 1),
         ("tokens", 96, 1),
         ("validation_loss", 2.0, 2),
     ]
-    assert (board.folder, board.purge_step) == (str(tmp_path / "tensorboard"), None)
+    assert board(tmp_path) == (scalars, None)
     writer.close()
-    assert board.closed
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_a_resumed_file_keeps_the_lines_up_to_its_step(tmp_path, boards, step):
+def test_a_resumed_file_keeps_the_lines_up_to_its_step(tmp_path, step):
     lines = [{"step": s, "loss": float(s)} for s in range(1, 5)]
     lines.insert(2, {"step": 2, "validation_loss": 0.5})
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -78,7 +73,7 @@ def test_a_resumed_file_keeps_the_lines_up_to_its_step(tmp_path, boards, step):
         writer.write(step + 1, {"loss": 9.0})
         writer.close()
         assert read_metrics(tmp_path) == [*kept, {"step": step + 1, "loss": 9.0}]
-        assert boards[-1].purge_step == (step + 1 if step else None)
+        assert board(tmp_path) == ([("loss", 9.0, step + 1)], step + 1 if step else None)
 
 
 DAMAGED = {
@@ -99,7 +94,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_a_damaged_line_is_set_aside_with_a_note(tmp_path, boards, line, place):
+def test_a_damaged_line_is_set_aside_with_a_note(tmp_path, line, place):
     good = [{"step": s, "loss": s / 3} for s in (1, 2, 3)]
     lines = [json.dumps(values).encode() for values in good]
     lines.insert(place, line)
@@ -124,22 +119,31 @@ def test_a_damaged_line_is_set_aside_with_a_note(tmp_path, boards, line, place):
     assert (tmp_path / DAMAGED_FILE).read_bytes() == line + b"\n\0\n"
 
 
-def test_a_written_line_is_on_the_disk_not_only_in_memory(tmp_path, boards, monkeypatch):
-    writer, synced = MetricsWriter(tmp_path, 0), []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+def test_a_written_line_is_on_the_disk_not_only_in_memory(tmp_path, monkeypatch):
+    writer, synced = MetricsWriter(tmp_path, 0), {}
+
+    def fsync(fd):
+        synced.setdefault(Path(os.readlink(f"/proc/self/fd/{fd}")).name, os.fstat(fd).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     for step in (1, 2):
+        synced.clear()
         writer.write(step, {"loss": 1.0})
-        assert synced[-1] == (tmp_path / METRICS_FILE).stat().st_size
-    assert len(synced) == 2
+        assert synced[METRICS_FILE] == (tmp_path / METRICS_FILE).stat().st_size
     writer.close()
 
 
-def test_tensorboard_files_are_written(tmp_path):
+@pytest.mark.parametrize("file", ["metrics.jsonl", "tensorboard"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, file):
+    """At once and by the caller, not in a thread: the run must know."""
     writer = MetricsWriter(tmp_path, 0)
-    writer.write(1, {"loss": 1.0})
+    target = writer._file if file == "metrics.jsonl" else writer._board._py_recordio_writer._writer
+    os.dup2(full := os.open("/dev/full", os.O_WRONLY), target.fileno())
+    os.close(full)
+    with pytest.raises(OSError) as error:
+        writer.write(1, {"loss": 1.0})
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / file))
     writer.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in file.read_bytes()
 
 
 def test_no_metrics_yet(tmp_path):

@@ -89,14 +89,10 @@ def test_a_process_that_does_not_write_still_counts(start):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_each_metric_must_be_finite(value):
-    check_finite(3, {"loss": 1.0, "gradient_norm": 0.0}, None)
+    check_finite(3, {"loss": 1.0, "gradient_norm": 0.0})
     for name, words in (("loss", "loss"), ("learning_rate", "learning rate")):
-        for good, told in ((None, "none was saved before"), ("runs/a/5", "runs/a/5")):
-            with pytest.raises(TrainingError) as error:
-                check_finite(3, {"gradient_norm": 1.0, name: value}, good)
-            assert str(error.value) == (
-                f"{words} is {value} at step 3; last good checkpoint: {told}"
-            )
+        with pytest.raises(TrainingError, match=f"^{words} is {value} at step 3$"):
+            check_finite(3, {"gradient_norm": 1.0, name: value})
 
 
 @pytest.mark.parametrize(

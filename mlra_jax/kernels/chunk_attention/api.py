@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from mlra_jax.kernels.grouped_decode import grouped_decode
 
+WIDEST = 256
+"""Keys and values that cuDNN takes."""
+
 
 def chunk_attention(
     q_BTJGK: jax.Array,
@@ -19,7 +22,7 @@ def chunk_attention(
 
     Args:
       q_BTJGK: queries, 16 bits for cuDNN.
-      k_BSJK, v_BSJV: keys and values, finite everywhere; cuDNN takes widths up to 256.
+      k_BSJK, v_BSJV: keys and values, finite everywhere; cuDNN takes widths up to `WIDEST`.
       lengths_B: int32, every query of row `b` sees the first `lengths[b]` positions, at most S.
         Without it query `t` sees the positions `0 ... t`.
       scale: what scores are multiplied by before the softmax, a Python number.

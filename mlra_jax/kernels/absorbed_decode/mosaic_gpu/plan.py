@@ -17,6 +17,8 @@ SMEM_BYTES = 227 * 1024
 
 _WIDTHS = (32, 64, 128, 256, 512)
 _ROPES = (16, 32, 64, 128, 256)
+# The code is unrolled over them: each more makes it longer to compile.
+_MOST_QUERIES = 16
 # All of two bytes, which `join.weigh` counts on.
 _DTYPES = ("bfloat16", "float16")
 # More in flight gains nothing, but memory then serves some CTAs long before others.
@@ -195,6 +197,8 @@ def supports(problem: Problem) -> str | None:
         return f"latent width {problem.width} is none of {_WIDTHS}"
     if problem.rope not in _ROPES:
         return f"rotary width {problem.rope} is none of {', '.join(map(str, _ROPES))}"
+    if problem.queries > _MOST_QUERIES:
+        return f"{problem.queries} queries are more than {_MOST_QUERIES}"
     if problem.cache % ALIGN:
         return f"the cache has {problem.cache} positions, which is no multiple of {ALIGN}"
     if _with_most_stages(Config(), problem) is None:

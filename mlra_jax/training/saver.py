@@ -1,0 +1,169 @@
+"""The checkpoints of a run, by one run at a time; which was the last good one, and the best one."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mlra_jax import checkpoints
+from mlra_jax.files import LOCK_FILE, DestinationError, Lock, only_writer, reason
+from mlra_jax.training.progress import TrainingError
+from mlra_jax.training.state import TrainState
+
+_MESSAGE_BYTES = 1024
+BEST_FOLDER = "best"
+
+
+class Saver:
+    """Writes the checkpoints of a run while it is entered, and waits for them at the end.
+
+    An error of one line that ends the run goes on as a TrainingError that names the last good
+    checkpoint.
+
+    Args:
+      workdir: their folder, made if it does not exist.
+      keep: how many stay.
+      description: the `model` item of each.
+      lock: of the workdir, on process 0; it must be held at every save.
+    """
+
+    def __init__(self, workdir: Path, keep: int, description: dict[str, Any], lock: Lock | None):
+        self._workdir, self._description, self._lock = workdir, description, lock
+        self._manager = checkpoints.make_manager(workdir, keep=keep)
+        self._writing: int | None = None
+        self._failed = False
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            # What failed here may keep other processes waiting for ever, and this one for them.
+            if not self._failed:
+                self.finish()
+                self._manager.close()
+        except TrainingError as failure:
+            error = error or failure
+        if not isinstance(error, OSError | ValueError):
+            return
+        told = str(error)
+        if isinstance(error, OSError) and error.filename:
+            told = f"{error.filename}: {reason(error)}"
+        if "\n" not in told:
+            raise TrainingError(f"{told}; last good checkpoint: {self._last_good()}") from None
+
+    def save(self, step: int, state: TrainState, position: dict, seconds: float) -> None:
+        """Begins to write step `step`; its arrays may be donated when this returns."""
+        self.finish()
+        if self._lock is not None:
+            self._lock.check()
+        self._writing = step
+        with self._told():
+            checkpoints.save(
+                self._manager,
+                step,
+                params=state.params,
+                optimizer=state.optimizer,
+                model=self._description,
+                iterator=position,
+                progress={"step": step, "seconds": seconds},
+            )
+
+    def poll(self) -> None:
+        """Raises TrainingError if a save in the background has failed; never waits."""
+        if self._writing is not None:
+            with self._told():
+                if self._manager.poll():
+                    self._writing = None
+
+    def finish(self) -> None:
+        """Waits for the last save. Raises TrainingError if it fails."""
+        if self._writing is not None:
+            with self._told():
+                self._manager.wait_until_finished()
+            self._writing = None
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            folder = self._workdir / checkpoints.SUBFOLDER / str(self._writing)
+            raise TrainingError(f"checkpoint {folder}: {reason(error)}") from None
+
+    def _last_good(self) -> str:
+        steps = checkpoints.finished_steps(self._workdir)
+        if not steps:
+            return "none was saved before"
+        return str(self._workdir / checkpoints.SUBFOLDER / str(steps[-1]))
+
+
+class Best:
+    """Keeps the weights of the lowest validation loss in `workdir/best`, a checkpoint like others.
+
+    Only better ones take their place, also when the run is stopped and goes on.
+    """
+
+    def __init__(self, workdir: Path, description: dict[str, Any]):
+        self._folder, self._description = workdir / BEST_FOLDER, description
+        self._manager = checkpoints.make_manager(self._folder, keep=1)
+        self._lowest = math.inf
+        if checkpoints.finished_steps(self._folder):
+            found = checkpoints.open_checkpoint(self._folder)
+            self._lowest = found.read_json("progress")["validation_loss"]
+
+    def __enter__(self) -> "Best":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def beaten_by(self, loss: float) -> bool:
+        return loss < self._lowest
+
+    def save(self, step: int, params: Any, loss: float) -> None:
+        """Begins to write the weights of step `step`; they may be donated when this returns."""
+        self._lowest = loss
+        # Of a run that was killed and goes on from before them: Orbax would keep those.
+        for later in checkpoints.finished_steps(self._folder):
+            if later >= step:
+                self._manager.delete(later)
+        progress = {"step": step, "validation_loss": loss}
+        model = self._description
+        checkpoints.save(self._manager, step, params=params, model=model, progress=progress)
+
+
+@contextlib.contextmanager
+def only_run(workdir: Path) -> Iterator[Lock | None]:
+    """Keeps other runs out of a workdir, which is made; gives the lock on process 0.
+
+    Raises:
+      DestinationError: another run has it; on all processes of this run.
+    """
+    with contextlib.ExitStack() as until_the_end:
+        lock, refusal = None, ""
+        if jax.process_index() == 0:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                lock = until_the_end.enter_context(only_writer(workdir / LOCK_FILE, workdir))
+            except (DestinationError, OSError) as error:
+                refusal = str(error)
+        if refusal := _of_process_0(refusal):
+            raise DestinationError(refusal)
+        yield lock
+
+
+def _of_process_0(text: str) -> str:
+    """The text that process 0 has, on all."""
+    if jax.process_count() == 1:
+        return text
+    encoded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(encoded, np.uint8))
+    return bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="replace")
