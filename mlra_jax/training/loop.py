@@ -26,14 +26,7 @@ from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
 from mlra_jax.training.saver import Best, Saver, only_run
 from mlra_jax.training.settings import Experiment, MeshSettings
-from mlra_jax.training.state import (
-    TrainState,
-    abstract_stored_state,
-    create_state,
-    stacked,
-    steps_by_layer,
-    unstacked,
-)
+from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from mlra_jax.training.stopping import StopSignals
 
@@ -63,7 +56,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     workdir = _checked_workdir(workdir)
     mesh = _checked_mesh(experiment.mesh)
     model, data = experiment.model, experiment.data
-    abstract, by_layer = abstract_stored_state(experiment, mesh), steps_by_layer(experiment, mesh)
+    abstract = abstract_state(experiment, mesh)
     tokenizer, source = load_data(data, model.vocab_size)
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
@@ -77,7 +70,6 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
             found = checkpoints.open_checkpoint(workdir)
             checkpoints.check_same_model(found, model, tokenizer, workdir)
             state, step, seconds = _restore(found, abstract, batches)
-            state = unstacked(state) if by_layer else state
             say(f"resuming {workdir} from step {step}")
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, lock))
@@ -104,7 +96,6 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
             validate = make_validation_step(experiment, mesh)
             loop = _Loop(
                 due=_Due.of(experiment),
-                by_layer=by_layer,
                 compute=compute,
                 batches=batches,
                 validate=lambda params: mean_loss(validate, params, held_out),
@@ -159,7 +150,6 @@ class _Loop:
     """The steps of a run from where it stands to the last, or to a signal."""
 
     due: _Due
-    by_layer: bool
     compute: Compute
     batches: TrainBatches
     validate: Callable[[Any], tuple[float, int]]
@@ -187,7 +177,6 @@ class _Loop:
             loss = self.check(state) if check else math.inf
             best = self.best if self.best and self.best.beaten_by(loss) else None
             if save or best:
-                state = stacked(state)
                 with self.progress.timed("save_seconds"):
                     if best:
                         best.save(step, state.params, loss)
@@ -196,8 +185,6 @@ class _Loop:
             if last or stop:
                 self.saver.finish()
                 return not last
-            if (save or best) and self.by_layer:
-                state = unstacked(state)
             with self.progress.timed("input_seconds"):
                 batch = next(self.batches)
             if log or check or save:

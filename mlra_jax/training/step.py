@@ -13,7 +13,7 @@ from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.training.optimizer import make_optimizer, make_schedule
 from mlra_jax.training.settings import Experiment
-from mlra_jax.training.state import TrainState, abstract_state, traced_stacks
+from mlra_jax.training.state import TrainState, abstract_state
 
 
 def loss_sum(model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
@@ -118,7 +118,7 @@ def train_step(experiment: Experiment, mesh: Mesh):
     chunk = min(experiment.loss_chunk, experiment.model.context_length)
 
     def loss_of(params, batch):
-        total = loss_sum(nnx.merge(definition, traced_stacks(params)), batch, chunk)
+        total = loss_sum(nnx.merge(definition, params), batch, chunk)
         return total / batch["targets"].size
 
     def accumulated(params, batch):
@@ -165,7 +165,7 @@ def validation_step(experiment: Experiment, mesh: Mesh):
     chunk = min(experiment.loss_chunk, experiment.model.context_length)
 
     def losses(params, batch):
-        total = loss_sum(nnx.merge(definition, traced_stacks(params)), batch, chunk)
+        total = loss_sum(nnx.merge(definition, params), batch, chunk)
         return total, batch["weights"].sum()
 
     return losses
