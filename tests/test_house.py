@@ -7,13 +7,13 @@ PACKAGE = Path(__file__).parents[1] / "mlra_jax"
 # From the ground up; a room imports rooms of lower floors only (CONTRIBUTING.md has the figure).
 FLOORS = (
     {"files", "settings_tree", "command", "checksums"},
-    {"config", "data", "kernels"},
+    {"config", "data", "kernels", "remat"},
     {"sharding", "checkpoints"},
     {"layers", "cache"},
     {"attention"},
     {"model", "costs"},
     {"convert", "decoder", "training"},
-    {"loading", "generation", "export"},
+    {"loading", "generation", "export", "profile"},
     {"evaluate", "analysis"},
 )
 
