@@ -1,6 +1,5 @@
 """What a GPU does in one call of a compiled program: its kernels, by name, from a profile."""
 
-import collections
 import dataclasses
 import re
 import tempfile
@@ -11,16 +10,9 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from mlra_jax.profile import Kernel, kernels_of
+
 _EXCHANGE = re.compile("nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|permute", re.I)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """All launches of one kernel in a call, on the first device."""
-
-    name: str
-    launches: float
-    microseconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +53,9 @@ def profile(call: Callable[[], Any], repeats: int = 3) -> Profile:
                 result = call()
             jax.block_until_ready(result)
         (trace,) = Path(folder).rglob("*.xplane.pb")
-        planes = list(ProfileData.from_file(str(trace)).planes)
-        gpu = [p for p in planes if "GPU:0" in p.name]
-        if not gpu:
+        if not (found := kernels_of(trace, repeats)):
             raise ValueError("the profiler saw no GPU in the call")
-        launches: collections.Counter[str] = collections.Counter()
-        nanoseconds: collections.Counter[str] = collections.Counter()
-        for line in gpu[0].lines:
-            if "XLA" in line.name:  # The same time again, by operations and modules.
-                continue
-            for event in line.events:
-                launches[event.name] += 1
-                nanoseconds[event.name] += event.duration_ns
+        planes = ProfileData.from_file(str(trace)).planes
         lines = (line for p in planes if "GPU:" not in p.name for line in p.lines)
         graphs = sum("GraphLaunch" in event.name for line in lines for event in line.events)
-    return Profile(
-        tuple(
-            Kernel(name, launches[name] / repeats, total / repeats / 1e3)
-            for name, total in nanoseconds.most_common()
-        ),
-        graphs / repeats,
-    )
+    return Profile(tuple(found), graphs / repeats)

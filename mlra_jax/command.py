@@ -127,6 +127,16 @@ def use_cpu(devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
+def claim_gpu_memory(share: float) -> None:
+    """Before anything touches a device: JAX reserves so much of GPUs' memory, instead of 0.75.
+
+    What the environment says of it already stays.
+    """
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    if not any(os.environ.get(name) for name in names):
+        os.environ[names[0]] = str(share)
+
+
 @contextlib.contextmanager
 def compile_time() -> Iterator[Callable[[], float]]:
     """Gives the function that says how many seconds JAX has traced and compiled meanwhile."""

@@ -75,7 +75,8 @@ def training_bytes_per_device(
     """An estimate of what training needs on each device.
 
     Weights, gradients and two moments; each block's input, kept for the backward pass, and one
-    block's intermediates (all blocks' without `remat`); the logits of a chunk, twice.
+    block's intermediates (all blocks' where `remat` keeps them: `none`, `products`; `auto` counts as
+    `block`, its least); the logits of a chunk, twice.
 
     Args:
       config: of the model.
@@ -88,7 +89,8 @@ def training_bytes_per_device(
     attention = config.attention
     heads = attention.num_heads * (2 * attention.query_dim + 2 * attention.value_dim)
     inside = 4 * config.embed_dim + heads + 3 * config.mlp_dim
-    blocks = 1 if config.execution.remat else config.num_layers
+    keeps_all = config.execution.remat in ("none", "products")
+    blocks = config.num_layers if keeps_all else 1
     kept = tokens * (config.num_layers * config.embed_dim + blocks * inside)
     logits = 2 * 4 * sequences * min(loss_chunk, config.context_length) * config.vocab_size
     state = 4 * parameters * jnp.dtype(config.param_dtype).itemsize

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlra_jax.settings_tree import check_kinds, require
+from mlra_jax.settings_tree import among, at_least, check_kinds, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTypeLike = str | type | np.dtype
@@ -34,6 +34,10 @@ def normalise_dtype(config: Any, name: str) -> None:
     object.__setattr__(config, name, dtype_name(getattr(config, name), name))
 
 
+REMAT = ("auto", "none", "block", "attention", "products", "offload")
+ATTENTION_KERNELS = ("auto", "cudnn", "cudnn_padded", "splash", "reference")
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How a model is computed. Another one computes the same model."""
@@ -41,12 +45,26 @@ class Execution:
     dtype: str = "bfloat16"
     """Of activations and products; norms' statistics, softmax and logits are float32. It may be
     given as NumPy or JAX write it (`jnp.bfloat16`), and is kept by name."""
-    remat: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    remat: str | bool = "auto"
+    """What the backward pass finds kept of a block, one of `REMAT` (`mlra_jax.remat`); True is
+    "block" and False "none". "auto" is the fastest that fits, chosen when a training step is
+    compiled (`mlra_jax.training.fitting`), and "block" elsewhere."""
+    unroll: int = 0
+    """From 0 on; blocks in the body of the loop over blocks. 0 is all of them on GPUs, which takes
+    longer to compile, and one elsewhere."""
+    float32_stream: bool = False
+    """Keep the sum that blocks add to in float32, also where activations are narrower."""
+    attention_kernel: str = "auto"
+    """Of whole sequences, one of `ATTENTION_KERNELS`; "auto" takes the device's fastest."""
 
     def __post_init__(self):
         normalise_dtype(self, "dtype")
+        at_least(0, self, "", "unroll")
+        names = {"true": "block", "false": "none"}
+        object.__setattr__(self, "remat", names.get(str(self.remat).lower(), self.remat))
         check_kinds(self, "")
+        among(REMAT, self, "remat")
+        among(ATTENTION_KERNELS, self, "attention_kernel")
 
 
 def with_execution(values: dict[str, Any]) -> dict[str, Any]:

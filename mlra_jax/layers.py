@@ -1,6 +1,9 @@
 """The parts every block is made of: RMSNorm, projections, rotary positions, SwiGLU."""
 
+import functools
 import math
+import re
+import string
 from collections.abc import Sequence
 
 import jax
@@ -25,11 +28,51 @@ def param(
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def weigh(
+    x: jax.Array, kernel: jax.Array, subscripts: str, out_dtype: str | None = None
+) -> jax.Array:
+    """`einsum(subscripts, x, kernel)`, a product in the dtype of `x` whatever the kernel's is.
+
+    The kernel's gradient is summed in float32, over tokens and, as it leaves the product so, over
+    devices too; then it takes the kernel's dtype.
+
+    Args:
+      x: activations.
+      kernel: a parameter.
+      subscripts: `x,kernel->result`, each letter in two of the three.
+      out_dtype: of the result, if it is not that of `x`.
+    """
+    return _einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
+
+
+def _einsum(subscripts, x, y, out_dtype=None):
+    return jnp.einsum(
+        subscripts, x, y, precision=precision(x.dtype), preferred_element_type=out_dtype
+    )
+
+
+def _weigh_forward(x, kernel, subscripts, out_dtype):
+    # Not by calling `weigh`: policies of `jax.checkpoint` do not look inside of it.
+    return _einsum(subscripts, x, kernel.astype(x.dtype), out_dtype), (x, kernel)
+
+
+def _weigh_backward(subscripts, out_dtype, kept, slope):
+    (x, kernel), (of_x, of_kernel, of_out) = kept, re.split(",|->", subscripts)
+    slope = slope.astype(x.dtype)
+    x_slope = _einsum(f"{of_out},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
+    kernel_slope = _einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
+    return x_slope, kernel_slope.astype(kernel.dtype)
+
+
+weigh.defvjp(_weigh_forward, _weigh_backward)
+
+
 class Projection(nnx.Module):
     """A bias-free linear map `[..., in dims] -> [..., out dims]`, kernel `[in dims, out dims]`.
 
     `shape` and `axes` are the kernel's; the first `num_in` dimensions are contracted. The product
-    is computed in the input's dtype.
+    is computed in the input's dtype (`weigh`).
     """
 
     def __init__(
@@ -47,10 +90,11 @@ class Projection(nnx.Module):
         self.kernel = param(rngs, init, shape, axes, config.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        return jax.lax.dot_general(
-            x, self.kernel[...].astype(x.dtype), (contract, ((), ())), precision=precision(x.dtype)
-        )
+        letters = string.ascii_lowercase
+        rows, features = letters[: x.ndim - self.num_in], letters[x.ndim - self.num_in :]
+        of_kernel = features[: self.kernel.ndim]
+        inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
+        return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
 
 
 class SummedProjection(Projection):
@@ -92,7 +136,8 @@ class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x²) + eps) * scale`, statistics in float32, over blocks of `width`.
 
     With `blocks > 1` the last dimension is cut into that many contiguous parts, each normalised by
-    itself. `factor` multiplies the result (the calibration factors of the latent family).
+    itself. `factor` multiplies the result (the calibration factors of the latent family), which has
+    the compute dtype.
     """
 
     def __init__(
@@ -105,6 +150,7 @@ class RMSNorm(nnx.Module):
         factor: float = 1.0,
     ):
         self.blocks, self.width, self.factor, self.eps = blocks, width, factor, config.norm_eps
+        self.dtype = config.execution.dtype
         self.scale = param(
             rngs, nnx.initializers.ones, (blocks * width,), ("norm",), config.param_dtype
         )
@@ -112,7 +158,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         blocked = x.astype(jnp.float32).reshape(*x.shape[:-1], self.blocks, self.width)
         normed = blocked * jax.lax.rsqrt(jnp.mean(blocked**2, axis=-1, keepdims=True) + self.eps)
-        return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(x.dtype)
+        return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(self.dtype)
 
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:

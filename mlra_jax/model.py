@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mlra_jax import sharding
+from mlra_jax import remat, sharding
 from mlra_jax.attention import MODULES
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels.softmax import precision
-from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param
+from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param, weigh
 
 
 class Block(nnx.Module):
@@ -67,7 +66,8 @@ class Embedding(nnx.Module):
     """Token vectors, and the output head that is the same tensor."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        self.mesh, self.dtype = mesh, config.execution.dtype
+        how = config.execution
+        self.mesh, self.dtype = mesh, "float32" if how.float32_stream else how.dtype
         self.embedding = param(
             rngs,
             nnx.initializers.normal(INIT_STDDEV),
@@ -77,7 +77,7 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """`[B, T, D]` in the compute dtype."""
+        """`[B, T, D]` in the dtype of the stream that blocks add to."""
         # Gathered over the devices that split the batch: their tokens' vectors would be far more.
         table_VD = sharding.constrain(self.embedding[...], self.mesh, "vocab", None)
         # Cast after the look-up: else gradients of a token seen often are summed in that dtype.
@@ -86,13 +86,7 @@ class Embedding(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]`, split over the vocabulary."""
-        logits_BTV = jnp.einsum(
-            "btd,vd->btv",
-            x_BTD,
-            self.embedding[...].astype(x_BTD.dtype),
-            precision=precision(x_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits_BTV = weigh(x_BTD, self.embedding[...], "btd,vd->btv", "float32")
         return sharding.constrain(logits_BTV, self.mesh, "batch", "length", "vocab")
 
 
@@ -128,11 +122,14 @@ class Model(nnx.Module):
         positions_BT = positions(tokens_BT) if positions_BT is None else positions_BT
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, positions_BT), None
+        def body(x_BTD, layer):
+            block = nnx.merge(graphdef, layer)
+            return block(remat.name_stream(x_BTD), positions_BT), None
 
-        body = jax.checkpoint(body) if self.config.execution.remat else body
-        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+        together = unrolled(self.config, self.mesh)
+        in_loop = together < self.config.num_layers
+        body = remat.checkpointed(body, self.config.execution.remat, in_loop=in_loop)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=together)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -148,6 +145,13 @@ def _logits(model, tokens_BT, positions_BT):
 def positions(tokens_BT: jax.Array) -> jax.Array:
     """int32 `[B, T]`, counting from 0 in each row."""
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+
+
+def unrolled(config: ModelConfig, mesh: Mesh) -> int:
+    """How many blocks the body of the loop over blocks has on the mesh's devices; at most all."""
+    on_gpu = sharding.platform(mesh) in ("gpu", "cuda", "rocm")
+    asked = config.execution.unroll or (config.num_layers if on_gpu else 1)
+    return min(asked, config.num_layers)
 
 
 @functools.lru_cache(maxsize=64)

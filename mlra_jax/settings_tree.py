@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,12 @@ def check_kinds(settings: Any, prefix: str) -> None:
                 field.type is not kind or isinstance(value, kind),
                 f"{prefix}{field.name}={value!r} is not {called}",
             )
+
+
+def among(known: Sequence[str], settings: Any, name: str, prefix: str = "") -> None:
+    """Raises ConfigError unless a field of a dataclass holds one of these words."""
+    value = getattr(settings, name)
+    require(value in known, f"{prefix}{name}={value!r} is none of {', '.join(known)}")
 
 
 def build(cls: type, values: Mapping[str, Any], prefix: str = "", what: str = "setting") -> Any:

@@ -19,7 +19,7 @@ import pytest
 
 from mlra_jax.__main__ import COMMANDS
 from mlra_jax.__main__ import main as list_commands
-from mlra_jax.command import Parser, Switch, progress_bar, run
+from mlra_jax.command import Parser, Switch, claim_gpu_memory, progress_bar, run
 from mlra_jax.config import preset
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line, reason
 from mlra_jax.files import DestinationError
@@ -177,6 +177,11 @@ FAILING = {
         f"--workdir={ROOT}/train.py",
         "--config.virtual_cpu_devices=0",
     ],
+    "mlra-profile": [
+        f"--config={ROOT}/configs/quickstart.py",
+        "--config.data.source=/nowhere",
+        "--config.virtual_cpu_devices=0",
+    ],
     "mlra-decode": ["--checkpoint=/nowhere", "--prompt=x"],
     "mlra-convert": ["--source=/nowhere", "--destination=/nowhere/out"],
     "mlra-export": ["--checkpoint=/nowhere", "--destination=/nowhere/out"],
@@ -200,7 +205,7 @@ def test_every_command_ends_alike(script, monkeypatch):
     flags = sorted(set(re.findall(r"^  (--\w+)", out, re.M)))
     assert flags, "the flags are listed"
     wrong = [["--nonsense=1"], ["stray"]]
-    if script not in ("mlra-costs", "mlra-train"):
+    if script not in ("mlra-costs", "mlra-train", "mlra-profile"):
         wrong += [[], [*FAILING[script], f"{flags[0]}x=1"]]
     for arguments in wrong:
         if arguments in (["--nonsense=1"], ["stray"]):
@@ -219,6 +224,7 @@ def test_every_command_ends_alike(script, monkeypatch):
 
     work = {
         "mlra-train": "train",
+        "mlra-profile": "profile_steps",
         "mlra-decode": "decode",
         "mlra-convert": "convert",
         "mlra-export": "export",
@@ -240,6 +246,14 @@ def test_every_command_ends_alike(script, monkeypatch):
     code, out, err = ended(command.main, *arguments)
     assert code == 130 and err.count("\n") == 1 and err.startswith(f"{prog}interrupted; ")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_the_environment_says_of_gpu_memory_stays(monkeypatch):
+    new, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for given, want in (({}, "0.95"), ({new: "0.5"}, "0.5"), ({old: "0.6"}, None)):
+        monkeypatch.setattr(os, "environ", given)
+        claim_gpu_memory(0.95)
+        assert given.get(new) == want
 
 
 def test_programs_are_called_as_they_were_started(monkeypatch):
@@ -338,8 +352,8 @@ def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_pa
         mesh=dataclasses.replace(plain.mesh, fsdp=8),
     )
     # Where they stand does not matter, and a switch may be named alone.
-    switched = experiment("--noconfig.model.remat", f"--config={file}:mla")
-    assert switched.model.execution.remat is False
+    switched = experiment("--noconfig.model.zero_init", f"--config={file}:mla")
+    assert switched.model.zero_init is False
     (tmp_path / "none.py").write_text("def get_config():\n    return 3\n")
     (tmp_path / "broken.py").write_text("def get_config():\n    raise ValueError('for a reason')\n")
     for arguments, line in (

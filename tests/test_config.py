@@ -102,14 +102,16 @@ def test_every_attention_is_told_apart_and_keeps_its_defaults():
     config = ModelConfig.from_dict(values)
     assert (config.attention.gated, config.norm_eps, config.zero_init) == (False, 1e-6, True)
     assert (config.rope_base, config.context_length) == (10000.0, 2048)
-    assert (config.param_dtype, Execution()) == ("float32", Execution("bfloat16", True))
+    assert (config.param_dtype, Execution()) == ("float32", Execution("bfloat16", "auto"))
 
 
 def test_how_a_model_is_computed_is_no_part_of_its_identity():
     config = tiny.config("gta")
     other = dataclasses.replace(config, execution=Execution("float16", remat=False))
     assert config != other and config.identity() == other.identity()
-    assert other.to_dict() == config.identity() | {"dtype": "float16", "remat": False}
+    how = dict(dtype="float16", remat="none", unroll=0, float32_stream=False)
+    how["attention_kernel"] = "auto"
+    assert other.to_dict() == config.identity() | how
     assert ModelConfig.from_dict(config.identity()).execution == Execution()
     with pytest.raises(ConfigError, match="^dtype='int8' is none of float32, bfloat16, float16$"):
         ModelConfig.from_dict(config.to_dict() | {"dtype": "int8"})
@@ -187,7 +189,7 @@ def test_sizes_of_an_attention_that_cannot_be(name, field, value, words):
         ("rope_base", 0.5, r"rope_base=0.5 must lie in \[1, inf\)"),
         ("rope_base", "1e4", "rope_base='1e4' is not a number"),
         ("zero_init", "no", "zero_init='no' is not True or False"),
-        ("remat", 0, "remat=0 is not True or False"),
+        ("remat", 0, "remat=0 is none of auto, none, block"),
         ("param_dtype", None, "param_dtype=None is none of float32"),
     ],
 )

@@ -133,4 +133,5 @@ def test_what_training_takes_is_counted():
     inside, logits = 4 * 768 + 4 * 768 + 3 * 2048, 2 * 3 * 64 * 50304 * 4
     assert size() == 16 * count // 4 + 3 * 128 * (12 * 768 + inside) * 2 + logits
     everything = 16 * count // 4 + 3 * 128 * 12 * (768 + inside) * 2 + logits
-    assert size(execution=Execution(remat=False)) == everything
+    for remat, need in dict(none=everything, products=everything, block=size()).items():
+        assert size(execution=Execution(remat=remat)) == need

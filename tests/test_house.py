@@ -8,13 +8,13 @@ PACKAGE = Path(__file__).parents[1] / "mlra_jax"
 FLOORS = (
     {"files", "settings_tree", "command", "checksums"},
     {"scaling", "execution"},
-    {"config", "data", "kernels"},
+    {"config", "data", "kernels", "remat"},
     {"sharding", "checkpoints"},
     {"layers", "cache"},
     {"attention"},
     {"model", "costs"},
     {"convert", "decoder", "training"},
-    {"loading", "saving", "generation", "export"},
+    {"loading", "saving", "generation", "export", "profile"},
     {"evaluate", "analysis"},
 )
 

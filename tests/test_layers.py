@@ -9,7 +9,7 @@ from flax import nnx
 from tiny import relative_error
 
 from mlra_jax import model as models
-from mlra_jax.layers import Projection, RMSNorm, SwiGLU, rotate
+from mlra_jax.layers import Projection, RMSNorm, SwiGLU, rotate, weigh
 from mlra_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -17,25 +17,34 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize("blocks, factor, eps", [(1, 1.0, 1e-6), (3, 2.5, 1e-2), (2, 1.0, 0.3)])
 def test_rms_norm(blocks, factor, eps):
-    config = tiny.config("mla", norm_eps=eps)
-    norm = RMSNorm(8, config=config, rngs=nnx.Rngs(0), blocks=blocks, factor=factor)
-    assert norm.scale.shape == (8 * blocks,)
+    wide, narrow = (
+        RMSNorm(
+            8,
+            config=tiny.config("mla", norm_eps=eps, dtype=dtype),
+            rngs=nnx.Rngs(0),
+            blocks=blocks,
+            factor=factor,
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert wide.scale.shape == (8 * blocks,)
     scale = RNG.normal(size=8 * blocks)
-    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    wide.scale[...] = narrow.scale[...] = jnp.asarray(scale, jnp.float32)
     # Rows of very different sizes, so that eps decides some and not others.
     x = RNG.normal(size=(4, 5, 8 * blocks)) * np.array([1e-4, 0.1, 1, 30])[:, None, None]
     parts = x.reshape(4, 5, blocks, 8)
     want = parts / np.sqrt((parts**2).mean(-1, keepdims=True) + eps)
     want = want.reshape(x.shape) * scale * factor
     for row in range(4):
-        got = norm(jnp.asarray(x[row], jnp.float32))
+        got = wide(jnp.asarray(x[row], jnp.float32))
         assert relative_error(got, want[row]) < 1e-6
-    # Statistics in float32, whatever the activations are.
-    narrow = jnp.asarray(x, jnp.bfloat16)
-    got = norm(narrow)
-    assert got.dtype == jnp.bfloat16
-    exact = norm(narrow.astype(jnp.float32)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(exact, np.float32))
+    # Statistics in float32, whatever the activations are; the result in the compute dtype.
+    rounded = jnp.asarray(x, jnp.bfloat16)
+    exact = np.asarray(wide(rounded.astype(jnp.float32)).astype(jnp.bfloat16), np.float32)
+    for given in (rounded, rounded.astype(jnp.float32)):
+        got = narrow(given)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(got, np.float32), exact)
 
 
 @pytest.mark.parametrize("base, width", [(10000.0, 64), (500.0, 6), (1e6, 4)])
@@ -69,6 +78,24 @@ def test_projections_contract_the_dimensions_they_should():
     wide.kernel[...] = jnp.asarray(w, jnp.float32)
     want = np.einsum("btd,dhk->bthk", x, w)
     assert relative_error(wide(jnp.asarray(x, jnp.float32)), want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_product_and_what_dtype_they_are_summed_in(dtype):
+    """8,192 tokens that all add a little: a gradient rounded on its way would stop growing."""
+    x, w = RNG.normal(size=(4, 2048, 6)), RNG.normal(size=(6, 2, 5))
+    slope = RNG.normal(size=(4, 2048, 2, 5))
+    x, slope = (jnp.asarray(a, dtype) for a in (x, slope))
+    w = jnp.asarray(jnp.asarray(w, dtype), jnp.float32)
+    out, back = jax.vjp(lambda *a: weigh(*a, "btd,dhk->bthk"), x, w)
+    x_slope, w_slope = back(slope)
+    assert (out.dtype, x_slope.dtype, w_slope.dtype) == (x.dtype, x.dtype, jnp.float32)
+    exact = [np.asarray(a, np.float64) for a in (x, w, slope)]
+    rounding = 1e-6 if dtype == "float32" else 5e-3
+    assert relative_error(out, np.einsum("btd,dhk->bthk", exact[0], exact[1])) < rounding
+    assert relative_error(x_slope, np.einsum("bthk,dhk->btd", exact[2], exact[1])) < rounding
+    # Not rounded to bfloat16, neither in the sum nor at its end.
+    assert relative_error(w_slope, np.einsum("btd,bthk->dhk", exact[0], exact[2])) < 1e-5
 
 
 def test_swiglu():

@@ -96,3 +96,17 @@ def test_bfloat16_activations_give_float32_logits_close_to_float32s(name):
     assert 1e-4 < relative_error(logits, exact(TOKENS)) < 3e-2
     # More digits than bfloat16 has: the head adds up in float32.
     assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_stream_between_blocks_may_be_wider_than_their_products(wide):
+    config = tiny.config("mlra_4", 3, dtype="bfloat16", float32_stream=wide)
+    (loop,) = equations(forward_jaxpr(config), "scan")
+    assert loop.outvars[0].aval.dtype == (jnp.float32 if wide else jnp.bfloat16)
+    # What blocks multiply is of the narrow dtype all the same.
+    products = list(equations(loop.params["jaxpr"].jaxpr, "dot_general"))
+    assert sum(p.invars[0].aval.dtype == jnp.bfloat16 for p in products) >= 10
+    exact = tiny.random_model(tiny.config("mlra_4", 3), make_mesh())
+    model = tiny.random_model(config, make_mesh())
+    assert model.hidden(TOKENS).dtype == jnp.bfloat16
+    assert 1e-4 < relative_error(model(TOKENS), exact(TOKENS)) < 3e-2

@@ -50,7 +50,8 @@ def config(attention: AttentionConfig | str, num_layers: int = 1, **changes) -> 
 
     `changes` are to fields of `ModelConfig` and of `Execution`.
     """
-    how = {name: changes.pop(name) for name in ("dtype", "remat") if name in changes}
+    names = [f.name for f in dataclasses.fields(Execution) if f.name in changes]
+    how = {name: changes.pop(name) for name in names}
     sizes = dict(
         attention=ATTENTIONS[attention] if isinstance(attention, str) else attention,
         vocab_size=VOCAB,

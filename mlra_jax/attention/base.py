@@ -42,8 +42,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         a = config.attention
         self.config, self.mesh, self.rope_base = a, mesh, config.rope_base
+        self.scale, self.kernel = 1 / math.sqrt(a.query_dim), config.execution.attention_kernel
         self.dtype = config.execution.dtype
-        self.scale = 1 / math.sqrt(a.query_dim)
         heads.check_heads(a.num_heads, mesh)
         project = functools.partial(Projection, config=config, rngs=rngs)
         self._add_parameters(config, project, rngs)
@@ -201,9 +201,7 @@ class Attention(nnx.Module):
 
     def _whole(self, q_BTHK: jax.Array, kept: Any) -> jax.Array:
         """`[B, T, H, V]`: causal attention of the sequence to itself."""
-        operands = self._operands(q_BTHK, kept)
-        o_BTPV = sharded.whole_sequence(*operands, scale=self.scale, mesh=self.mesh)
-        return self._sum(o_BTPV)
+        return self._sum(self._to_itself(*self._operands(q_BTHK, kept)))
 
     @abc.abstractmethod
     def _operands(self, q_BTHK: jax.Array, kept: Any) -> Operands:
@@ -220,6 +218,12 @@ class Attention(nnx.Module):
     @abc.abstractmethod
     def _attend(self, queries: Any, cache: Entries, lengths_BT: jax.Array):
         """(o_BThV, lse_BTh) of one device's heads over its share of the cache."""
+
+    def _to_itself(self, q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array) -> jax.Array:
+        """Causal attention, `[B, T, H, V]`; key/value heads that divide over the mesh."""
+        return sharded.whole_sequence(
+            q_BTHK, k_BTJK, v_BTJV, scale=self.scale, mesh=self.mesh, implementation=self.kernel
+        )
 
     @abc.abstractmethod
     def _grouped(

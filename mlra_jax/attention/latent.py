@@ -21,7 +21,11 @@ from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.kernels.softmax import precision
-from mlra_jax.layers import RMSNorm, rotate
+from mlra_jax.layers import RMSNorm, rotate, weigh
+
+JOINED_BRANCHES = True
+"""Whether, in whole sequences, the branches of a head are one product and not one each. The other
+way reads and writes more, but needs no transposition; `benchmarks.train_step` can take it."""
 
 
 class LatentAttention(Attention):
@@ -78,6 +82,10 @@ class LatentAttention(Attention):
         k_rope_BTR = rotate(y["k_rope"][:, :, None], positions_BT, self.rope_base)[:, :, 0]
         return sharding.constrain(c_BTLC, self.mesh, *axes), k_rope_BTR
 
+    def _whole(self, q_BTHK, kept):
+        absorbed = absorbs(self.config)
+        return self._whole_absorbed(q_BTHK, *kept) if absorbed else super()._whole(q_BTHK, kept)
+
     def _operands(self, q_BTHK, kept):
         a, (c_BTLC, k_rope_BTR) = self.config, kept
         B, T = c_BTLC.shape[:2]
@@ -89,6 +97,29 @@ class LatentAttention(Attention):
             jnp.concatenate([self._up(c_BTLC, self.k_up.kernel[...]), rope_BTPR], axis=-1)
         )
         return q_BTPK, k_BTPK, self._by_branch_head(self._up(c_BTLC, self.v_up.kernel[...]))
+
+    def _whole_absorbed(self, q_BTHK, c_BTLC, k_rope_BTR):
+        """The same without a key or value of any branch head: each latent is a key/value head."""
+        a, (B, T, H, _) = self.config, q_BTHK.shape
+        # As in `_ask`; the branches of a head are columns of one product.
+        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+        q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
+        k_up_bHCK = self.k_up.kernel[...].reshape(a.branches, H, -1, a.nope_dim)
+        if JOINED_BRANCHES:
+            q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
+        else:
+            q_nope_BTPK = jnp.tile(q_nope_BTHK, (1, 1, a.branches, 1))
+            q_BTPC = weigh(q_nope_BTPK, self.k_up.kernel[...], "btpk,pck->btpc")
+            q_BTbHC = q_BTPC.reshape(B, T, a.branches, H, -1)
+        rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
+        q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
+        k_BTJX = heads.repeat_for_mesh(heads.with_shared(c_BTLC, k_rope_BTR), self.mesh)
+        z_BTPC = self._to_itself(
+            self._by_branch_head(q_BTbHX.reshape(B, T, a.branches * H, -1)),
+            k_BTJX,
+            heads.repeat_for_mesh(c_BTLC, self.mesh),
+        )
+        return self._joined(z_BTPC)
 
     def _entries(self, kept):
         c_BTLC, k_rope_BTR = kept
@@ -164,23 +195,36 @@ class LatentAttention(Attention):
 
     def _up(self, c_BTLC, kernel_PCK):
         """Keys or values of every branch head from its latent head."""
-        (B, T, L, C), kernel_PCK = c_BTLC.shape, kernel_PCK.astype(c_BTLC.dtype)
-        up_BTLHK = jnp.einsum(
-            "btlc,lhck->btlhk",
-            c_BTLC,
-            kernel_PCK.reshape(L, -1, C, kernel_PCK.shape[-1]),
-            precision=precision(c_BTLC.dtype),
-        )
-        return up_BTLHK.reshape(B, T, kernel_PCK.shape[0], -1)
+        B, T, L, C = c_BTLC.shape
+        kernel_LHCK = kernel_PCK.reshape(L, -1, C, kernel_PCK.shape[-1])
+        return weigh(c_BTLC, kernel_LHCK, "btlc,lhck->btlhk").reshape(B, T, len(kernel_PCK), -1)
 
     def _by_branch_head(self, x_BTPK):
         return sharding.constrain(x_BTPK, self.mesh, "batch", "length", "latent_heads", "head_dim")
 
     def _sum(self, o_BTPK):
         """Of the branches, with the factor that keeps its variance."""
-        a, (B, T) = self.config, o_BTPK.shape[:2]
-        o_BTHK = o_BTPK.reshape(B, T, a.branches, a.num_heads, a.value_dim)
-        return o_BTHK.sum(2) * self.branch_factor
+        (B, T, _, K), (ways, heads) = o_BTPK.shape, self._parts()
+        o_BTwbHK = o_BTPK.reshape(B, T, ways, -1, heads, K)
+        return self._by_part(o_BTwbHK.sum(3) * self.branch_factor)
+
+    def _joined(self, z_BTPC):
+        """As `_answer`, the sum over branches being that of one product."""
+        if not JOINED_BRANCHES:
+            return self._sum(weigh(z_BTPC, self.v_up.kernel[...], "btpc,pck->btpk"))
+        (B, T, _, C), (ways, heads) = z_BTPC.shape, self._parts()
+        v_up_wbHCK = self.v_up.kernel[...].reshape(ways, -1, heads, C, self.config.value_dim)
+        z_BTwbHC = z_BTPC.reshape(B, T, ways, -1, heads, C)
+        o_BTwHK = weigh(z_BTwbHC, v_up_wbHCK, "btwrhc,wrhck->btwhk")
+        return self._by_part(o_BTwHK * self.branch_factor)
+
+    def _parts(self):
+        """The branch heads are so many parts, of which each adds up branches of so many heads."""
+        return 1, self.config.num_heads
+
+    def _by_part(self, o_BTwHK):
+        B, T, ways, heads, K = o_BTwHK.shape
+        return o_BTwHK.reshape(B, T, ways * heads, K)
 
 
 def absorbs(a: LatentConfig) -> bool:

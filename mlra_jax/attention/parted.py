@@ -56,12 +56,12 @@ class PartedLatentAttention(LatentAttention):
     def _by_head(self, x_BTHK):
         return x_BTHK
 
-    def _sum(self, o_BTPK):
-        (B, T), ways = o_BTPK.shape[:2], sharding.size(self.mesh, sharding.MODEL)
-        n = part_heads(self.config, ways).shape[1]
-        o_BTwbnK = o_BTPK.reshape(B, T, ways, -1, n, self.config.value_dim)
-        o_BTPK = o_BTwbnK.sum(3).reshape(B, T, ways * n, -1) * self.branch_factor
-        return self._by_branch_head(o_BTPK)
+    def _parts(self):
+        ways = sharding.size(self.mesh, sharding.MODEL)
+        return part_heads(self.config, ways).shape
+
+    def _by_part(self, o_BTwHK):
+        return self._by_branch_head(super()._by_part(o_BTwHK))
 
 
 def part_columns(kernel: jnp.ndarray, a: LatentConfig, ways: int, axis: int) -> jnp.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
-from mlra_jax import sharding
+from mlra_jax import remat, sharding
 from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
 from mlra_jax.kernels.softmax import merge, merge_partials
 
@@ -18,14 +18,24 @@ Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def whole_sequence(
-    q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array, *, scale: float, mesh: Mesh
+    q_BTHK: jax.Array,
+    k_BTJK: jax.Array,
+    v_BTJV: jax.Array,
+    *,
+    scale: float,
+    mesh: Mesh,
+    implementation: str = "auto",
 ) -> jax.Array:
-    """Causal attention of a sequence to itself, `[B, T, H, V]`.
+    """Causal attention of a sequence to itself, `[B, T, H, V]`, named for `remat`.
 
     Batch and heads are split over `mesh` as the table in `sharding` says; H and J must divide.
     """
-    name = implementation_for(mesh.devices.flat[0], q_BTHK.dtype)
-    local = functools.partial(causal_attention, scale=scale, implementation=name)
+    if implementation == "auto":
+        widths = q_BTHK.shape[-1], v_BTJV.shape[-1]
+        implementation = implementation_for(mesh.devices.flat[0], q_BTHK.dtype, *widths)
+    local = functools.partial(
+        causal_attention, scale=scale, implementation=implementation, name=remat.ATTENTION
+    )
     if mesh.size == 1:
         return local(q_BTHK, k_BTJK, v_BTJV)
     split = sharding.spec("batch", "length", "heads", "head_dim")

@@ -13,6 +13,7 @@ from mlra_jax.data.sources import Source, Windows, fingerprint, load_source
 from mlra_jax.data.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]
+ORDERS = ("shuffled", "sequential")
 
 
 class TrainIterator(Iterator[Batch]):
@@ -37,10 +38,11 @@ class TrainIterator(Iterator[Batch]):
         """Goes to where `get_state` was called.
 
         Raises:
-          ValueError: the state is of other data, or of another batch, window size or seed.
+          ValueError: the state is of other data, or of another batch, window size, order or seed.
         """
+        before = {"order": "shuffled"} | state["data"]
         for key, value in self._identity.items():
-            saved = state["data"].get(key)
+            saved = before.get(key)
             if key == "content" and saved is None:
                 continue  # Runs begun before it was noted have the fingerprint only.
             if saved != value:
@@ -88,16 +90,17 @@ def make_train_iterator(
     context_length: int,
     global_batch: int,
     seed: int,
+    order: str = "shuffled",
     process_index: int = 0,
     process_count: int = 1,
     validation: str | None = None,
     validation_fraction: float = 0.05,
     prefetch: int = 0,
 ) -> TrainIterator:
-    """Shuffled windows without end, in another order each epoch.
+    """Windows without end, shuffled anew each epoch or one after the other.
 
-    The stream of global batches depends on the data, `context_length`, `global_batch` and `seed`
-    alone: process p of n reads rows p·B/n to (p+1)·B/n of it. A batch may span two epochs.
+    The stream of global batches depends on the data, `context_length`, `global_batch`, `order` and
+    `seed` alone: process p of n reads rows p·B/n to (p+1)·B/n of it. A batch may span two epochs.
 
     Args:
       source: a spec or an open source, see `sources.load_source` for it and for `tokenizer`,
@@ -105,6 +108,7 @@ def make_train_iterator(
       context_length: T.
       global_batch: B, the sequences of all processes together.
       seed: 0 to 2**32 - 1, of the shuffling.
+      order: one of `ORDERS`.
       process_index, process_count: `jax.process_index()`, `jax.process_count()`.
       prefetch: batches to read ahead in threads; 0 reads when asked.
 
@@ -122,13 +126,16 @@ def make_train_iterator(
     rows = _rows(global_batch, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise ValueError(f"the data seed must be 0 to 2**32 - 1, not {seed}")
+    if order not in ORDERS:
+        raise ValueError(f"the order is {order!r}, expected one of {', '.join(ORDERS)}")
     train = _open(source, tokenizer, vocab_size, validation, validation_fraction).train
     windows = Windows(train, context_length, vocab_size)
     # Indices are shuffled and batched for all processes, tokens read for this one's rows only.
+    indices = grain.MapDataset.range(len(windows))
+    if order == "shuffled":
+        indices = indices.shuffle(seed)
     dataset = (
-        grain.MapDataset.range(len(windows))
-        .shuffle(seed)
-        .repeat()
+        indices.repeat()
         # Without end there is no remainder; asked to count one, Grain overflows for a batch of one.
         .batch(global_batch, drop_remainder=True)
         .map(lambda indices: _read(windows, indices[rows]))
@@ -140,6 +147,7 @@ def make_train_iterator(
         "content": arrays_identity([segment.tokens for segment in train]),
         "context_length": context_length,
         "global_batch": global_batch,
+        "order": order,
         "seed": seed,
     }
     return TrainIterator(iter(dataset.to_iter_dataset(options)), identity)

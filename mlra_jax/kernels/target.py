@@ -27,8 +27,8 @@ def int32_indices(kernel: Callable) -> Callable:
     @functools.wraps(kernel)
     def traced(*arrays, **settings):
         with jax.enable_x64(False):
-            narrow = [x.astype(jnp.int32) if x.dtype == jnp.int64 else x for x in arrays]
-            return kernel(*narrow, **settings)
+            narrow = lambda x: x.astype(jnp.int32) if x.dtype == jnp.int64 else x
+            return kernel(*jax.tree.map(narrow, arrays), **settings)
 
     return traced
 

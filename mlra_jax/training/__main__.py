@@ -1,7 +1,8 @@
 """Train a model: `mlra-train --config=configs/NAME.py --workdir=DIR [--config.key=value ...]`.
 
 Without `--config.key` every setting is that of the file; `DIR/experiment.json` keeps what was used.
-The same command goes on where the last checkpoint of DIR stands.
+The same command goes on where the last checkpoint of DIR stands. On GPUs 95% of the memory are
+reserved; XLA_CLIENT_MEM_FRACTION in the environment says otherwise.
 """
 
 import os
@@ -13,11 +14,13 @@ import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from mlra_jax.command import Parser, Switch, run, use_cpu
+from mlra_jax.command import Parser, Switch, claim_gpu_memory, run, use_cpu
 from mlra_jax.settings_tree import closest, flatten, meant
 from mlra_jax.training import reference
 from mlra_jax.training.loop import train
 from mlra_jax.training.settings import Experiment
+
+GPU_MEMORY = 0.95
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         experiment = Experiment.from_dict(settings.to_dict())
         if experiment.virtual_cpu_devices:
             use_cpu(experiment.virtual_cpu_devices)
+        claim_gpu_memory(GPU_MEMORY)
         _join_processes(flags)
         train(experiment, flags.workdir, say=lambda line: print(line, flush=True))
 

@@ -10,7 +10,12 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.data.pipeline import TrainIterator, make_train_iterator, make_validation_batches
+from mlra_jax.data.pipeline import (
+    ORDERS,
+    TrainIterator,
+    make_train_iterator,
+    make_validation_batches,
+)
 from mlra_jax.data.sources import Source, load_source
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.training.settings import DataSettings
@@ -68,11 +73,10 @@ class Feed:
     rows: int
     model: ModelConfig
 
-    def train(self, source: Source, seed: int) -> "TrainBatches":
-        """Shuffled batches without end, read ahead."""
-        return TrainBatches(
-            self, make_train_iterator(source, seed=seed, prefetch=2, **self._sizes())
-        )
+    def train(self, source: Source, seed: int, order: str = ORDERS[0]) -> "TrainBatches":
+        """Batches without end in one of `data.pipeline.ORDERS`, read ahead."""
+        how = dict(seed=seed, order=order, prefetch=2)
+        return TrainBatches(self, make_train_iterator(source, **how, **self._sizes()))
 
     def validation(self, source: Source, max_tokens: int) -> "ValidationBatches":
         """The held-out windows in order, at most `max_tokens` of them, at each iteration."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,9 +20,10 @@ from mlra_jax.data.sources import describe
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training import record, start
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
+from mlra_jax.training.fitting import compile_step
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
-from mlra_jax.training.saver import Saver, only_run
+from mlra_jax.training.saver import Best, Saver, only_run
 from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
@@ -33,8 +35,8 @@ Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
-    Leaves in `workdir`: `checkpoints/`, `experiment.json`, `metrics.jsonl`, `tensorboard/`,
-    `loss_curve.png`. With several processes all must see the same `workdir`. SIGTERM and Ctrl-C
+    Leaves in `workdir`: `checkpoints/`, `best/` if asked, `experiment.json`, `metrics.jsonl`,
+    `tensorboard/`, `loss_curve.png`. With several processes all must see it. SIGTERM and Ctrl-C
     save and return. Losses, data order and checkpoints depend on the settings alone.
 
     Args:
@@ -55,7 +57,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     model, data = experiment.model, experiment.data
     abstract = abstract_state(experiment, mesh)
     tokenizer, source = load_data(data, model.vocab_size)
-    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed)
+    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
     with contextlib.ExitStack() as until_the_end:
@@ -66,6 +68,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         changes = record.changes(workdir, experiment) if step else []
         description = checkpoints.describe(model, tokenizer)
         saver = enter(Saver(workdir, experiment.keep, description, lock))
+        best = enter(Best(workdir, description)) if experiment.keep_best else None
         stop = enter(StopSignals())
         if step >= experiment.steps:
             say(f"{workdir} is already at step {step} of {experiment.steps}")
@@ -79,14 +82,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
-            compute, seconds_to_compile = _compile(make_train_step(experiment, mesh), state, batch)
-            say(
-                f"{_parameters(state):,} parameters on {_described(mesh)}, "
-                f"{experiment.tokens_per_step:,} tokens a step, "
-                f"compiled in {seconds_to_compile:.0f} s"
-            )
-            if sharding.platform(mesh) == "cpu":
-                compute = _one_at_a_time(compute)
+            compute = _compiled(experiment, mesh, state, batch, say)
             progress = Progress(
                 steps=experiment.steps,
                 step=step,
@@ -103,9 +99,13 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 batches=batches,
                 validate=lambda params: mean_loss(validate, params, held_out),
                 saver=saver,
+                best=best,
                 progress=progress,
                 stop=stop,
             )
+            if experiment.validate_first and step == 0:
+                loop.check(state)
+                progress.restart_interval()
             if loop.run(state, batch):
                 say(f"stopped and saved at step {progress.step}; the same command resumes")
         if first:
@@ -153,6 +153,7 @@ class _Loop:
     batches: TrainBatches
     validate: Callable[[Any], tuple[float, int]]
     saver: Saver
+    best: Best | None
     progress: Progress
     stop: StopSignals
 
@@ -172,16 +173,27 @@ class _Loop:
                 self.progress.log(values)
             # What is written for a step is on the disk before its checkpoint, which is where a
             # killed run goes on.
-            if check:
-                self.progress.validated(*self.validate(state.params))
-            if save:
-                self.saver.save(step, state, position, self.progress.seconds)
+            loss = self.check(state) if check else math.inf
+            best = self.best if self.best and self.best.beaten_by(loss) else None
+            if save or best:
+                with self.progress.timed("save_seconds"):
+                    if best:
+                        best.save(step, state.params, loss)
+                    if save:
+                        self.saver.save(step, state, position, self.progress.seconds)
             if last or stop:
                 self.saver.finish()
                 return not last
-            batch = next(self.batches)
+            with self.progress.timed("input_seconds"):
+                batch = next(self.batches)
             if log or check or save:
                 self.progress.restart_interval()
+
+    def check(self, state: TrainState) -> float:
+        """The mean loss over what is held out, which is reported."""
+        loss, tokens = self.validate(state.params)
+        self.progress.validated(loss, tokens)
+        return loss
 
 
 def _checked_workdir(workdir: str | Path) -> Path:
@@ -253,15 +265,24 @@ def _begin(
     return contextlib.closing(MetricsWriter(workdir, step, say))
 
 
-def _compile(step: Any, state: TrainState, batch: Batch) -> tuple[Compute, float]:
-    """The compiled step, and the seconds it took."""
+def _compiled(
+    experiment: Experiment,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
+    say: Callable[[str], None],
+) -> Compute:
+    """The compiled step; says what it is of and how long that took."""
     began = time.monotonic()
-    compiled = step.lower(state, batch).compile()
-    return compiled, time.monotonic() - began
-
-
-def _one_at_a_time(compute: Compute) -> Compute:
-    """Many CPU devices share few threads: more than one step under way could starve another."""
+    compute = compile_step(make_train_step, experiment, mesh, (state, batch), say)
+    say(
+        f"{_parameters(state):,} parameters on {_described(mesh)}, "
+        f"{experiment.tokens_per_step:,} tokens a step, "
+        f"compiled in {time.monotonic() - began:.0f} s"
+    )
+    if sharding.platform(mesh) != "cpu":
+        return compute
+    # Many CPU devices share few threads: more than one step under way could starve another.
     return lambda state, batch: jax.block_until_ready(compute(state, batch))
 
 

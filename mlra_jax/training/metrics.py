@@ -25,7 +25,7 @@ class MetricsWriter:
     Args:
       workdir: an existing folder.
       step: the step from which the run goes on; what was written after it by a run that was
-        killed is dropped, so that no step appears twice.
+        killed is dropped, so that no step appears twice. Before the first it is 0.
       say: prints one note for each damaged line, which moves to `metrics.jsonl.damaged`.
     """
 
@@ -41,7 +41,7 @@ class MetricsWriter:
                 os.fsync(file.fileno())
             for number, _ in damaged:
                 say(f"{path}, line {number}: damaged; set aside in {aside.name}")
-        kept = [line for line in lines if line["step"] <= step]
+        kept = [line for line in lines if line["step"] <= step] if step else []
         with whole_file(path) as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = path.open("a")

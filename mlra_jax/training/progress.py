@@ -1,8 +1,9 @@
 """Where a run stands and how fast it is: lines for people, numbers for the metrics file."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from mlra_jax.training.metrics import MetricsWriter
 
@@ -41,6 +42,7 @@ class Progress:
         self._say, self._writer = say, writer
         self._began = self._interval_began = time.monotonic()
         self._interval_step = step
+        self._waits = {"input_seconds": 0.0, "save_seconds": 0.0}
 
     @property
     def seconds(self) -> float:
@@ -51,6 +53,13 @@ class Progress:
         """One more step is done; its number."""
         self.step += 1
         return self.step
+
+    @contextlib.contextmanager
+    def timed(self, wait: str) -> Iterator[None]:
+        """Counts what it encloses as `input_seconds` or `save_seconds` of the next line."""
+        began = time.monotonic()
+        yield
+        self._waits[wait] += time.monotonic() - began
 
     def restart_interval(self) -> None:
         """What was done since the last steps, a pause to report or save, is not their speed."""
@@ -68,6 +77,8 @@ class Progress:
             line += f"  MFU {values['model_flops_utilization']:.1%}"
         pace = (now - self._began) / (self.step - self._first_step)
         left = format_duration(pace * (self._steps - self.step))
+        values |= self._waits
+        self._waits = dict.fromkeys(self._waits, 0.0)
         values["seconds"] = self._seconds_before + now - self._began
         self._report(f"{line}  {left} left", values)
 

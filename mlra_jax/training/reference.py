@@ -10,7 +10,9 @@ from typing import Any
 
 from mlra_jax import config, execution
 from mlra_jax.config import KINDS, LatentConfig, ModelConfig
-from mlra_jax.execution import DTYPES, Execution
+from mlra_jax.data.pipeline import ORDERS
+from mlra_jax.data.token_file import FORMATS
+from mlra_jax.execution import ATTENTION_KERNELS, DTYPES, REMAT, Execution
 from mlra_jax.training import settings
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
@@ -21,6 +23,12 @@ is given as `--config.NAME=VALUE` to `train.py`, or in a file of `configs/`. Def
 paper's; what has none comes from the model's preset. A number outside its range is refused in one
 line.
 """
+_WORDS = {
+    "attention_kernel": ATTENTION_KERNELS,
+    "order": ORDERS,
+    "remat": REMAT,
+    "token_format": FORMATS,
+}
 _TABLE = "| name | default | range | meaning |\n|---|---|---|---|"
 
 
@@ -78,14 +86,14 @@ def text() -> str:
 def _fields(cls: Any, prefix: str) -> list[Setting]:
     found = []
     for field in dataclasses.fields(cls):
-        if field.type not in (int, float, str, bool):
+        if field.type not in (int, float, str, bool, str | bool):
             continue
         said = _documented()
         meaning = said.get((cls.__name__, field.name)) or said["LatentConfig", field.name]
         default = "" if field.default is dataclasses.MISSING else f"{field.default!r}"
         within, meaning = _range(field.type, meaning)
-        if field.name.endswith("dtype"):
-            within = ", ".join(DTYPES)
+        words = DTYPES if field.name.endswith("dtype") else _WORDS.get(field.name)
+        within = ", ".join(words) if words else within
         found.append(Setting(prefix + field.name, default.replace("'", '"'), within, meaning))
     return found
 

@@ -1,6 +1,7 @@
-"""The checkpoints of a run, by one run at a time; the line that names the last good one."""
+"""The checkpoints of a run, by one run at a time; which was the last good one, and the best one."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mlra_jax.training.progress import TrainingError
 from mlra_jax.training.state import TrainState
 
 _MESSAGE_BYTES = 1024
+BEST_FOLDER = "best"
 
 
 class Saver:
@@ -100,6 +102,42 @@ class Saver:
         if not steps:
             return "none was saved before"
         return str(self._workdir / checkpoints.SUBFOLDER / str(steps[-1]))
+
+
+class Best:
+    """Keeps the weights of the lowest validation loss in `workdir/best`, a checkpoint like others.
+
+    Only better ones take their place, also when the run is stopped and goes on.
+    """
+
+    def __init__(self, workdir: Path, description: dict[str, Any]):
+        self._folder, self._description = workdir / BEST_FOLDER, description
+        self._manager = checkpoints.make_manager(self._folder, keep=1)
+        self._lowest = math.inf
+        if checkpoints.finished_steps(self._folder):
+            found = checkpoints.open_checkpoint(self._folder)
+            self._lowest = found.read_json("progress")["validation_loss"]
+
+    def __enter__(self) -> "Best":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def beaten_by(self, loss: float) -> bool:
+        return loss < self._lowest
+
+    def save(self, step: int, params: Any, loss: float) -> None:
+        """Begins to write the weights of step `step`; they may be donated when this returns."""
+        self._lowest = loss
+        # Of a run that was killed and goes on from before them: Orbax would keep those.
+        for later in checkpoints.finished_steps(self._folder):
+            if later >= step:
+                self._manager.delete(later)
+        progress = {"step": step, "validation_loss": loss}
+        model = self._description
+        checkpoints.save(self._manager, step, params=params, model=model, progress=progress)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mlra_jax.config import ModelConfig
+from mlra_jax.data.pipeline import ORDERS
 from mlra_jax.data.token_file import FORMATS
-from mlra_jax.settings_tree import at_least, build, check_kinds, require, within
+from mlra_jax.execution import dtype_name
+from mlra_jax.settings_tree import among, at_least, build, check_kinds, require, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +56,15 @@ class DataSettings:
     """Sequences of `model.context_length` tokens in one step, over all devices."""
     accumulate: int = 1
     """Parts in which a step's batch is computed, one after the other, to save memory."""
+    order: str = "shuffled"
+    """Of the windows: `shuffled`, anew each epoch, or `sequential`, as they stand in the files."""
 
     def __post_init__(self):
         at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
         check_kinds(self, "data.")
         require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
-        require(
-            self.token_format in FORMATS,
-            f"data.token_format={self.token_format!r} is none of {', '.join(FORMATS)}",
-        )
+        among(ORDERS, self, "order", "data.")
+        among(FORMATS, self, "token_format", "data.")
         within(self, "data.", validation_fraction="(0, 1)")
 
     @property
@@ -92,6 +94,9 @@ class OptimizerSettings:
     clip_norm: float = 1.0
     """In [0, inf); largest norm of all gradients together, in (0, inf), or 0: nothing is
     clipped."""
+    moment_dtype: str = ""
+    """In which both means are kept between steps, which compute in float32; empty: all in the dtype
+    of the parameters."""
 
     def __post_init__(self):
         at_least(0, self, "optimizer.", "warmup_steps")
@@ -105,6 +110,9 @@ class OptimizerSettings:
             eps="(0, inf)",
             weight_decay="[0, inf)",
         )
+        if self.moment_dtype:
+            name = dtype_name(self.moment_dtype, "optimizer.moment_dtype")
+            object.__setattr__(self, "moment_dtype", name)
         at_least(0, self, "optimizer.", "clip_norm")
         if self.clip_norm:
             within(self, "optimizer.", clip_norm="(0, inf)")
@@ -134,6 +142,10 @@ class Experiment:
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
     virtual_cpu_devices: int = 0
     """From 0 on; if not 0, train on this many virtual devices of the CPU."""
+    validate_first: bool = False
+    """Validate before the first step, too."""
+    keep_best: bool = False
+    """Keep the weights of the lowest validation loss besides, a checkpoint in `workdir/best`."""
     init_from: str = ""
     """Folder of a run or of a converted checkpoint: a new run takes its weights, and nothing
     else, from there. A run that goes on does not look at it."""
@@ -143,6 +155,7 @@ class Experiment:
             1, self, "", "steps", "log_every", "validate_every", "save_every", "keep", "loss_chunk"
         )
         at_least(0, self, "", "seed", "virtual_cpu_devices")
+        check_kinds(self, "")
         require(self.steps < 2**31, f"steps={self.steps} must lie in [1, 2**31)")
         require(self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(

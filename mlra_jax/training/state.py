@@ -39,7 +39,7 @@ def make_optimizer_state(experiment: Experiment, params: Any) -> Any:
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the state; the mesh's devices need not exist here.
+    """Shapes and shardings of a run's state; the mesh's devices need not exist here.
 
     The optimizer's moments lie where their parameters lie; counters are on every device.
     """
@@ -70,9 +70,6 @@ def create_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
     # What runs once needs no optimising: on a CPU this spares most of the compilation.
     options = {"xla_backend_optimization_level": 1} if sharding.platform(mesh) == "cpu" else None
-    create = jax.jit(
-        lambda: initial_state(experiment, mesh, experiment.seed),
-        out_shardings=shardings,
-        compiler_options=options,
-    )
-    return create()
+
+    create = lambda: initial_state(experiment, mesh, experiment.seed)
+    return jax.jit(create, out_shardings=shardings, compiler_options=options)()

@@ -1,5 +1,6 @@
 """One training step: loss, gradients (in parts if asked), AdamW."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -18,36 +19,68 @@ from mlra_jax.training.state import TrainState, abstract_state
 def loss_sum(model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
     """Cross-entropy in nats, summed over all tokens of `batch`, float32 scalar.
 
-    The logits of `chunk` positions exist at a time, in the backward pass too (where they are
-    computed again); a last, shorter chunk takes what is left.
+    The logits of `chunk` positions exist at a time, and once: where a gradient is asked for, it is
+    computed beside the loss. A last, shorter chunk takes what is left.
 
     Args:
-      model: with `hidden` and `logits`.
+      model: with `hidden`, and `embed` whose `logits` are taken of it.
       batch: `inputs` and `targets`, int32 [B, T]; if it has `weights`, float32 [B, T], each
         token's loss is multiplied by its own.
       chunk: positions per chunk.
     """
+    definition, head = nnx.split(model.embed)
 
-    @jax.checkpoint
-    def chunk_sum(x_BTD, targets_BT, weights_BT):
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(model.logits(x_BTD), targets_BT)
+    def chunk_sum(x_BTD, head, targets_BT, weights_BT):
+        logits_BTV = nnx.merge(definition, head).logits(x_BTD)
+        losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
         return losses_BT.sum() if weights_BT is None else (losses_BT * weights_BT).sum()
 
-    arrays = (model.hidden(batch["inputs"]), batch["targets"], batch.get("weights"))
-    whole = batch["targets"].shape[1] // chunk
+    x_BTD, known = model.hidden(batch["inputs"]), (batch["targets"], batch.get("weights"))
+    return _sum_of_chunks(chunk_sum, chunk, x_BTD, head, known)
 
-    def chunks(array):
-        cut = array[:, : whole * chunk]
-        return jnp.moveaxis(cut.reshape(array.shape[0], whole, chunk, *array.shape[2:]), 1, 0)
 
-    total, _ = jax.lax.scan(
-        lambda total, arrays: (total + chunk_sum(*arrays), None),
-        jnp.zeros((), jnp.float32),
-        jax.tree.map(chunks, arrays),
-    )
-    if whole * chunk < batch["targets"].shape[1]:
-        total += chunk_sum(*jax.tree.map(lambda array: array[:, whole * chunk :], arrays))
-    return total
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_of_chunks(chunk_sum, chunk, x_BTD, head, known):
+    add = lambda total, x, *known: (total + chunk_sum(x, head, *known), None)
+    return _over_chunks(add, chunk, jnp.zeros((), jnp.float32), (x_BTD, *known))[0]
+
+
+def _sum_and_gradients(chunk_sum, chunk, x_BTD, head, known):
+    """The sum, and its gradients of `x_BTD` and, added up in float32, of `head`."""
+
+    def add(sums, x, *known):
+        total, (x_slope, slope) = jax.value_and_grad(chunk_sum, (0, 1))(x, head, *known)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, (total, slope)), x_slope
+
+    none = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
+    sums = (jnp.zeros((), jnp.float32), none)
+    (total, head_slope), x_slope = _over_chunks(add, chunk, sums, (x_BTD, *known))
+    return total, (x_slope, jax.tree.map(lambda s, p: s.astype(p.dtype), head_slope, head))
+
+
+def _scaled(chunk_sum, chunk, gradients, slope):
+    scale = lambda x: (x.astype(jnp.float32) * slope).astype(x.dtype)
+    return *jax.tree.map(scale, gradients), None
+
+
+_sum_of_chunks.defvjp(_sum_and_gradients, _scaled)
+
+
+def _over_chunks(step, chunk: int, carry, arrays):
+    """As `jax.lax.scan` of `step(carry, *arrays)`, over chunks of the T of `[B, T, ...]`."""
+    B, T = arrays[0].shape[:2]
+    whole = T // chunk
+
+    def cut(array):
+        array = array[:, : whole * chunk]
+        return jnp.moveaxis(array.reshape(B, whole, chunk, *array.shape[2:]), 1, 0)
+
+    carry, made = jax.lax.scan(lambda c, a: step(c, *a), carry, jax.tree.map(cut, arrays))
+    made = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(B, -1, *y.shape[3:]), made)
+    if whole * chunk < T:
+        carry, last = step(carry, *jax.tree.map(lambda array: array[:, whole * chunk :], arrays))
+        made = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), made, last)
+    return carry, made
 
 
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -108,13 +141,14 @@ def train_step(experiment: Experiment, mesh: Mesh):
     def step(state: TrainState, batch):
         compute = jax.value_and_grad(loss_of) if parts == 1 else accumulated
         loss, gradients = compute(state.params, batch)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        params = optax.apply_updates(state.params, updates)
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics
 
     return step

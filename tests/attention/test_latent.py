@@ -1,15 +1,21 @@
 """The latent family: decoding against whole passes, sharding, what positions mean."""
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from decoding import decoding_error
+from flax import nnx
 from tiny import LATENT as MEMBERS
 from tiny import SIZES
 
 from mlra_jax import model as models
-from mlra_jax.config import ConfigError, LatentConfig
+from mlra_jax.attention import latent, sharded
+from mlra_jax.config import ConfigError, LatentConfig, preset
 from mlra_jax.sharding import make_mesh
 
 MESHES = [(1, 1), (1, 4), (2, 2), (4, 2)]
@@ -39,6 +45,74 @@ def test_decoding_through_several_layers_two_tokens_at_a_time():
 def test_an_unpublished_member():
     three_by_two = LatentConfig(groups=3, branches=2, **SIZES | dict(num_heads=6))
     assert decoding_error(three_by_two, 2, 1) < 1e-5
+
+
+WIDTHS = dict(num_heads=8, latent_dim=32, q_latent_dim=24, nope_dim=8, rope_dim=6)
+"""As published: MLRA's latents are as wide as a head's key, and so are GLA-4's."""
+
+
+def whole_and_gradients(config, mesh):
+    """Logits of a sequence, and the gradients of all weights for a random weighting of them."""
+    model = tiny.random_model(config, mesh)
+    definition, params = nnx.split(model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, tiny.VOCAB, (2, 9), np.int32)
+    wanted = rng.standard_normal((2, 9, tiny.VOCAB)).astype(np.float32)
+
+    def total(params):
+        logits = nnx.merge(definition, params)(tokens)
+        return (logits * wanted).sum(), logits
+
+    return jax.device_get(jax.jit(jax.grad(total, has_aux=True))(params))
+
+
+@functools.cache
+def materialised(member):
+    """Logits and gradients by keys and values of all branch heads."""
+    config = tiny.config(dataclasses.replace(MEMBERS[member], **WIDTHS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent, "absorbs", lambda a: False)
+        return whole_and_gradients(config, make_mesh())
+
+
+@pytest.mark.parametrize(
+    "member, sizes, joined",
+    [
+        ("mlra_4", dict(data=2, tensor=4), True),
+        ("mlra_2", dict(tensor=8), True),
+        ("mlra_2", dict(tensor=2), False),
+    ],
+)
+def test_trained_in_absorbed_form_as_with_keys_and_values_of_all_heads(
+    monkeypatch, member, sizes, joined
+):
+    monkeypatch.setattr(latent, "JOINED_BRANCHES", joined)
+    config = tiny.config(dataclasses.replace(MEMBERS[member], **WIDTHS))
+    assert latent.absorbs(config.attention)
+    gradients, logits = whole_and_gradients(config, make_mesh(**sizes))
+    plain_gradients, plain = materialised(member)
+    assert tiny.relative_error(logits, plain) < 2e-6
+    for got, want in zip(*map(jax.tree.leaves, (gradients, plain_gradients)), strict=True):
+        assert tiny.relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("member, absorbed", [("mlra_4", True), ("gla_4", True), ("gla_2", False)])
+def test_what_whole_sequences_attend_to_is_chosen_by_widths(monkeypatch, member, absorbed):
+    """Of the published sizes: latents and rotary keys, or keys and values of every head."""
+    config, mesh = preset(member), make_mesh()
+    seen = []
+
+    def attend(q, k, v, **_):
+        seen.append((q.shape[2:], k.shape[2:], v.shape[2:]))
+        return q[..., : v.shape[-1]]
+
+    monkeypatch.setattr(sharded, "whole_sequence", attend)
+    definition, shapes = models.structure(config, mesh)
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    jax.eval_shape(lambda p, t: nnx.merge(definition, p).hidden(t), shapes, tokens)
+    branch_heads = 24 * config.attention.branches
+    keys = 4 if absorbed else branch_heads
+    assert set(seen) == {((branch_heads, 192), (keys, 192), (keys, 128))}
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,23 @@ def test_each_epoch_has_every_window_once_in_another_order(source):
     assert sorted(epochs[0]) != epochs[0]
 
 
+def test_windows_may_come_as_they_stand_in_the_files(source):
+    iterator = train(source, batch=8, order="sequential")
+    for _ in range(2):
+        rows = [row for batch in take(iterator, 5) for row in batch["inputs"].tolist()]
+        starts = [*range(0, 200 - LENGTH, LENGTH), *range(200, 331 - LENGTH, LENGTH)]
+        assert rows == [TOKENS[start : start + LENGTH].tolist() for start in starts]
+    state = iterator.get_state()
+    with pytest.raises(ValueError, match="order was sequential in the saved run and is shuffled"):
+        train(source, batch=8).set_state(state)
+    # Runs of before there was a choice were shuffled.
+    shuffled = train(source).get_state()
+    del shuffled["data"]["order"]
+    train(source).set_state(shuffled)
+    with pytest.raises(ValueError, match="'backward', expected one of shuffled, sequential"):
+        train(source, order="backward")
+
+
 def test_the_stream_is_a_function_of_the_seed(source):
     assert same(take(train(source), 9), take(train(source), 9))
     assert not same(take(train(source), 9), take(train(source, seed=4), 9))

@@ -1,17 +1,20 @@
 """Causal attention: plain JAX against NumPy, how it is split over devices, and the libraries'."""
 
 import functools
+import re
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as library
 from jax.experimental.pallas import tpu as pltpu
 from jaxprs import HIGHEST, equations, products
 
 from mlra_jax import sharding
 from mlra_jax.attention import sharded
+from mlra_jax.execution import ATTENTION_KERNELS
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import api, causal_attention, reference
 
@@ -126,28 +129,87 @@ def test_batch_and_heads_over_a_mesh(sizes):
     assert out.addressable_shards[0].data.shape == (2 // rows, 19, 6 // heads, 6)
 
 
+H100, A100 = (
+    types.SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {chip}") for chip in ("H100", "A100")
+)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """cuDNN's version and the GPU, where there are none."""
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(library, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(library, "is_cuda_compute_capability_equal", lambda _: False)
+
+
 @pytest.mark.parametrize(
-    "platform, dtype, chosen",
+    "device, dtype, chosen",
     [
-        ("gpu", jnp.bfloat16, "cudnn"),
-        ("cuda", jnp.float16, "cudnn"),
-        ("gpu", jnp.float32, "reference"),
-        ("tpu", jnp.bfloat16, "splash"),
-        ("tpu", jnp.float32, "splash"),
-        ("cpu", jnp.bfloat16, "reference"),
+        (H100, jnp.bfloat16, "cudnn"),
+        (A100, jnp.bfloat16, "cudnn_padded"),
+        (types.SimpleNamespace(platform="cuda", device_kind="NVIDIA H200"), jnp.float16, "cudnn"),
+        (H100, jnp.float32, "reference"),
+        (types.SimpleNamespace(platform="tpu"), jnp.bfloat16, "splash"),
+        (types.SimpleNamespace(platform="tpu"), jnp.float32, "splash"),
+        (types.SimpleNamespace(platform="cpu"), jnp.bfloat16, "reference"),
     ],
 )
-def test_the_platform_chooses(monkeypatch, platform, dtype, chosen):
-    device = types.SimpleNamespace(platform=platform)
+def test_the_platform_chooses(monkeypatch, cudnn, device, dtype, chosen):
     for name in api._ATTEND:
-        monkeypatch.setitem(api._ATTEND, name, lambda *_, scale, name=name: (name, scale))
+        monkeypatch.setitem(
+            api._ATTEND, name, lambda q, *_, scale, name, of=name: q[..., :6] * 0 + len(of) * scale
+        )
     mesh = types.SimpleNamespace(size=1, devices=np.array([device]))
     args = arguments(dtype=dtype)
     # Of a mesh its own devices count, not the host's.
-    assert sharded.whole_sequence(*args, scale=0.5, mesh=mesh) == (chosen, 0.5)
+    is_of = lambda out, name: bool((out == len(name) * 0.5).all())
+    assert is_of(sharded.whole_sequence(*args, scale=0.5, mesh=mesh), chosen)
     monkeypatch.setattr(target, "device", lambda: device)
-    assert causal_attention(*args, scale=0.5) == (chosen, 0.5)
-    assert causal_attention(*args, scale=0.5, implementation="splash") == ("splash", 0.5)
+    assert is_of(causal_attention(*args, scale=0.5), chosen)
+    assert is_of(causal_attention(*args, scale=0.5, implementation="splash"), "splash")
+    given = sharded.whole_sequence(*args, scale=0.5, mesh=mesh, implementation="splash")
+    assert is_of(given, "splash")
+
+
+def test_unequal_widths_need_a_cudnn_without_the_fault_and_a_function_as_it_is_known(
+    monkeypatch, cudnn
+):
+    chosen = lambda *widths: api.implementation_for(H100, jnp.bfloat16, *widths)
+    assert chosen(192, 128) == "cudnn"
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "check_cudnn_version", lambda: 91200)
+        assert chosen(192, 128) == "cudnn_padded"
+        assert chosen(128, 128) == "cudnn"
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "dot_product_attention", lambda q, k, v, *, scale: q)
+        assert chosen(192, 128) == "cudnn_padded"
+    monkeypatch.delattr(library, "check_cudnn_version")
+    assert chosen(192, 128) == "cudnn_padded"
+
+
+def test_the_names_of_the_settings_are_those_of_the_op():
+    assert ("auto", *api._ATTEND) == ATTENTION_KERNELS
+
+
+def test_lowered_for_cuda_with_unequal_widths_and_grouped_heads(cudnn):
+    """Forward and backward are one call each, of the sizes given and nothing wider."""
+    q, k, v = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((2, 64, 12, 192), (2, 64, 4, 192), (2, 64, 4, 128))
+    )
+    attend = functools.partial(causal_attention, scale=SCALE, implementation="cudnn")
+    total = lambda *args: attend(*args).astype(jnp.float32).sum()
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, v)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    given = {"2x64x12x192", "2x64x4x192", "2x64x4x128"}
+    made = {"__cudnn$fmhaSoftmax": {"2x12x64x128"}}
+    made["__cudnn$fmhaSoftmaxBackward"] = {
+        "2x64x12x128",  # of the output, and the output itself
+        *("2x12x64x192", "2x4x64x192", "2x4x64x128"),
+    }
+    for name, sizes in made.items():
+        (line,) = (x for x in text.splitlines() if f"custom_call @{name}(" in x)
+        assert set(re.findall(r"tensor<([\dx]+)xbf16>", line)) == given | sizes
 
 
 @pytest.mark.parametrize(
@@ -161,12 +223,12 @@ def test_the_platform_chooses(monkeypatch, platform, dtype, chosen):
         (dict(k=(2, 19, 4, 10), v=(2, 19, 4, 6)), "do not fit"),
         (
             dict(implementation="fastest"),
-            "implementation is 'fastest', expected one of reference, ",
+            "implementation is 'fastest', expected one of auto, cudnn, ",
         ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_line(changes, words):
-    implementation = changes.pop("implementation", None)
+    implementation = changes.pop("implementation", "auto")
     arrays = dict(zip("qkv", arguments(), strict=True))
     arrays |= {name: jnp.zeros(shape) for name, shape in changes.items()}
     with pytest.raises(ValueError, match=words) as raised:
@@ -175,23 +237,38 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(changes, words):
 
 
 @pytest.mark.parametrize("V", [6, 10])
-def test_cudnn_takes_values_as_wide_as_keys(monkeypatch, V):
-    def library(q, k, v, *, scale, is_causal, implementation):
+def test_values_padded_to_the_width_of_keys(monkeypatch, V):
+    def in_jax(q, k, v, *, scale, is_causal, implementation):
         assert is_causal and implementation == "cudnn" and v.shape == k.shape
         return original(q, k, v, scale=scale, is_causal=True, implementation="xla")
 
     original = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", library)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_jax)
     args = arguments(V=V)
-    call = jax.jit(functools.partial(api._cudnn, scale=SCALE))
-    assert_near(call(*args), attend(*args), 2e-6)
+    call = functools.partial(causal_attention, scale=SCALE, implementation="cudnn_padded")
+    assert_near(jax.jit(call)(*args), attend(*args), 2e-6)
 
 
-@pytest.mark.parametrize("T, block", [(130, 128), (128, 512)])
-def test_splash_interpreted(monkeypatch, T, block):
+@pytest.mark.parametrize("T, block, K", [(130, 128, 192), (128, 512, 128)])
+def test_splash_interpreted(monkeypatch, T, block, K):
     """The TPU's kernel, whose length is a multiple of its block."""
     monkeypatch.setattr(api, "_SPLASH_BLOCK", block)
-    args = arguments(B=1, T=T, H=4, J=2, K=128, V=128)
+    args = arguments(B=1, T=T, H=4, J=2, K=K, V=128)
     with pltpu.force_tpu_interpret_mode():
-        out = jax.jit(functools.partial(api._splash, scale=SCALE))(*args)
+        out = jax.jit(functools.partial(causal_attention, scale=SCALE, implementation="splash"))(
+            *args
+        )
     assert_near(out, attend(*args), 1e-5)
+
+
+def test_splash_gradients_interpreted():
+    args = arguments(B=1, T=128, H=4, J=2, K=192, V=128)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal((1, 128, 4, 128)), jnp.float32)
+    gradients = []
+    for name in ("splash", "reference"):
+        attend = functools.partial(causal_attention, scale=0.05, implementation=name)
+        total = lambda *x, attend=attend: (attend(*x) * weights).sum()
+        with pltpu.force_tpu_interpret_mode():
+            gradients.append(jax.jit(jax.grad(total, (0, 1, 2)))(*args))
+    for got, wanted in zip(*gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)

@@ -31,6 +31,7 @@ from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.training import feed, loop, progress
 from mlra_jax.training.metrics import read_metrics
+from mlra_jax.training.saver import Best
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 from mlra_jax.training.state import create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
@@ -81,7 +82,7 @@ class Steps:
         step = self._once(make_train_step, experiment, mesh)
 
         def lower(*arguments):
-            key = ("compiled", experiment.steps, experiment.data)
+            key = ("compiled", experiment.model, experiment.steps, experiment.data)
             if key not in self.made:
                 self.made[key] = step.lower(*arguments).compile()
             return SimpleNamespace(compile=lambda: self.made[key])
@@ -211,6 +212,7 @@ def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
     # Steps since the last pause, over their seconds: neither validation nor saving is counted.
     rates = {3: 3 * TOKENS / 7, 6: TOKENS / 1, 9: TOKENS / 1, 10: TOKENS / 1}
     seconds = {3: 7, 6: 73, 9: 132, 10: 135}
+    waits = {3: (4, 0), 6: (6, 7), 9: (6, 0), 10: (2, 0)}
     for step, line in logged.items():
         expected = {name: float(value) for name, value in by_hand[step][0].items()}
         assert {name: line[name] for name in expected} == expected
@@ -220,11 +222,14 @@ def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
         assert line["tokens_per_second"] == pytest.approx(rates[step])
         assert line["model_flops_utilization"] == pytest.approx(rates[step] * flops / PEAK / 2)
         assert line["seconds"] == seconds[step]
+        assert (line["input_seconds"], line["save_seconds"]) == waits[step]
     assert set(line) == expected.keys() | {
         "step",
         "tokens",
         "tokens_per_second",
         "model_flops_utilization",
+        "input_seconds",
+        "save_seconds",
         "seconds",
     }
 
@@ -284,12 +289,7 @@ def test_what_is_saved(experiment, undisturbed, by_hand):
     assert checkpoints.finished_steps(workdir) == [5, 10]
     stored = json.loads((workdir / "experiment.json").read_text())
     assert Experiment.from_dict(stored) == experiment
-    mesh = sharding.make_mesh()
-    _, shapes = models.structure(experiment.model, mesh)
-    everywhere = sharding.named(mesh)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
-    )
+    shapes = whole_params(experiment)
     for step, seconds in ((5, 63), (10, 185)):
         found = checkpoints.open_checkpoint(workdir, step)
         assert (found.model, found.tokenizer) == (experiment.model, "bytes")
@@ -300,8 +300,17 @@ def test_what_is_saved(experiment, undisturbed, by_hand):
         jax.tree.map(np.testing.assert_array_equal, got, by_hand[step][1])
 
 
+def whole_params(experiment):
+    """The parameters' shapes, on one device."""
+    mesh = sharding.make_mesh()
+    _, shapes = models.structure(experiment.model, mesh)
+    where = sharding.named(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+
+
 def without_times(workdir):
-    times = ("seconds", "tokens_per_second", "model_flops_utilization")
+    times = ("seconds", "input_seconds", "save_seconds", "tokens_per_second")
+    times += ("model_flops_utilization",)
     return [{k: v for k, v in line.items() if k not in times} for line in read_metrics(workdir)]
 
 
@@ -338,6 +347,57 @@ def test_a_run_goes_on_over_a_damaged_line_of_its_metrics(experiment, lab, tmp_p
     assert f"{path}, line 2: damaged; set aside in metrics.jsonl.damaged" in said
     after = without_times(tmp_path)
     assert after[: len(before)] == before and after[-1]["step"] == 5
+
+
+def test_a_run_goes_on_with_and_without_a_loop_over_blocks(experiment, lab, tmp_path):
+    def run(folder, unroll, **how):
+        model = dataclasses.replace(experiment.model, num_layers=2, unroll=unroll)
+        short = dataclasses.replace(experiment, model=model, steps=7, log_every=1, save_every=2)
+        lab.train(short, tmp_path / folder, **how)
+
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    run("changing", 1, when="step 1/", act=stop)
+    run("changing", 2, when="step 5/", act=stop)
+    run("changing", 1)
+    run("loop", 1)
+    got, want = (lines_of(tmp_path / folder, "loss") for folder in ("changing", "loop"))
+    assert list(got) == list(want) == [1, 2, 3, 4, 5, 6, 7]
+    losses = lambda lines: [line["loss"] for line in lines.values()]
+    np.testing.assert_allclose(losses(got), losses(want), rtol=1e-5)
+
+
+def test_the_best_weights_are_kept_and_the_first_are_validated_where_asked(
+    experiment, lab, tmp_path, undisturbed, by_hand, monkeypatch
+):
+    asked = dataclasses.replace(
+        experiment, validate_every=2, save_every=7, validate_first=True, keep_best=True
+    )
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    losses, measured = iter([9.0, 5.0, 3.0, 4.0, 3.0, 3.5]), loop.mean_loss
+    monkeypatch.setattr(loop, "mean_loss", lambda *given: (next(losses), measured(*given)[1]))
+    lab.train(asked, tmp_path, when="step 6/10  loss", act=stop)
+    assert list(lines_of(tmp_path, "validation_loss")) == [0, 2, 4, 6]
+    lab.train(asked, tmp_path)
+    assert list(lines_of(tmp_path, "validation_loss")) == [0, 2, 4, 6, 8, 10]
+    assert checkpoints.finished_steps(tmp_path / "best") == [4]
+    found = checkpoints.open_checkpoint(tmp_path / "best")
+    assert found.model == experiment.model and not found.has("optimizer")
+    assert found.read_json("progress") == {"step": 4, "validation_loss": 3.0}
+    got = found.restore("params", whole_params(experiment))
+    jax.tree.map(np.testing.assert_array_equal, got, by_hand[4][1])
+    # Losses do not depend on it.
+    pick = lambda folder: [line["loss"] for line in lines_of(folder, "loss").values()]
+    assert pick(tmp_path) == pick(undisturbed[0])
+
+
+def test_better_weights_of_an_earlier_step_replace_those_of_a_killed_run(experiment, tmp_path):
+    description = checkpoints.describe(experiment.model, "bytes")
+    for step, loss in ((8, 3.0), (6, 2.0)):
+        with Best(tmp_path, description) as best:
+            assert best.beaten_by(loss) and not best.beaten_by(math.nan)
+            best.save(step, {"w": np.full(3, loss)}, loss)
+            assert not best.beaten_by(loss)
+    assert checkpoints.finished_steps(tmp_path / "best") == [6]
 
 
 def test_a_signal_at_the_last_step_is_no_stop(experiment, lab, tmp_path):

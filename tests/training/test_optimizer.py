@@ -30,7 +30,7 @@ def rate(settings, steps, step):
     peak, warmup = settings.peak_learning_rate, settings.warmup_steps
     if step < warmup:
         return peak * step / warmup
-    done = min(1.0, (step - warmup) / (steps - warmup))
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     floor = settings.final_fraction
     return peak * (floor + (1 - floor) * (1 + np.cos(np.pi * done)) / 2)
 
@@ -130,5 +130,25 @@ def test_schedule_at_its_ends(warmup, final):
     peak = settings.peak_learning_rate
     assert schedule(0) == (0 if warmup else np.float32(peak))
     assert np.float32(schedule(warmup)) == np.float32(peak)
-    for after in (STEPS, STEPS + 1, 1000):
+    last = max(STEPS - 1, warmup + 1)
+    for after in (last, STEPS, STEPS + 1, 1000):
         np.testing.assert_allclose(schedule(after), final * peak, rtol=1e-6, atol=1e-10)
+
+
+def test_moments_may_be_kept_narrower_than_the_parameters():
+    """Both are rounded between steps and nowhere else."""
+    generator = np.random.default_rng(3)
+    draw = lambda: jnp.asarray(generator.standard_normal((40, 30)), jnp.float32)
+    params, first, second = draw(), draw(), draw()
+    wide = make_optimizer(SETTINGS, STEPS)
+    narrow = make_optimizer(dataclasses.replace(SETTINGS, moment_dtype="bfloat16"), STEPS)
+    kept = narrow.init(params)
+    assert {x.dtype.name for x in jax.tree.leaves(kept) if x.ndim} == {"bfloat16"}
+    _, kept = narrow.update(first, kept, params)
+    wanted, moments = wide.update(first, wide.init(params), params)
+    round_trip = lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.ndim else x
+    wanted, moments = wide.update(second, jax.tree.map(round_trip, moments), params)
+    got, kept = narrow.update(second, kept, params)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(moments), strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.float32), round_trip(b).astype(jnp.float32))

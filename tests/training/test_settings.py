@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.config import PRESETS, ConfigError, Execution, GroupedConfig, ModelConfig, preset
+from mlra_jax.data.pipeline import ORDERS
 from mlra_jax.settings_tree import closest
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
@@ -146,12 +147,21 @@ def test_settings_that_contradict_each_other():
         dataclasses.replace(split, data=dataclasses.replace(data, accumulate=4))
 
 
+def test_words_and_switches_are_checked():
+    with pytest.raises(ConfigError, match="^data.order='backward' is none of shuffled, sequential"):
+        DataSettings(source="pydoc", order="backward")
+    for name in ("validate_first", "keep_best"):
+        with pytest.raises(ConfigError, match=f"^{name}='no' is not True or False$"):
+            dataclasses.replace(EXPERIMENT, **{name: "no"})
+
+
 def test_the_defaults_are_the_papers_recipe():
     values = EXPERIMENT.to_config_dict().to_dict()
     assert values.pop("model") == MODEL.to_dict() and values.pop("init_from") == ""
     assert values == {
         "data": {
             "source": "pydoc",
+            "order": "shuffled",
             "validation": "",
             "validation_fraction": 0.05,
             "validation_tokens": 10 * 2**20,
@@ -170,13 +180,16 @@ def test_the_defaults_are_the_papers_recipe():
             "eps": 1e-8,
             "weight_decay": 0.1,
             "clip_norm": 1.0,
+            "moment_dtype": "",
         },
         "steps": 100_000,
         "seed": 0,
         "log_every": 10,
         "validate_every": 1000,
+        "validate_first": False,
         "save_every": 1000,
         "keep": 2,
+        "keep_best": False,
         "loss_chunk": 512,
         "virtual_cpu_devices": 0,
     }
@@ -250,6 +263,7 @@ def experiments(draw):
         tokenizer=draw(st.text()),
         global_batch=mesh.data * mesh.fsdp * accumulate * draw(SMALL),
         accumulate=accumulate,
+        order=draw(st.sampled_from(ORDERS)),
     )
     optimizer = OptimizerSettings(
         draw(POSITIVE),
@@ -267,6 +281,8 @@ def experiments(draw):
         draw(st.integers(0, 2**32 - 1)),
         *(draw(SMALL) for _ in range(5)),
         draw(st.integers(0, 8)),
+        draw(st.booleans()),
+        draw(st.booleans()),
     )
 
 

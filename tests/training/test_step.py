@@ -15,7 +15,10 @@ from mlra_jax.config import ConfigError, Execution, LatentConfig, ModelConfig
 from mlra_jax.model import Model
 from mlra_jax.training.optimizer import make_schedule
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
-from mlra_jax.training.state import abstract_state, create_state
+from mlra_jax.training.state import (
+    abstract_state,
+    create_state,
+)
 from mlra_jax.training.step import (
     abstract_batch,
     loss_sum,
@@ -84,6 +87,16 @@ def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape):
     kernel = state.params["layers"]["mlp"]["up"]["kernel"]
     shard = kernel.addressable_shards[0].data
     assert shard.size * shape[1] * shape[2] == kernel.size
+
+
+def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device):
+    state, expected = one_device
+    model = dataclasses.replace(EXPERIMENT.model, unroll=2, remat="none")
+    unrolled, losses = run(on_mesh(1, 2, 2, model=model))
+    got = [m["loss"] for m in losses]
+    np.testing.assert_allclose(got, [m["loss"] for m in expected], rtol=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, unrolled, state)
 
 
 def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
@@ -207,18 +220,24 @@ def test_validation_counts_each_token_by_its_weight(one_device):
     np.testing.assert_allclose(count, factors_BT.sum(), rtol=1e-6)
 
 
-class Head:
+class Head(nnx.Module):
     """Stands for a model: a table of vectors, and its products with a matrix as logits."""
 
     def __init__(self, table_VD, head_DV, longest):
-        self.table_VD, self.head_DV, self.longest = table_VD, head_DV, longest
+        self.table_VD, self.longest = nnx.Param(table_VD), longest
+        self.embed = Product(head_DV, longest)
 
     def hidden(self, tokens_BT):
-        return self.table_VD[tokens_BT]
+        return self.table_VD[...][tokens_BT]
+
+
+class Product(nnx.Module):
+    def __init__(self, head_DV, longest):
+        self.head_DV, self.longest = nnx.Param(head_DV), longest
 
     def logits(self, x_BTD):
         assert x_BTD.shape[1] <= self.longest, "more positions at a time than a chunk"
-        return x_BTD @ self.head_DV
+        return x_BTD @ self.head_DV[...]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -233,9 +252,10 @@ def test_the_loss_in_chunks_of_any_size_against_numpy(chunk, weighted):
     weights = np.ones((2, 7), np.float32)
     if weighted:
         weights = batch["weights"] = generator.uniform(0, 2, (2, 7)).astype(np.float32)
-    loss, gradient = jax.value_and_grad(lambda h: loss_sum(Head(table, h, chunk), batch, chunk))(
-        jnp.asarray(head)
-    )
+    definition, params = nnx.split(Head(jnp.asarray(table), jnp.asarray(head), chunk))
+    third = lambda params: loss_sum(nnx.merge(definition, params), batch, chunk) / 3
+    loss, gradient = jax.tree.map(lambda x: 3 * x, jax.value_and_grad(third)(params))
+    assert loss == 3 * third(params)
     x_BTD = table.astype(np.float64)[batch["inputs"]]
     logits = x_BTD @ head
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -243,7 +263,11 @@ def test_the_loss_in_chunks_of_any_size_against_numpy(chunk, weighted):
     want = -(weights * np.log((chances * right).sum(-1))).sum()
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     want = np.einsum("btd,btv->dv", x_BTD, weights[..., None] * (chances - right))
-    np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient.embed.head_DV[...], want, rtol=1e-4, atol=1e-5)
+    slopes = np.einsum("btv,dv->btd", weights[..., None] * (chances - right), head)
+    want = np.zeros(table.shape)
+    np.add.at(want, batch["inputs"], slopes)
+    np.testing.assert_allclose(gradient.table_VD[...], want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [10, 100])
@@ -263,6 +287,15 @@ def test_no_more_logits_exist_than_a_chunk_has(chunk):
         # All whole chunks, then what is left.
         assert logits == ({"16x10x", "16x4x"} if chunk == 10 else {"16x24x"})
         assert not any(s.endswith("x16x10x") for s in shapes), "kept for each chunk"
+
+
+def test_logits_are_computed_once_a_step():
+    """Three products have the size of the vocabulary: the logits, and the gradients of both."""
+    experiment, mesh = on_mesh(loss_chunk=LENGTH), sharding.make_mesh()
+    step = make_train_step(experiment, mesh)
+    text = step.lower(abstract_state(experiment, mesh), abstract_batch(experiment, mesh)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert sum(bool(re.search(rf"[<x]{VOCAB}x", line)) for line in products) == 3
 
 
 def test_schedule_is_the_papers():

@@ -1,14 +1,21 @@
 """Chooses how a whole sequence attends to itself: cuDNN, splash attention, or plain JAX."""
 
+import functools
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import reference
 
 _SPLASH_BLOCK = 512
+_UNEQUAL_WIDTHS = 91300
+"""The cuDNN from which on values may have another width than keys: 9.13. Earlier ones that take it
+give wrong gradients for some pairs of widths on Hopper."""
 
 
 def causal_attention(
@@ -17,7 +24,8 @@ def causal_attention(
     v_BTJV: jax.Array,
     *,
     scale: float,
-    implementation: str | None = None,
+    implementation: str = "auto",
+    name: str | None = None,
 ) -> jax.Array:
     """softmax(scale q kᵀ) v, query `t` seeing keys `0 ... t`.
 
@@ -26,12 +34,14 @@ def causal_attention(
     Args:
       q_BTHK: queries.
       k_BTJK: keys. Same dtype; J divides H.
-      v_BTJV: values, of any width (cuDNN: at most that of the keys). Same dtype.
+      v_BTJV: values, of any width ("cudnn_padded": at most that of the keys). Same dtype.
       scale: what scores are multiplied by before the softmax, a Python number.
       implementation: "reference", plain JAX in blocks of queries; "cudnn", flash attention for
-        GPUs and 16 bits; or "splash", splash attention for TPUs; default: what
-        `implementation_for` says of the device that is compiled for (that of the mesh inside
-        shard_map, otherwise JAX's default backend).
+        GPUs and 16 bits, "cudnn_padded" the same with values padded to the width of keys; "splash",
+        splash attention for TPUs; or "auto", what `implementation_for` says of the device that is
+        compiled for (that of the mesh inside shard_map, otherwise JAX's default backend).
+      name: by which `jax.checkpoint` policies know the result and, where the implementation allows
+        it, what the backward pass needs beside the result.
 
     Returns:
       `[B, T, H, V]` in the dtype of `q_BTHK`.
@@ -40,19 +50,46 @@ def causal_attention(
       ValueError: shapes that do not fit together, or an unknown implementation.
     """
     _check(q_BTHK, k_BTJK, v_BTJV)
-    name = implementation or implementation_for(target.device(), q_BTHK.dtype)
-    if name not in _ATTEND:
-        raise ValueError(f"implementation is {name!r}, expected one of {', '.join(_ATTEND)}")
-    return _ATTEND[name](q_BTHK, k_BTJK, v_BTJV, scale=scale)
+    if implementation == "auto":
+        widths = q_BTHK.shape[-1], v_BTJV.shape[-1]
+        implementation = implementation_for(target.device(), q_BTHK.dtype, *widths)
+    if implementation not in _ATTEND:
+        known = ", ".join(["auto", *_ATTEND])
+        raise ValueError(f"implementation is {implementation!r}, expected one of {known}")
+    out_BTHV = _ATTEND[implementation](q_BTHK, k_BTJK, v_BTJV, scale=scale, name=name)
+    return checkpoint_name(out_BTHV, name) if name else out_BTHV
 
 
-def implementation_for(device: Any, dtype: jnp.dtype) -> str:
-    """What serves a device (anything with a `platform`) fastest."""
+def implementation_for(device: Any, dtype: jnp.dtype, key_width: int, value_width: int) -> str:
+    """What serves a device (anything with a `platform`) fastest; the log says it once."""
+    chosen = "reference"
     if target.is_gpu(device) and dtype != jnp.float32:
-        return "cudnn"
+        unequal = key_width != value_width
+        chosen = "cudnn_padded" if unequal and not _unequal_widths(device) else "cudnn"
     # The library's indices are of the program's own type, and TPUs have no int64.
-    splash = device.platform == "tpu" and not jax.config.jax_enable_x64
-    return "splash" if splash else "reference"
+    elif device.platform == "tpu" and not jax.config.jax_enable_x64:
+        chosen = "splash"
+    _say(chosen, str(getattr(device, "device_kind", device.platform)), key_width, value_width)
+    return chosen
+
+
+@functools.cache
+def _say(chosen: str, device: str, key_width: int, value_width: int) -> None:
+    widths = f"keys of {key_width}, values of {value_width}"
+    logging.info("causal attention on %s, %s: %s", device, widths, chosen)
+
+
+def _unequal_widths(device: Any) -> bool:
+    """Whether cuDNN takes values of another width than keys there, by way of JAX's own function."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as library
+
+        known = inspect.signature(library.dot_product_attention).parameters
+        version = library.check_cudnn_version()
+    except (ImportError, AttributeError, RuntimeError):  # Private, or no cuDNN here.
+        return False
+    wanted = {"query", "key", "value", "scale", "mask_type"}
+    return target.is_hopper(device) and wanted <= known.keys() and version >= _UNEQUAL_WIDTHS
 
 
 def _check(q_BTHK, k_BTJK, v_BTJV) -> None:
@@ -68,17 +105,29 @@ def _check(q_BTHK, k_BTJK, v_BTJV) -> None:
                          "and their heads must divide q's")  # fmt: skip
 
 
-def _cudnn(q_BTHK, k_BTJK, v_BTJV, *, scale):
-    # The library takes values as wide as keys.
+def _reference(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
+    return reference.causal_attention(q_BTHK, k_BTJK, v_BTJV, scale=scale)
+
+
+def _cudnn(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
+    if k_BTJK.shape == v_BTJV.shape:
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BTJK, v_BTJV, scale=scale, is_causal=True, implementation="cudnn"
+        )
+    # The function above refuses unequal widths; what it calls takes them.
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    causal = library.MaskType.CAUSAL
+    return library.dot_product_attention(q_BTHK, k_BTJK, v_BTJV, scale=scale, mask_type=causal)
+
+
+def _cudnn_padded(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
     narrower = k_BTJK.shape[-1] - v_BTJV.shape[-1]
     padded = jnp.pad(v_BTJV, ((0, 0), (0, 0), (0, 0), (0, narrower)))
-    out = jax.nn.dot_product_attention(
-        q_BTHK, k_BTJK, padded, scale=scale, is_causal=True, implementation="cudnn"
-    )
-    return out[..., : v_BTJV.shape[-1]]
+    return _cudnn(q_BTHK, k_BTJK, padded, scale=scale, name=name)[..., : v_BTJV.shape[-1]]
 
 
-def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale):
+def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
@@ -97,6 +146,7 @@ def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale):
             masks.MultiHeadMask([masks.CausalMask((length, length))] * H),
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name=name,
             block_sizes=splash.BlockSizes(
                 block_q=block,
                 block_kv=block,
@@ -112,4 +162,9 @@ def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale):
     return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)[:, :T]
 
 
-_ATTEND = {"reference": reference.causal_attention, "cudnn": _cudnn, "splash": _splash}
+_ATTEND = {
+    "cudnn": _cudnn,
+    "cudnn_padded": _cudnn_padded,
+    "splash": _splash,
+    "reference": _reference,
+}
