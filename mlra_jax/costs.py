@@ -75,7 +75,7 @@ def training_bytes_per_device(
     """An estimate of what training needs on each device.
 
     Weights, gradients and two moments; each block's input, kept for the backward pass, and one
-    block's intermediates (all blocks' where `remat` keeps them: `none`, `products`; `auto` counts as
+    block's intermediates (all blocks' where `remat` is `none` or `products`; `auto` counts as
     `block`, its least); the logits of a chunk, twice.
 
     Args:
