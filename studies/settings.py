@@ -105,8 +105,13 @@ class Study:
             num_layers=self.num_layers,
             vocab_size=self.vocab_size,
             context_length=self.context_length,
-            execution=Execution(dtype=self.dtype, remat=False),
+            execution=Execution(dtype=self.dtype, remat=False, attention_kernel=self._attention()),
         )
+
+    def _attention(self) -> str:
+        """cuDNN's rule for mapped attention wants values as wide as keys."""
+        sixteen_bits = self.dtype != "float32"
+        return "cudnn_padded" if sixteen_bits and jax.default_backend() == "gpu" else "auto"
 
     def identity(self) -> dict[str, Any]:
         """What all results in a folder share: more variants and seeds may be added to them."""

@@ -84,7 +84,7 @@ def train(
             for curve, values in (("loss", found), ("validation_loss", validation)):
                 curves[curve].append((number, values.tolist()))
                 for value in values:
-                    check_finite(number, {f"{name}: {curve}": float(value)}, None)
+                    check_finite(number, {f"{name}: {curve}": float(value)})
             rate = number * len(seeds) * experiment.tokens_per_step / seconds
             say(
                 f"{name}  step {number}/{study.steps}  validation "
