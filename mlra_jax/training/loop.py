@@ -60,6 +60,8 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
 
+    if experiment.init_from and not checkpoints.finished_steps(workdir):
+        start.open_weights(experiment, tokenizer)  # Refused before the workdir is made.
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
         enter(contextlib.closing(batches))

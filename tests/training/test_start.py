@@ -68,7 +68,7 @@ def test_a_state_begins_with_the_weights_alone_in_its_own_dtype_and_shards(weigh
         assert changed in line
 
 
-def test_other_weights_are_refused_with_every_setting_that_differs(weights):
+def test_other_weights_are_refused_with_every_setting_that_differs(weights, tmp_path):
     folder, _ = weights
     with pytest.raises(CheckpointError) as error:
         start.open_weights(with_model(folder, mlp_dim=32, num_layers=2, norm_eps=1e-5), "bytes")
@@ -80,7 +80,8 @@ def test_other_weights_are_refused_with_every_setting_that_differs(weights):
     with pytest.raises(CheckpointError, match="trained with tokenizer bytes, and data.tokenizer"):
         start.open_weights(with_model(folder), "gpt2")
     with pytest.raises(CheckpointError, match="/nowhere does not exist"):
-        start.open_weights(with_model("/nowhere"), "bytes")
+        train(with_model("/nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_from_weights_then_resumed_then_repeated(weights, tmp_path):
