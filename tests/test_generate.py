@@ -7,6 +7,7 @@ import tiny
 from tiny import random_model
 
 import mlra_jax
+from mlra_jax import sharding
 from mlra_jax.decoder import Decoder, Vocabulary, abstract_cache, abstract_decoder
 from mlra_jax.generation import Sampling, Stream, loop, programs
 from mlra_jax.generation.padding import pad
@@ -157,6 +158,17 @@ def test_several_tokens_a_call_are_those_of_single_steps(model, each):
     assert len(one) == 1
     with pytest.raises(ValueError, match="tokens_per_call=0 must be at least 1"):
         Stream(model, given, max_new_tokens=1, tokens_per_call=0)
+
+
+def test_several_gpus_make_several_tokens_a_call(monkeypatch):
+    def by_default(mesh):
+        decoder = abstract_decoder(tiny.config("gqa", 1), mesh)
+        return Stream(decoder, [[1]], max_new_tokens=2).tokens_per_call
+
+    one, two = make_mesh(), make_mesh(tensor=2)
+    assert (by_default(one), by_default(two)) == (1, 1)
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    assert (by_default(one), by_default(two)) == (1, 8)
 
 
 def test_a_call_of_several_tokens_copies_no_cache():

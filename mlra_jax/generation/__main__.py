@@ -43,7 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--mesh", default="", help="devices along each axis, as in tensor=4,context=2")
     add("--virtual_cpu_devices", type=int, help="decode on so many devices made of the CPU")
     add("--cache_length", type=int, help="cache slots; by default what the prompts need")
-    add("--tokens_per_call", type=int, default=1, help="tokens of a prompt that a program makes")
+    add(
+        "--tokens_per_call",
+        type=int,
+        help="tokens of a prompt that a program makes (default: 1, over several GPUs 8)",
+    )
     add("--dtype", help="bfloat16 by default on GPUs and TPUs, else the checkpoint's")
     add("--allow_nonfinite", action=Switch, default=False, help="take infinities and NaN, too")
     add("--tokenizer", help="name or tiktoken ranks file, if not the checkpoint's")
@@ -99,7 +103,7 @@ def decode(flags: argparse.Namespace) -> None:
 
     end = tokenizer.end_of_text if flags.stop else None
     produced, seconds = follow(first_token(steps, loading), make, end)
-    timed = produced - 1 - flags.tokens_per_call
+    timed = produced - 1 - steps.tokens_per_call
     if timed > 0:
         step = seconds / timed
         _say(
