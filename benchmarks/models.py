@@ -16,7 +16,7 @@ _TINY = dict(num_layers=1, embed_dim=128, mlp_dim=256, vocab_size=512)
 
 def model_config(name: str, share: str = "", tiny: bool = False) -> ModelConfig:
     """The published model, one device's share of it, or one narrow layer to try a command with."""
-    config = preset(name, **_TINY if tiny else {})
+    config = dataclasses.replace(preset(name), **_TINY if tiny else {})
     return share_of(config, *_ways(share)) if share else config
 
 

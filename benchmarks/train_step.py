@@ -54,7 +54,7 @@ def experiment_of(name: str, mesh: Mesh, batch: int, seq: int, tiny: bool, chang
     """The experiment of a point: the paper's recipe, `changes` by dotted names."""
     rows = batch * sharding.size(mesh, sharding.BATCH)
     experiment = Experiment(
-        model=preset(name, context_length=seq, **(_TINY if tiny else {})),
+        model=dataclasses.replace(preset(name), context_length=seq, **_TINY if tiny else {}),
         data=DataSettings(source="random", global_batch=rows),
         mesh=MeshSettings(**dict(mesh.shape)),
         loss_chunk=1024,

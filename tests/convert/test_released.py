@@ -1,5 +1,6 @@
 """Names and shapes of every published model."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -61,14 +62,15 @@ def test_large_layers_are_cut_for_eight_devices():
 
 
 def test_layers_are_cut_from_a_size_on(monkeypatch):
-    config = preset("mlra_4", num_layers=2, embed_dim=48, mlp_dim=64)
+    small = dict(num_layers=2, embed_dim=48)
+    config = dataclasses.replace(preset("mlra_4"), **small, mlp_dim=64)
     for smallest, block in ((48 * 64, (1, 48, 8)), (48 * 64 + 1, (1, 48, 64))):
         monkeypatch.setattr(chunks, "MIN_CHUNK", smallest)
         assert chunk_shapes(config)["layers.mlp.gate.kernel"] == block
     # As many parts as divide it, eight at most.
     monkeypatch.setattr(chunks, "MIN_CHUNK", 1)
     for width, ways in ((60, 4), (62, 2), (63, 1), (48, 8)):
-        shapes = chunk_shapes(preset("mlra_4", num_layers=2, embed_dim=48, mlp_dim=width))
+        shapes = chunk_shapes(dataclasses.replace(config, mlp_dim=width))
         assert shapes["layers.mlp.gate.kernel"] == (1, 48, width // ways)
 
 
