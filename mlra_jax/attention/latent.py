@@ -20,7 +20,6 @@ from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
-from mlra_jax.kernels.softmax import precision
 from mlra_jax.layers import RMSNorm, rotate, weigh
 
 JOINED_BRANCHES = True
@@ -133,12 +132,8 @@ class LatentAttention(Attention):
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
         q_BTPK = jnp.tile(q_BTHK, (1, 1, self.config.branches, 1))
         q_nope_BTPK, q_rope_BTPR = jnp.split(q_BTPK, [self.config.nope_dim], axis=-1)
-        q_BTPC = jnp.einsum(
-            "btpk,pck->btpc",
-            self._by_branch_head(q_nope_BTPK),
-            self.k_up.kernel[...].astype(q_BTHK.dtype),
-            precision=precision(q_BTHK.dtype),
-        )
+        q_nope_BTPK = self._by_branch_head(q_nope_BTPK)
+        q_BTPC = weigh(q_nope_BTPK, self.k_up.kernel[...], "btpk,pck->btpc")
         return self._by_branch_head(q_BTPC), q_rope_BTPR
 
     def _attend(self, queries, cache, lengths_BT):
@@ -185,12 +180,7 @@ class LatentAttention(Attention):
         return a.latent_head_dim + a.rope_dim if absorbs(a) else a.query_dim
 
     def _answer(self, z_BTPC):
-        o_BTPK = jnp.einsum(
-            "btpc,pck->btpk",
-            z_BTPC,
-            self.v_up.kernel[...].astype(z_BTPC.dtype),
-            precision=precision(z_BTPC.dtype),
-        )
+        o_BTPK = weigh(z_BTPC, self.v_up.kernel[...], "btpc,pck->btpk")
         return self._sum(self._by_branch_head(o_BTPK))
 
     def _up(self, c_BTLC, kernel_PCK):
@@ -211,7 +201,7 @@ class LatentAttention(Attention):
     def _joined(self, z_BTPC):
         """As `_answer`, the sum over branches being that of one product."""
         if not JOINED_BRANCHES:
-            return self._sum(weigh(z_BTPC, self.v_up.kernel[...], "btpc,pck->btpk"))
+            return self._answer(z_BTPC)
         (B, T, _, C), (ways, heads) = z_BTPC.shape, self._parts()
         v_up_wbHCK = self.v_up.kernel[...].reshape(ways, -1, heads, C, self.config.value_dim)
         z_BTwbHC = z_BTPC.reshape(B, T, ways, -1, heads, C)
