@@ -22,8 +22,8 @@ import jax
 from jax.profiler import ProfileData
 
 from mlra_jax import sharding
-from mlra_jax.command import Parser, claim_gpu_memory, run, use_cpu
-from mlra_jax.training.__main__ import GPU_MEMORY, read_settings
+from mlra_jax.command import Parser, run
+from mlra_jax.training.__main__ import prepared, read_settings
 from mlra_jax.training.feed import Feed, load_data
 from mlra_jax.training.fitting import compile_step
 from mlra_jax.training.settings import Experiment
@@ -150,11 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_settings(parser, flags.config, overrides)
 
     def work():
-        experiment = Experiment.from_dict(settings.to_dict())
-        if experiment.virtual_cpu_devices:
-            use_cpu(experiment.virtual_cpu_devices)
-        claim_gpu_memory(GPU_MEMORY)
-        profile_steps(experiment, flags.steps, flags.output, lambda line: print(line, flush=True))
+        say = lambda line: print(line, flush=True)
+        profile_steps(prepared(settings), flags.steps, flags.output, say)
 
     return run(parser, work)
 

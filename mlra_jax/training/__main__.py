@@ -49,14 +49,20 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_settings(parser, flags.config, overrides)
 
     def work():
-        experiment = Experiment.from_dict(settings.to_dict())
-        if experiment.virtual_cpu_devices:
-            use_cpu(experiment.virtual_cpu_devices)
-        claim_gpu_memory(GPU_MEMORY)
+        experiment = prepared(settings)
         _join_processes(flags)
         train(experiment, flags.workdir, say=lambda line: print(line, flush=True))
 
     return run(parser, work, "the same command goes on from the last checkpoint")
+
+
+def prepared(settings: ConfigDict) -> Experiment:
+    """The experiment, once the devices are set up as it says; before JAX is used."""
+    experiment = Experiment.from_dict(settings.to_dict())
+    if experiment.virtual_cpu_devices:
+        use_cpu(experiment.virtual_cpu_devices)
+    claim_gpu_memory(GPU_MEMORY)
+    return experiment
 
 
 def read_settings(parser: Parser, file: str, overrides: list[str]) -> ConfigDict:
