@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # Seconds between two signs of life of a lock's owner; so long another host's is watched for one;
 # so long the later of two hosts that lock at once has to write its name over the earlier's.
@@ -203,6 +203,12 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def whole_figure(path: str | Path, figure: Any, dpi: int = 120) -> None:
+    """Writes a Matplotlib figure as PNG, as `whole_file` does."""
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=dpi, format="png")
 
 
 @contextlib.contextmanager

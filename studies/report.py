@@ -10,7 +10,7 @@ from scipy import stats
 
 from mlra_jax.config import ModelConfig
 from mlra_jax.costs import cache_values_per_device
-from mlra_jax.files import whole_file
+from mlra_jax.files import whole_figure, whole_file
 from mlra_jax.settings_tree import ConfigError
 from studies.settings import Study, changed
 from studies.training import Result
@@ -182,5 +182,4 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
         (tokens, by_tokens, "loss_by_tokens.png"),
     ):
         axes.grid(alpha=0.3)
-        with whole_file(folder / file_name, "wb") as file:
-            figure.savefig(file, dpi=120, format="png")
+        whole_figure(folder / file_name, figure)

@@ -31,7 +31,7 @@ from mlra_jax.config import LatentConfig
 from mlra_jax.data.pipeline import make_validation_batches
 from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
-from mlra_jax.files import whole_file
+from mlra_jax.files import whole_figure, whole_file
 
 
 def read(
@@ -170,8 +170,7 @@ def save(name: str, layers: Sequence[dict[str, Any]], folder: Path) -> None:
             for values in layer.get(what, ()):
                 axes.plot(values, color=f"C{number % 10}", linewidth=0.8)
         axes.set(title=f"{what.replace('_', ' ')}, a color a layer", xlabel="singular value")
-    with whole_file(folder / "branches.png", "wb") as file:
-        figure.savefig(file, dpi=110, format="png")
+    whole_figure(folder / "branches.png", figure, dpi=110)
 
 
 def text_tokens(subject: Subject, source: str, rows: int, length: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from mlra_jax.analysis.subject import (
     weighted,
 )
 from mlra_jax.command import Parser, run
-from mlra_jax.files import whole_file
+from mlra_jax.files import whole_figure, whole_file
 from mlra_jax.layers import rotate
 
 SHIFTS = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -348,8 +348,7 @@ def save(reports: Sequence[dict[str, Any]], folder: Path) -> None:
     change.legend(fontsize=7)
     for axes in (change, mass):
         axes.grid(alpha=0.3)
-    with whole_file(folder / "equivariance.png", "wb") as file:
-        figure.savefig(file, dpi=120, format="png")
+    whole_figure(folder / "equivariance.png", figure)
 
 
 def main(argv: list[str] | None = None) -> int:

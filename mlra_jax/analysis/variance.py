@@ -45,7 +45,7 @@ from mlra_jax.config import (
     TensorProductConfig,
     TiedConfig,
 )
-from mlra_jax.files import whole_file
+from mlra_jax.files import whole_figure, whole_file
 from mlra_jax.layers import INIT_STDDEV
 
 Moments = dict[str, float]
@@ -235,8 +235,7 @@ def _write(folder: Path, numbers: Any, figure, panels) -> None:
     next(iter(panels.values())).legend(fontsize=7)
     with whole_file(folder / "variance.json") as file:
         json.dump(numbers, file)
-    with whole_file(folder / "variance.png", "wb") as file:
-        figure.savefig(file, dpi=110, format="png")
+    whole_figure(folder / "variance.png", figure, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from mlra_jax.files import naming, whole_file
+from mlra_jax.files import naming, whole_figure, whole_file
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = METRICS_FILE + ".damaged"
@@ -140,6 +140,5 @@ def plot_losses(workdir: Path, vocab_size: int) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = workdir / CURVE_FILE
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    whole_figure(path, figure)
     return path
