@@ -134,7 +134,9 @@ class Stream:
 
     def _tokens(self) -> Iterator[np.ndarray]:
         num_tokens = self.model.vocabulary.num_tokens
-        draw = functools.partial(programs.draw, draws=self.draws, num_tokens=num_tokens)
+        # Sent to the devices once, not with every token.
+        settings = jax.device_put(self.draws, sharding.named(self.model.mesh))
+        draw = functools.partial(programs.draw, draws=settings, num_tokens=num_tokens)
         logits_BV, cache = self._prefilled()
         nothing_B = jax.device_put(np.zeros_like(self.lengths_B), sharding.named(self.model.mesh))
         tokens_B = draw(logits_BV, nothing_B, n=np.int32(0))
@@ -149,7 +151,7 @@ class Stream:
                     self.model,
                     cache,
                     tokens_B,
-                    self.draws,
+                    settings,
                     np.int32(n),
                     count=self.tokens_per_call,
                     num_tokens=num_tokens,
