@@ -35,6 +35,7 @@ from benchmarks.models import (
     peak_gigabytes,
     positions_of,
     random_tree,
+    require_fit,
 )
 from benchmarks.prefill import default_over, prefill
 from benchmarks.profile import profile
@@ -71,6 +72,7 @@ def measure(
         lowered = programs.several.lower(decoder, shapes, tokens, settings, n, **several)
     step = lowered.compile()
     compiling = time.perf_counter() - began
+    require_fit(step)
 
     begin = max(context - _RUNS * steps // 2, 0)
     lengths = jnp.full(batch, begin, jnp.int32, device=shapes.lengths.sharding)
@@ -238,7 +240,7 @@ def run(flags: argparse.Namespace) -> dict:
                 except Exception as error:  # Out of memory at one point is no end of the others.
                     row["error"] = " ".join(str(error).split())[:300]
                 result["rows"].append(row)
-                print(line(row), flush=True)
+                tqdm.write(line(row))
                 bar.update()
                 if flags.output:
                     flags.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -94,6 +94,17 @@ def peak_gigabytes(compiled) -> float:
     return (held - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 1e9
 
 
+def require_fit(compiled) -> None:
+    """Raises MemoryError where the device has less for a compiled program than that holds.
+
+    To be asked before its arrays are made: an allocator waits long before it gives up.
+    """
+    has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf")) / 1e9
+    if peak_gigabytes(compiled) > has:
+        needs = peak_gigabytes(compiled)
+        raise MemoryError(f"needs {needs:.1f} GB of the device, which gives {has:.1f}")
+
+
 def parse_size(text: str) -> int:
     """2048 of `2K`, 131072 of `128K` or `131072`."""
     return int(text.rstrip("KM")) * {"K": _K, "M": _K * _K}.get(text[-1], 1)

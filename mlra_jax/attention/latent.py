@@ -22,10 +22,6 @@ from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.layers import RMSNorm, rotate, weigh
 
-JOINED_BRANCHES = True
-"""Whether, in whole sequences, the branches of a head are one product and not one each. The other
-way reads and writes more, but needs no transposition; `benchmarks.train_step` can take it."""
-
 
 class LatentAttention(Attention):
     reads = ("q_down", "kv_down", "k_rope")
@@ -104,12 +100,7 @@ class LatentAttention(Attention):
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
         k_up_bHCK = self.k_up.kernel[...].reshape(a.branches, H, -1, a.nope_dim)
-        if JOINED_BRANCHES:
-            q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
-        else:
-            q_nope_BTPK = jnp.tile(q_nope_BTHK, (1, 1, a.branches, 1))
-            q_BTPC = weigh(q_nope_BTPK, self.k_up.kernel[...], "btpk,pck->btpc")
-            q_BTbHC = q_BTPC.reshape(B, T, a.branches, H, -1)
+        q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
         rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
         q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
         k_BTJX = heads.repeat_for_mesh(heads.with_shared(c_BTLC, k_rope_BTR), self.mesh)
@@ -200,8 +191,6 @@ class LatentAttention(Attention):
 
     def _joined(self, z_BTPC):
         """As `_answer`, the sum over branches being that of one product."""
-        if not JOINED_BRANCHES:
-            return self._answer(z_BTPC)
         (B, T, _, C), (ways, heads) = z_BTPC.shape, self._parts()
         v_up_wbHCK = self.v_up.kernel[...].reshape(ways, -1, heads, C, self.config.value_dim)
         z_BTwbHC = z_BTPC.reshape(B, T, ways, -1, heads, C)
