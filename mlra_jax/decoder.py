@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
+from mlra_jax.attention import mechanism
 from mlra_jax.attention.base import Attention
-from mlra_jax.attention.parted import PartedLatentAttention, part_columns
-from mlra_jax.config import LatentConfig, ModelConfig
+from mlra_jax.attention.latent import LatentAttention
+from mlra_jax.attention.parted import part_columns, parted
+from mlra_jax.config import ModelConfig
 from mlra_jax.layers import Projection, RMSNorm, SummedProjection
 from mlra_jax.model import Block, Embedding, Model, positions
 
@@ -215,7 +216,7 @@ def abstract_decoder(
 
 def abstract_cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int) -> kv.Cache:
     """A cache of sharded shapes, to compile for; `capacity` is from `cache.round_capacity`."""
-    module, tensor = _mechanism(config), sharding.size(mesh, sharding.TENSOR)
+    module, tensor = mechanism(config.attention), sharding.size(mesh, sharding.TENSOR)
     layer = {
         name: jax.ShapeDtypeStruct(
             shape, config.execution.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
@@ -230,7 +231,8 @@ class _Form(nnx.Module):
     """The structure of the weights."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        attention = PartedLatentAttention if _parted(config, mesh) else _mechanism(config)
+        attention = mechanism(config.attention)
+        attention = parted(attention) if _parted(config, mesh) else attention
         attention = _decoding(attention, _joined_names(config, mesh))
         block = functools.partial(Block, config, mesh=mesh, rngs=rngs)
         self.embed = Embedding(config, mesh=mesh, rngs=rngs)
@@ -240,19 +242,17 @@ class _Form(nnx.Module):
         self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
 
 
-def _mechanism(config: ModelConfig) -> type[Attention]:
-    return MODULES[type(config.attention)]
-
-
 def _joined_names(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
     """The projections that are one matrix: what splits weights wants those it splits apart."""
+    names = mechanism(config.attention).input_names(config.attention)
     if mesh.size == mesh.shape["data"]:
-        return _mechanism(config).input_names(config.attention)
-    return ("q_down", "k_rope") if _parted(config, mesh) else ()
+        return names
+    split = ("kv_down", "gate")
+    return tuple(name for name in names if name not in split) if _parted(config, mesh) else ()
 
 
 def _parted(config: ModelConfig, mesh: Mesh) -> bool:
-    latent = isinstance(config.attention, LatentConfig)
+    latent = issubclass(mechanism(config.attention), LatentAttention)
     return latent and sharding.size(mesh, sharding.MODEL) > 1
 
 
