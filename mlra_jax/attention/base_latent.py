@@ -66,7 +66,7 @@ class BaseLatentAttention(LatentAttention):
     def _with_base(self, y, o_BTHK, base_BTHK):
         """The other branches' sum, by part, and the base's output."""
         if "branch_gate" in y:
-            base_BTHK = base_BTHK * self._choice(y)[:, :, -1, :, None]
+            base_BTHK = base_BTHK * self._choice(y, slice(-1, None))[:, :, 0, :, None]
         return self._beside(o_BTHK, self._by_branch_head(base_BTHK) * self.branch_factor)
 
     def _beside(self, o_BTHK, base_BTHK):

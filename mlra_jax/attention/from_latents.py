@@ -90,16 +90,16 @@ class FromLatents(Attention):
         """The branches' outputs by the token's own weights, of mean 1, if it has any."""
         if "branch_gate" not in y:
             return x_BTPX
-        weights_BTbH = self._choice(y)[:, :, : self.config.branches]
+        weights_BTbH = self._choice(y, slice(self.config.branches))
         weights_BTP = weights_BTbH.reshape(*x_BTPX.shape[:3], 1)
         return x_BTPX * self._by_branch_head(weights_BTP)
 
-    def _choice(self, y):
-        """`[B, T, branches, H]`, the base's last."""
+    def _choice(self, y, which):
+        """`[B, T, branches, H]` of these branches; the base is the last."""
         # Whole on every device, as its projection is: else the choice would be exchanged.
         whole = lambda x: sharding.constrain(x, self.mesh, "batch", "length", None, None)
         chosen_BTbH = jax.nn.softmax(whole(y["branch_gate"]).astype(jnp.float32), axis=2)
-        return whole((chosen_BTbH * self.config.num_branches).astype(self.dtype))
+        return whole((chosen_BTbH[:, :, which] * self.config.num_branches).astype(self.dtype))
 
     def _parts(self):
         """The branch heads are so many parts, of which each adds up branches of so many heads."""

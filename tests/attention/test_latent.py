@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,17 @@ def test_decoding_a_single_prompt(member):
 )
 def test_decoding_the_neighbours(member, mesh):
     assert decoding_error(NEIGHBOURS[member], *mesh, queries=2) < 1e-5
+
+
+def test_the_page_on_neighbours_decodes_the_same_weights_in_both_ways():
+    page = (Path(__file__).parents[2] / "docs/neighbours.md").read_text()
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)
+    model = tiny.random_model(tiny.config(NEIGHBOURS["gqla"]), make_mesh())
+    tokens = np.arange(6, dtype=np.int32)[None]
+    other = names["other_way"](model)
+    assert "k" in other.prefill(tokens, np.array([6]), 8)[1].layers[0]
+    assert tiny.relative_error(other(tokens), model(tokens)) < 1e-5
 
 
 def test_decoding_through_several_layers_two_tokens_at_a_time():
