@@ -135,14 +135,22 @@ class Decoder:
           (logits `[B, V]` after each row's last new token, which mean nothing where there is none;
           the cache).
         """
+        x_BTD, cache = self._read(tokens_BT, counts_B, cache, over)
+        return self._after(x_BTD, counts_B), cache
+
+    def read(self, tokens_BT: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
+        """As `extend` by T tokens of each row, but `hidden` of all of them, `[B, T, D]`."""
+        x_BTD, cache = self._read(tokens_BT, jnp.int32(tokens_BT.shape[1]), cache, None)
+        return self._form().final_norm(x_BTD), cache
+
+    def _read(self, tokens_BT, counts_B, cache, over):
         form, layers = self._form(), []
         x_BTD = form.embed(tokens_BT)
         positions_BT = cache.lengths[:, None] + positions(tokens_BT)
         for block, layer in zip(form.layers, cache.layers, strict=True):
             x_BTD, layer = block.extend(x_BTD, positions_BT, layer, cache.lengths, over)
             layers.append(layer)
-        cache = kv.Cache(tuple(layers), cache.lengths + counts_B.astype(jnp.int32))
-        return self._after(x_BTD, counts_B), cache
+        return x_BTD, kv.Cache(tuple(layers), cache.lengths + counts_B.astype(jnp.int32))
 
     def _after(self, x_BTD, counts_B):
         """The logits `[B, V]` after the last of the first `counts[b]` tokens."""

@@ -22,7 +22,7 @@ from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.kernels import target
 from mlra_jax.kernels.chunk_attention import WIDEST, chunk_attention
 from mlra_jax.kernels.grouped_decode import grouped_decode
-from mlra_jax.layers import Projection, output_init
+from mlra_jax.layers import Projection, output_init, rotate
 
 Entries = dict[str, jax.Array]
 OVER = ("blocks", "cudnn")
@@ -38,6 +38,8 @@ class Attention(nnx.Module):
     """The projections whose input is the block's; the gate is one more, where there is one."""
     cache_axes: ClassVar[dict[str, tuple[str | None, ...]]]
     """Logical axes of what is cached, by name, beginning with "batch" and "cache_length"."""
+    rotated: ClassVar[str] = "k_rope"
+    """What is cached that turns with the position, in its last `config.rope_dim` values."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         a = config.attention
@@ -178,6 +180,20 @@ class Attention(nnx.Module):
     def input_names(cls, a: AttentionConfig) -> tuple[str, ...]:
         """The projections that read the block's input."""
         return (*cls.reads, "gate") if gate_width(a) else cls.reads
+
+    @classmethod
+    def moved(cls, config: ModelConfig, cache: Entries, slots_BS: jax.Array) -> Entries:
+        """A layer's cache with what was in slot `slots[b, s]` of row `b` in slot `s`.
+
+        Rotary keys are turned by so much: a token's position is its slot.
+        """
+        taken = {n: jax.vmap(lambda x, slots: x[slots])(x, slots_BS) for n, x in cache.items()}
+        keys, S = taken[cls.rotated], slots_BS.shape[1]
+        by_head_BSJK = keys.reshape(*keys.shape[:2], -1, keys.shape[-1])
+        fixed, turning = jnp.split(by_head_BSJK, [-config.attention.rope_dim], axis=-1)
+        turned = rotate(turning, jnp.arange(S, dtype=jnp.int32) - slots_BS, config.rope_base)
+        taken[cls.rotated] = jnp.concatenate([fixed, turned], axis=-1).reshape(keys.shape)
+        return taken
 
     @classmethod
     @abc.abstractmethod

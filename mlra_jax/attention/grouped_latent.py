@@ -11,6 +11,8 @@ from mlra_jax.attention.grouped import GroupedAttention
 
 
 class GroupedLatentAttention(FromLatents, GroupedAttention):
+    """Its methods on latents are `FromLatents`'s, those on what is cached `GroupedAttention`'s."""
+
     def _add_parameters(self, config, project, rngs):
         super()._add_parameters(config, project, rngs)
         self.held = self._held(config.attention, sharding.size(self.mesh, sharding.TENSOR))
