@@ -9,7 +9,7 @@ import jax
 
 from mlra_jax import costs, sharding
 from mlra_jax.command import Parser, run, use_cpu
-from mlra_jax.config import PRESETS, VARIANTS, ConfigError, ModelConfig, preset
+from mlra_jax.config import NEIGHBOURS, PRESETS, VARIANTS, ConfigError, ModelConfig, preset
 from mlra_jax.model import structure
 from mlra_jax.scaling import SIZES
 from mlra_jax.training import reference
@@ -74,7 +74,8 @@ def presets() -> Iterator[str]:
     """Parameters, weights in bfloat16, and the cache of a token, of each preset and size."""
     use_cpu()
     yield f"{'preset':34}{'parameters':>14}{'weights, bf16':>15}{'cache a token':>15}"
-    for name in (*PRESETS, *(f"{name}_{size}" for size in SIZES for name in VARIANTS)):
+    sized = (f"{name}_{size}" for size in SIZES for name in VARIANTS)
+    for name in (*PRESETS, *NEIGHBOURS, *sized):
         config = preset(name)
         count = parameters(config)
         cache = costs.cache_bytes_per_device(config, batch=1, capacity=1)

@@ -53,7 +53,8 @@ def read(
         `overlap`: `[R, R]`, the attention that two branches of a head have in common (1: the
           same), mean over heads.
         `key_spectrum`, `value_spectrum`: latent family, `[L, C]`: singular values of each latent's
-          up-projections of all its heads, the largest 1.
+          up-projections of all its heads, the largest 1; not of a base.
+        `groups`: latent family, that many latents are a branch's.
     """
     x_BTD, found = subject.embed(tokens_BT), []
     for layer in range(min(layers or subject.config.num_layers, subject.config.num_layers)):
@@ -99,7 +100,8 @@ def _spectra(attention) -> dict[str, list]:
         values_LC = np.linalg.svd(flat_LCE, compute_uv=False)
         return (values_LC / values_LC[:, :1]).tolist()
 
-    return {"key_spectrum": spectrum(attention.k_up), "value_spectrum": spectrum(attention.v_up)}
+    found = {"key_spectrum": spectrum(attention.k_up), "value_spectrum": spectrum(attention.v_up)}
+    return found | {"groups": a.groups}
 
 
 def effective_rank(spectrum: Sequence[float]) -> float:
@@ -120,10 +122,9 @@ def table(layers: Sequence[dict[str, Any]]) -> str:
             others = [x for i, x in enumerate(layer["overlap"][r]) if i != r]
             values.append(np.mean(others) if others else None)
             for what in ("key_spectrum", "value_spectrum"):
-                latents = np.array_split(layer[what], R)[r] if what in layer else []
-                values.append(
-                    np.mean([effective_rank(x) for x in latents]) if what in layer else None
-                )
+                G = layer.get("groups", 0)
+                latents = layer.get(what, [])[r * G : (r + 1) * G]
+                values.append(np.mean([effective_rank(x) for x in latents]) if latents else None)
             cells = [f"{number:11}{r:11}", *("-" if x is None else f"{x:.2f}" for x in values)]
             lines.append("".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)

@@ -226,7 +226,13 @@ def base_name(config: ModelConfig) -> str:
     Raises ConfigError for a latent model that was not released and so has no name.
     """
     match config.attention:
-        case LatentConfig(groups=groups, branches=branches):
+        case LatentConfig(groups=groups, branches=branches) as a:
+            for name in ("head_gated", "branch_gated", "base_dim", "num_kv_heads"):
+                if value := getattr(a, name):
+                    raise ConfigError(
+                        f"{name}={value}: no released model has such a part, so there is no format "
+                        "for it; keep the checkpoint as it is"
+                    )
             if (groups, branches) not in _LATENT_NAMES:
                 raise ConfigError(
                     f"groups={groups}, branches={branches} is none of the released variants "

@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--virtual_cpu_devices", type=int, help="decode on so many devices made of the CPU")
     add("--cache_length", type=int, help="cache slots; by default what the prompts need")
     add(
+        "--cache_policy", help="window:SLOTS or ladder:SLOTS, a cache that keeps a part of the text"
+    )
+    add(
         "--tokens_per_call",
         type=int,
         help="tokens of a prompt that a program makes (default: 1, over several GPUs 8)",
@@ -89,6 +92,7 @@ def decode(flags: argparse.Namespace) -> None:
         sampling=sampling,
         seed=flags.seed,
         cache_length=flags.cache_length,
+        cache_policy=flags.cache_policy,
         stop_token=tokenizer.end_of_text if flags.stop else None,
         tokens_per_call=flags.tokens_per_call,
     )

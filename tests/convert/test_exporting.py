@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mlra_jax import checkpoints
-from mlra_jax.config import ConfigError, LatentConfig
+from mlra_jax.config import NEIGHBOURS, ConfigError, LatentConfig, preset
 from mlra_jax.convert import CheckpointFileError, convert, exporting
 from mlra_jax.convert.exporting import export
 from mlra_jax.convert.lazy import LazyArray
+from mlra_jax.convert.released import base_name
 from mlra_jax.convert.weights import Weights
 from mlra_jax.export import main
 
@@ -291,8 +292,6 @@ def test_arrays_that_have_no_place_are_named(tmp_path):
 
 
 def test_what_the_files_cannot_say_is_said():
-    from mlra_jax.config import preset
-
     plain = preset("mlra_4")
     assert exporting._notes(plain, "mlra_4") == []
     unscaled = preset("mlra_2_no_scale")
@@ -304,6 +303,12 @@ def test_what_the_files_cannot_say_is_said():
         "norm_eps=1e-05, and the released code has 1e-06",
         "rope_base=500000.0, and the released code has 10000.0",
     ]
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbours_have_no_released_format(name):
+    with pytest.raises(ConfigError, match="no released model has such a part"):
+        base_name(preset(name))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype(np.float16), np.float32, "float32"])
