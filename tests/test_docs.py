@@ -1,0 +1,111 @@
+"""Every block of README and docs is run by `make docs` or listed with its reason; nothing rots."""
+
+import contextlib
+import dataclasses
+import io
+import re
+
+import pytest
+
+from mlra_jax.__main__ import COMMANDS
+from mlra_jax.training.reference import all_settings
+from studies.settings import Study
+from tests.docs import checking
+from tests.docs.blocks import ROOT, blocks, commands, module, ours, pages
+from tests.docs.checking import DocsError
+
+PAGES = [path.relative_to(ROOT).as_posix() for path in pages()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_can_run_or_says_why_not(page):
+    for block in blocks(ROOT / page):
+        checking.check_block(block)
+
+
+def test_sentences_name_what_exists():
+    settings = {x.name for section in all_settings().values() for x in section}
+    settings |= {field.name for field in dataclasses.fields(Study)}
+    flags = set()
+    for name in [name for name, _ in COMMANDS.values()] + ["studies.variants", "studies.text"]:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+            module(name).main(["--help"])
+        flags |= set(re.findall(r"--(\w+)", out.getvalue()))
+    wrong = [line for page in PAGES for line in checking.inline_wrong(ROOT / page, settings, flags)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_links_lead_somewhere():
+    wrong = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+            path, _, anchor = target.partition("#")
+            if path.startswith(("http", "mailto")):
+                continue
+            found = (ROOT / page).parent / path if path else ROOT / page
+            if not found.exists():
+                wrong.append(f"{page}: {target}")
+            elif anchor and anchor not in anchors(found):
+                wrong.append(f"{page}: {target}")
+    assert not wrong, ", ".join(wrong)
+
+
+def anchors(page):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def page_of(tmp_path, text):
+    path = tmp_path / "page.md"
+    path.write_text(text)
+    return list(blocks(path))
+
+
+def test_commands_are_read_as_the_shell_reads_them(tmp_path):
+    [block] = page_of(
+        tmp_path,
+        "```\nA=1 python -m mlra_jax.costs \\\n  --tokens=8 > out.txt  # so many\n"
+        "cd x && mlra-decode --prompt='a; b' | tail -1\n"
+        'gcloud ssh --command="cd x\npython train.py --config=c.py"\n```\n',
+    )
+    found = list(commands(block))
+    assert [command.line for command in found] == [2, 4, 4, 4, 5]
+    assert [ours(command) for command in found] == [
+        ("mlra_jax.costs", ["--tokens=8"]),
+        None,
+        ("mlra_jax.generation", ["--prompt=a; b"]),
+        None,
+        ("mlra_jax.training", ["--config=c.py"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```\nfrobnicate --all\n```", "say in NOT_RUN of tests/docs/table.py why"),
+        ("```\n# only a comment\n```", "mark it `text`"),
+        ("```rust\nx\n```", "blocks of 'rust' are unknown"),
+        ("```\npython -m mlra_jax.costs --tokns=8\n```", "did you mean --tokens?"),
+        ("```\npython -m mlra_jax.cost\n```", "No module named"),
+        (
+            "```\npython train.py --config=configs/paper.py --workdir=a --config.step=1\n```",
+            "did you mean --config.steps?",
+        ),
+        (
+            '```\ngcloud ssh --command="python train.py --config=configs/paper.py:mlra --workdir=a"\n```',
+            "unknown preset",
+        ),
+        ("```\npython -m benchmarks.decode --tinny\n```", "--tinny"),
+        ("```\nmake quickstrat\n```", "the Makefile has no quickstrat"),
+        ("```\npip install '.[nothing]'\n```", "no extra nothing"),
+        ("```python\nfrom mlra_jax import lode_model\n```", "mlra_jax has no lode_model"),
+        ("```python\nx = = 1\n```", "invalid syntax"),
+    ],
+)
+def test_what_cannot_run_is_named(tmp_path, text, said):
+    [block] = page_of(tmp_path, text)
+    with pytest.raises(DocsError, match=r"^page\.md:\d+: ") as caught:
+        checking.check_block(block)
+    assert said in str(caught.value)
