@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_llvm_disable_expensive_passes=true"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import argparse
 import contextlib
@@ -26,6 +26,7 @@ import time
 import traceback
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from mlra_jax.data import token_file
@@ -40,6 +41,8 @@ def main() -> int:
     flags = parser.parse_args()
     began, listed, failed, ran = time.perf_counter(), [], [], 0
     with tempfile.TemporaryDirectory() as folder:
+        # Pages compile the same programs.
+        jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
         prepared = Path(folder) / "prepared"
         prepare(prepared)
         for page in [path.resolve() for path in flags.pages] or pages():
@@ -91,15 +94,15 @@ def shell(command: Command) -> None:
     name, arguments = as_run(command)
     for argument in arguments:
         flag, _, value = argument.partition("=")
-        # What the command makes may lie here already, for the pages that begin behind it.
         path = Path(value).resolve()
-        if flag in ("--workdir", "--destination") and path not in _made:
+        # What another command or page made there is in the way; the same command goes on with it.
+        if flag in ("--workdir", "--destination") and _made.get(path) != arguments:
             shutil.rmtree(path, ignore_errors=True)
-            _made.add(path)
+            _made[path] = arguments
     quietly(command.place, lambda: module(name).main(arguments))
 
 
-_made: set[Path] = set()
+_made: dict[Path, list[str]] = {}
 
 
 def quietly(place: str, work):

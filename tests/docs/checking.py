@@ -87,7 +87,9 @@ def check_command(command: Command) -> None:
 
 def check_requirements(command: Command) -> None:
     """Of `pip install`: files named by `-r` and extras of this project exist."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for before, word in zip(command.words, command.words[1:], strict=False):
         if before == "-r" and not (ROOT / word).is_file():
             raise DocsError(f"{command.place}: {word} does not exist")
@@ -188,7 +190,11 @@ def inline_wrong(page: Path, settings: set[str], flags: set[str]) -> list[str]:
                 wrong.append(f"{place}: there is no setting {setting}")
         for flag in re.findall(r"(?<![\w-])--([\w-]+)", code):
             other = "-" in flag or flag.startswith("xla") or flag in table.OTHER_FLAGS
-            if not other and flag.removeprefix("no") not in flags | {"config"} and flag not in flags:
+            if (
+                not other
+                and flag.removeprefix("no") not in flags | {"config"}
+                and flag not in flags
+            ):
                 wrong.append(f"{place}: no command has a flag --{flag}")
     return wrong
 
@@ -203,7 +209,6 @@ def substituted(text: str) -> str:
 def as_run(command: Command) -> tuple[str, list[str]]:
     """(module, arguments) of a command on tiny sizes."""
     name, arguments = ours(command)
-    text = substituted(shlex.join(arguments))
-    text += " " + table.APPENDED.get(name, "")
-    text += "".join(f" {flags}" for part, flags in table.APPENDED_WITH if part in text)
-    return name, shlex.split(text)
+    text = f"{name} {substituted(shlex.join(arguments))}"
+    text += "".join(f" {flags}" for part, flags in table.APPENDED if re.match(part, text))
+    return name, shlex.split(text)[1:]

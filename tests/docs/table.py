@@ -23,12 +23,27 @@ NOT_RUN = (
 )
 """(what stands in a command, why it is not run here). Flags and settings of these are still checked."""
 
-OTHER_FLAGS = ("zone", "project", "worker", "command", "nodes", "gres", "gpus", "partition", "logdir")
+OTHER_FLAGS = (
+    "zone",
+    "project",
+    "worker",
+    "command",
+    "nodes",
+    "gres",
+    "gpus",
+    "partition",
+    "logdir",
+)
 """Flags of other programs that sentences name; those with a `-` inside are never ours."""
 
 SUBSTITUTIONS = (
-    (r"configs/(paper|small)\.py(:\w+)?", "configs/quickstart.py", "a model of kilobytes"),
+    (
+        r"(?<!studies/)configs/(paper|small)\.py(:\w+)?",
+        "configs/quickstart.py",
+        "a model of kilobytes",
+    ),
     (r"studies/configs/small\.py", "studies/configs/quick.py", "the smaller study"),
+    (r"--preset=\S+ (?=--layers)", "--checkpoint=runs/mlra_4 ", "a model of kilobytes"),
     (r"--preset=\S+", "--preset=mlra_4_small", "one small model"),
     (r"max_new_tokens=\d+", "max_new_tokens=4", "few tokens"),
     (r"--virtual_cpu_devices=\d+", "", "the runner has eight already"),
@@ -44,23 +59,29 @@ _TINY_RUN = (
     "--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.tensor=2 --config.mesh.context=1 "
     "--config.model.context_length=64 --config.virtual_cpu_devices=0"
 )
-APPENDED = {
-    "mlra_jax.training": _TINY_RUN,
-    "mlra_jax.profile": _TINY_RUN + " --config.data.source=pydoc --steps=1",
-    "mlra_jax.evaluate": "--window=32 --max_tokens=64 --batch=1",
-    "mlra_jax.analysis.equivariance": "--layers=1 --rows=1 --length=16",
-    "mlra_jax.analysis.variance": "--layers=1 --length=16",
-    "mlra_jax.analysis.branches": "--layers=1 --rows=1 --length=32",
-    "studies.variants": "--config.steps=2 --config.validate_every=2 --config.seeds=1 "
-    "--config.side_by_side=1 --config.optimizer.warmup_steps=1 --config.data.validation_tokens=512",
-}
-"""Flags put behind those of a command that runs, which the later ones win over."""
+APPENDED = (
+    (r"mlra_jax\.(training|profile) ", _TINY_RUN),
+    (
+        # The fine-tuned model keeps its own sizes.
+        r"mlra_jax\.(training|profile) .*configs/quickstart\.py",
+        "--config.model.num_layers=1 --config.model.attention.num_heads=8",
+    ),
+    (r"mlra_jax\.profile ", "--config.data.source=pydoc --steps=1"),
+    (r"mlra_jax\.evaluate ", "--window=32 --max_tokens=64 --batch=1"),
+    (r"mlra_jax\.analysis\.equivariance ", "--layers=1 --rows=3 --length=16"),
+    (r"mlra_jax\.analysis\.variance ", "--length=16"),
+    (r"mlra_jax\.analysis\.branches ", "--layers=1 --rows=1 --length=32"),
+    (
+        r"studies\.variants ",
+        "--config.variants=mlra_4 --config.steps=2 --config.validate_every=2 --config.seeds=1 "
+        "--config.side_by_side=1 "
+        "--config.optimizer.warmup_steps=1 --config.data.validation_tokens=512",
+    ),
+)
+"""(pattern of module and flags, flags put behind them). The later of two flags counts."""
 
 LEFT_OUT = {"mlra_jax.training": ("--config=configs/quickstart.py", "--workdir=runs/mine")}
 """Flags that `...` stands for in a page's command."""
-
-APPENDED_WITH = (("configs/quickstart.py", "--config.model.num_layers=1"),)
-"""The same where this stands in the command: the fine-tuned model keeps its own sizes."""
 
 PYTHON_NOT_RUN = {
     "import lm_eval": "needs the harness and its data",
@@ -70,8 +91,7 @@ PYTHON_NOT_RUN = {
 
 PRELUDES = {
     "README.md": (
-        "import numpy as np\n"
-        "tokens, prompts = np.zeros((1, 8), np.int32), [[1, 2, 3]]\n"
+        "import numpy as np\ntokens, prompts = np.zeros((1, 8), np.int32), [[1, 2, 3]]\n"
     ),
     "docs/data.md": "import numpy as np\ntokens = np.arange(40)\n",
     "docs/decoding.md": (
