@@ -44,9 +44,7 @@ def test_links_lead_somewhere():
             if path.startswith(("http", "mailto")):
                 continue
             found = (ROOT / page).parent / path if path else ROOT / page
-            if not found.exists():
-                wrong.append(f"{page}: {target}")
-            elif anchor and anchor not in anchors(found):
+            if not found.exists() or anchor and anchor not in anchors(found):
                 wrong.append(f"{page}: {target}")
     assert not wrong, ", ".join(wrong)
 
@@ -93,10 +91,7 @@ def test_commands_are_read_as_the_shell_reads_them(tmp_path):
             "```\npython train.py --config=configs/paper.py --workdir=a --config.step=1\n```",
             "did you mean --config.steps?",
         ),
-        (
-            '```\ngcloud ssh --command="python train.py --config=configs/paper.py:mlra --workdir=a"\n```',
-            "unknown preset",
-        ),
+        ('```\nsrun sh -c "mlra-train --config=configs/paper.py:mlra --workdir=a"\n```', "unknown"),
         ("```\npython -m benchmarks.decode --tinny\n```", "--tinny"),
         ("```\nmake quickstrat\n```", "the Makefile has no quickstrat"),
         ("```\npip install '.[nothing]'\n```", "no extra nothing"),

@@ -17,6 +17,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -39,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.docs", description=__doc__)
     parser.add_argument("pages", nargs="*", type=Path, help="only these; default: all")
     flags = parser.parse_args()
-    began, listed, failed, ran = time.perf_counter(), [], [], 0
+    began, done = time.perf_counter(), Done()
     with tempfile.TemporaryDirectory() as folder:
         # Pages compile the same programs.
         jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
@@ -50,35 +51,51 @@ def main() -> int:
             shutil.copytree(prepared, workplace, symlinks=True)
             names: dict = {"__name__": "__page__"}
             for block in blocks(page):
-                for place, text, reason, work in pieces(block, names):
-                    start = time.perf_counter()
-                    try:
-                        check_block(block)
-                        if reason:
-                            listed.append(f"{place}  {reason}: {text}")
-                            continue
-                        with contextlib.chdir(workplace):
-                            work()
-                        ran += 1
-                        print(f"{place}  {time.perf_counter() - start:.1f} s  {text}", flush=True)
-                    except DocsError as error:
-                        failed.append(str(error))
-                        print(f"FAILED {error}", flush=True)
-    print("\nNot run here, program, flags and imports checked:", *listed, sep="\n  ")
-    seconds = time.perf_counter() - began
-    print(f"\n{ran} run, {len(listed)} not run here, {len(failed)} failed, {seconds:.0f} s")
-    return 1 if failed else 0
+                try:
+                    check_block(block)
+                    run_block(block, names, workplace, done)
+                except DocsError as error:
+                    done.failed += 1
+                    print(f"FAILED {error}", flush=True)
+    print("\nNot run here; program, flags and imports were checked:", *done.listed, sep="\n  ")
+    print(
+        f"\n{done.ran} run, {len(done.listed)} not run here, {done.failed} failed, "
+        f"{time.perf_counter() - began:.0f} s"
+    )
+    return 1 if done.failed else 0
+
+
+@dataclasses.dataclass
+class Done:
+    ran: int = 0
+    failed: int = 0
+    listed: list[str] = dataclasses.field(default_factory=list)
+
+
+def run_block(block: Block, names: dict, workplace: Path, done: Done) -> None:
+    """DocsError if one of its pieces fails."""
+    for place, text, reason, work in pieces(block, names):
+        if reason:
+            done.listed.append(f"{place}  {reason}: {text}")
+            continue
+        began = time.perf_counter()
+        with contextlib.chdir(workplace):
+            work()
+        done.ran += 1
+        print(f"{place}  {time.perf_counter() - began:.1f} s  {text}", flush=True)
 
 
 def pieces(block: Block, names: dict):
-    """(place, what, why it is not run or None, the work) of each command or Python block."""
+    """(place, what, why it is not run or None, the work) of each command, Python block, output."""
     match kind(block):
         case "python":
             first = block.text.partition("\n")[0]
             yield block.place, first, table.PYTHON_NOT_RUN.get(first), lambda: python(block, names)
+        case "output":
+            yield block.place, "the output of the block before", None, lambda: compare(block, names)
         case "shell":
             for command in commands(block):
-                work = lambda command=command: shell(command)
+                work = lambda command=command: names.update(__output__=shell(command))
                 yield command.place, command.text, why_not(command), work
 
 
@@ -87,10 +104,21 @@ def python(block: Block, names: dict) -> None:
     if len(names) == 1:
         exec(table.PRELUDES.get(block.page, ""), names)
     code = "\n" * block.line + substituted(block.text)
-    quietly(block.place, lambda: exec(compile(code, block.page, "exec"), names))
+    work = lambda: exec(compile(code, block.page, "exec"), names)
+    names["__output__"] = quietly(block.place, work)
 
 
-def shell(command: Command) -> None:
+def compare(block: Block, names: dict) -> None:
+    """The lines that a page shows as output were printed by what stands before, in this order."""
+    printed = names.get("__output__", "").splitlines()
+    rest = iter([line.rstrip() for line in printed])
+    for line in block.text.splitlines():
+        if line.strip() != "..." and line.rstrip() not in rest:
+            raise DocsError(f"{block.place}: not printed: {line}\n" + "\n".join(printed))
+
+
+def shell(command: Command) -> str:
+    """What it printed."""
     name, arguments = as_run(command)
     for argument in arguments:
         flag, _, value = argument.partition("=")
@@ -99,25 +127,26 @@ def shell(command: Command) -> None:
         if flag in ("--workdir", "--destination") and _made.get(path) != arguments:
             shutil.rmtree(path, ignore_errors=True)
             _made[path] = arguments
-    quietly(command.place, lambda: module(name).main(arguments))
+    return quietly(command.place, lambda: module(name).main(arguments))
 
 
 _made: dict[Path, list[str]] = {}
 
 
-def quietly(place: str, work):
-    """DocsError with what was printed if the work fails."""
-    said = io.StringIO()
+def quietly(place: str, work) -> str:
+    """What was printed on stdout; DocsError with all of it if the work fails."""
+    out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            result = work()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = work()
     except SystemExit as stop:
-        result = stop.code
+        code = stop.code
     except Exception:
-        raise DocsError(f"{place}: {said.getvalue()}\n{traceback.format_exc()}") from None
-    if isinstance(result, int) and result:
-        raise DocsError(f"{place}: ended with {result}: {said.getvalue()}")
-    return result
+        said = err.getvalue() + traceback.format_exc()
+        raise DocsError(f"{place}: {out.getvalue()}\n{said}") from None
+    if code:
+        raise DocsError(f"{place}: ended with {code}: {out.getvalue()}{err.getvalue()}")
+    return out.getvalue()
 
 
 def prepare(folder: Path) -> None:

@@ -11,8 +11,10 @@ from mlra_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 _SCRIPTS = {"train.py": "mlra_jax.training", "decode.py": "mlra_jax.generation"}
-# Words of the shell itself and of what only puts something before a command.
-_SHELL = "cd export set source mkdir echo if then else fi for do done while wait exec unset".split()
+# What the shell does by itself, or what only makes room for a command.
+_SHELL = re.compile(
+    r"(cd|export|set|unset|source|mkdir|echo|if|then|else|fi|for|do|done|while|wait|exec)$|[(\[{]"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Command:
 
     @property
     def is_shell(self) -> bool:
-        return self.words[0] in _SHELL or self.words[0].startswith(("(", "[", "{"))
+        return _SHELL.match(self.words[0]) is not None
 
 
 def pages() -> list[Path]:

@@ -26,14 +26,15 @@ class DocsError(Exception):
 
 
 def kind(block: Block) -> str:
-    """`shell`, `python` or `data`."""
-    if block.language == "python":
-        return "python"
+    """`shell`, `python`, `output` (of the block before, compared with it) or `data`."""
+    if block.language in ("python", "output"):
+        return block.language
     if block.language in DATA:
         return "data"
     if block.language not in SHELLS:
         raise DocsError(
-            f"{block.place}: blocks of {block.language!r} are unknown: name it in tests/docs/checking.py"
+            f"{block.place}: blocks of {block.language!r} are unknown: name their language in "
+            "tests/docs/checking.py"
         )
     return "shell"
 
@@ -80,22 +81,20 @@ def check_command(command: Command) -> None:
     elif "install" in words:
         check_requirements(command)
     for word in words:
-        if re.fullmatch(r"(tests|benchmarks|configs|studies)/[\w/]+\.(py|md|json)", word):
-            if not (ROOT / word).exists():
-                raise DocsError(f"{command.place}: {word} does not exist")
+        is_file = re.fullmatch(r"(tests|benchmarks|configs|studies)/[\w/]+\.(py|md|json)", word)
+        if is_file and not (ROOT / word).exists():
+            raise DocsError(f"{command.place}: {word} does not exist")
 
 
 def check_requirements(command: Command) -> None:
     """Of `pip install`: files named by `-r` and extras of this project exist."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for before, word in zip(command.words, command.words[1:], strict=False):
         if before == "-r" and not (ROOT / word).is_file():
             raise DocsError(f"{command.place}: {word} does not exist")
         if own := re.match(r"(?:\.|mlra[-_]jax)\[([\w,-]+)\]", word):
             for extra in own[1].split(","):
-                if extra not in extras:
+                if extra not in project["optional-dependencies"]:
                     raise DocsError(f"{command.place}: pyproject.toml has no extra {extra}")
 
 
@@ -190,11 +189,7 @@ def inline_wrong(page: Path, settings: set[str], flags: set[str]) -> list[str]:
                 wrong.append(f"{place}: there is no setting {setting}")
         for flag in re.findall(r"(?<![\w-])--([\w-]+)", code):
             other = "-" in flag or flag.startswith("xla") or flag in table.OTHER_FLAGS
-            if (
-                not other
-                and flag.removeprefix("no") not in flags | {"config"}
-                and flag not in flags
-            ):
+            if not other and not {flag, flag.removeprefix("no")} & (flags | {"config"}):
                 wrong.append(f"{place}: no command has a flag --{flag}")
     return wrong
 

@@ -21,7 +21,7 @@ NOT_RUN = (
     (r"-m benchmarks\.", "needs an accelerator or much time"),
     (r"-m tests\.mutants\b", "runs in the gate by itself"),
 )
-"""(what stands in a command, why it is not run here). Flags and settings of these are still checked."""
+"""(what stands in a command, why it is not run here); flags and settings are still checked."""
 
 OTHER_FLAGS = (
     "zone",
@@ -37,14 +37,10 @@ OTHER_FLAGS = (
 """Flags of other programs that sentences name; those with a `-` inside are never ours."""
 
 SUBSTITUTIONS = (
-    (
-        r"(?<!studies/)configs/(paper|small)\.py(:\w+)?",
-        "configs/quickstart.py",
-        "a model of kilobytes",
-    ),
+    (r"=configs/(paper|small)\.py(:\w+)?", "=configs/quickstart.py", "a small model"),
     (r"studies/configs/small\.py", "studies/configs/quick.py", "the smaller study"),
-    (r"--preset=\S+ (?=--layers)", "--checkpoint=runs/mlra_4 ", "a model of kilobytes"),
-    (r"--preset=\S+", "--preset=mlra_4_small", "one small model"),
+    (r"--preset=\S+ (?=--layers)", "--checkpoint=runs/mlra_4 ", "a small model"),
+    (r"--preset=\S+", "--preset=mlra_4_small", "one of the smallest presets"),
     (r"max_new_tokens=\d+", "max_new_tokens=4", "few tokens"),
     (r"--virtual_cpu_devices=\d+", "", "the runner has eight already"),
     (r"--minutes=\d+", "--minutes=1", "little time"),
