@@ -27,13 +27,86 @@ def test_sentences_name_what_exists():
     settings = {x.name for section in all_settings().values() for x in section}
     settings |= {field.name for field in dataclasses.fields(Study)}
     flags = set()
-    for name in [name for name, _ in COMMANDS.values()] + ["studies.variants", "studies.text"]:
+    others = [f"studies.{name}" for name in ("variants", "text")]
+    others += [f"benchmarks.{name}" for name in ("decode", "absorbed_decode")]
+    for name in [name for name, _ in COMMANDS.values()] + others:
         out = io.StringIO()
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
             module(name).main(["--help"])
         flags |= set(re.findall(r"--(\w+)", out.getvalue()))
     wrong = [line for page in PAGES for line in checking.inline_wrong(ROOT / page, settings, flags)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "training",
+            "--config.mesh.data=4",
+            "the mesh data=4 x tensor=4 needs 16 devices and there",
+        ),
+        ("training", "--config.data.global_batch=15", "data.global_batch=15 does not divide over "),
+        (
+            "training",
+            "--config.model.vocab_size=128",
+            "tokenizer bytes has 257 ids, more than the model's vocab_size 128",
+        ),
+        ("training", "--config.lr=1", "unknown setting --config.lr; did you mean "),
+        (
+            "training",
+            "--workdir=gs://b/x",
+            "workdir gs://b/x is an address; mount the bucket and give its path",
+        ),
+        (
+            "training",
+            "--config.data.source=latin.txt",
+            "latin.txt is not UTF-8 text: byte 3 cannot be read (line 1)",
+        ),
+        ("training", "--config.data.source=x.bin", "x.bin is no token file: it is text"),
+        (
+            "training",
+            "--config.data.source=short.txt",
+            "too little training data in short.txt: 3 tokens are less than one window",
+        ),
+        (
+            "training",
+            "--config.data.source=nowhere.txt",
+            "no data: nowhere.txt is neither a file nor a folder, nor matches any",
+        ),
+        (
+            "generation",
+            "--checkpoint=weights",
+            "has weights as they are released: convert them first",
+        ),
+        ("generation", "--checkpoint=empty", "no finished checkpoint in "),
+        ("convert", "--destination=empty", "exists already; delete it or choose another"),
+    ],
+)
+def test_troubleshooting_quotes_what_commands_say(name, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 and so on\n" * 50)
+    (tmp_path / "x.bin").write_bytes(b"abc" * 100)
+    (tmp_path / "short.txt").write_text("hi")
+    (tmp_path / "empty").mkdir()
+    released = ROOT / "tests/data/released/mlra_4"
+    (tmp_path / "weights").symlink_to(released)
+    usual = {
+        "training": f"--config={ROOT}/configs/quickstart.py --workdir=w "
+        "--config.virtual_cpu_devices=0",
+        "generation": "--prompt=x",
+        "convert": f"--source={released}",
+    }[name]
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = module(f"mlra_jax.{name}").main([*usual.split(), arguments])
+        except SystemExit as stop:
+            code = stop.code
+    # The page's numbers are of a machine with one device.
+    of = lambda text: re.sub(r"\d+", "0", text)
+    assert code and of(message) in of(err.getvalue())
+    assert of(message) in of((ROOT / "docs/troubleshooting.md").read_text())
 
 
 def test_links_lead_somewhere():

@@ -169,7 +169,7 @@ def save(name: str, layers: Sequence[dict[str, Any]], folder: Path) -> None:
         axes.set(
             title=f"up-projections of latents to {what.removesuffix('_spectrum')}s",
             xlabel="number of the singular value",
-            ylabel="singular value",
+            ylabel="singular value, of the largest",
         )
         axes.set_visible(bool(axes.lines))
     if panels[4].lines:

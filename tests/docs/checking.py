@@ -185,7 +185,8 @@ def inline_wrong(page: Path, settings: set[str], flags: set[str]) -> list[str]:
             if not _is_module(name.rstrip(".")):
                 wrong.append(f"{place}: there is no module {name}")
         for setting in re.findall(r"--(?:no)?config\.([\w.]+)", code):
-            if setting not in settings and not setting.isupper():
+            known = settings | set(table.NO_SETTINGS)
+            if setting not in known and not setting.isupper():
                 wrong.append(f"{place}: there is no setting {setting}")
         for flag in re.findall(r"(?<![\w-])--([\w-]+)", code):
             other = "-" in flag or flag.startswith("xla") or flag in table.OTHER_FLAGS

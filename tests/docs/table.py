@@ -17,6 +17,7 @@ NOT_RUN = (
     (r"-m mkdocs\b", "`make docs` builds the site"),
     (r"--coordinator|--distributed|--process_id", "needs several processes"),
     (r"-m mlra_jax\.evaluate\.tasks\b", "the harness needs the network"),
+    (r"--source=hf:", "needs the network"),
     (r"-m studies\.text\b", "needs packages of the step before"),
     (r"-m benchmarks\.", "needs an accelerator or much time"),
     (r"-m tests\.mutants\b", "runs in the gate by itself"),
@@ -35,6 +36,9 @@ OTHER_FLAGS = (
     "logdir",
 )
 """Flags of other programs that sentences name; those with a `-` inside are never ours."""
+
+NO_SETTINGS = ("lr",)
+"""Settings that do not exist and stand in messages that pages quote."""
 
 SUBSTITUTIONS = (
     (r"=configs/(paper|small)\.py(:\w+)?", "=configs/quickstart.py", "a small model"),
