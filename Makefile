@@ -49,7 +49,7 @@ mutants: $(VENV)/installed
 
 docs: $(VENV)/docs
 	@$(RUN) -m tests.docs $(PAGES)
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 	@echo 'The site is in build/site: open build/site/index.html'
 
 # The extra's packages without the package itself.

@@ -14,6 +14,7 @@ PATTERNS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "LICENSE",
+    "CITATION.cff",
     "docs/*.md",
     "docs/images/*.png",
     "benchmarks/*.md",

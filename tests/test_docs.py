@@ -13,6 +13,7 @@ from studies.settings import Study
 from tests.docs import checking
 from tests.docs.blocks import ROOT, blocks, commands, module, ours, pages
 from tests.docs.checking import DocsError
+from tests.docs.running import Done, run_block
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in pages()]
 
@@ -177,3 +178,40 @@ def test_what_cannot_run_is_named(tmp_path, text, said):
     with pytest.raises(DocsError, match=r"^page\.md:\d+: ") as caught:
         checking.check_block(block)
     assert said in str(caught.value)
+
+
+def test_outputs_are_those_of_the_block_before(tmp_path):
+    first, same, cut, other = page_of(
+        tmp_path,
+        "```python\nfor i in range(3):\n    print('line', i)\n```\n```output\nline 0\nline 1\n```\n"
+        "```output\nline 0\n...\nline 2\n```\n```output\nline 0\nline 3\n```",
+    )
+    names, done = {"__name__": "__page__"}, Done()
+    for block in (first, same, cut):
+        run_block(block, names, tmp_path, done)
+    with pytest.raises(DocsError, match=r"page\.md:14: not printed: line 3"):
+        run_block(other, names, tmp_path, done)
+    assert (done.ran, done.listed) == (3, [])
+
+
+def test_commands_run_on_tiny_sizes_or_are_listed(tmp_path, monkeypatch):
+    training = module("mlra_jax.training")
+    seen = []
+    monkeypatch.setattr(training, "train", lambda experiment, *_, **__: seen.append(experiment))
+    for name in ("configs", "book.txt"):
+        (tmp_path / name).symlink_to(ROOT / ("README.md" if name == "book.txt" else name))
+    (tmp_path / "w").mkdir()
+    [block, failing] = page_of(
+        tmp_path,
+        "```\npip install x\npython train.py --config=configs/paper.py:mla --workdir=w "
+        "--config.data.source=book.txt\n```\n```\nmlra-decode --checkpoint=w --prompt=x\n```",
+    )
+    done = Done()
+    run_block(block, {}, tmp_path, done)
+    assert done.listed == ["page.md:2  needs the network: pip install x"] and done.ran == 1
+    [experiment] = seen
+    assert experiment.steps == 2 and experiment.model.num_layers == 1
+    assert experiment.data.source == "book.txt" and experiment.data.global_batch == 2
+    assert not (tmp_path / "w").exists(), "what lay there is in the way of a new run"
+    with pytest.raises(DocsError, match=r"page\.md:6: ended with 1: (?s:.)*no checkpoint"):
+        run_block(failing, {}, tmp_path, done)

@@ -16,24 +16,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import argparse
-import contextlib
-import dataclasses
-import io
-import json
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from mlra_jax.data import token_file
-from tests.docs import table
-from tests.docs.blocks import ROOT, Block, Command, blocks, commands, module, pages
-from tests.docs.checking import DocsError, as_run, check_block, kind, substituted, why_not
+from tests.docs.blocks import blocks, pages
+from tests.docs.checking import DocsError, check_block
+from tests.docs.running import Done, prepare, run_block
 
 
 def main() -> int:
@@ -63,120 +56,6 @@ def main() -> int:
         f"{time.perf_counter() - began:.0f} s"
     )
     return 1 if done.failed else 0
-
-
-@dataclasses.dataclass
-class Done:
-    ran: int = 0
-    failed: int = 0
-    listed: list[str] = dataclasses.field(default_factory=list)
-
-
-def run_block(block: Block, names: dict, workplace: Path, done: Done) -> None:
-    """DocsError if one of its pieces fails."""
-    for place, text, reason, work in pieces(block, names):
-        if reason:
-            done.listed.append(f"{place}  {reason}: {text}")
-            continue
-        began = time.perf_counter()
-        with contextlib.chdir(workplace):
-            work()
-        done.ran += 1
-        print(f"{place}  {time.perf_counter() - began:.1f} s  {text}", flush=True)
-
-
-def pieces(block: Block, names: dict):
-    """(place, what, why it is not run or None, the work) of each command, Python block, output."""
-    match kind(block):
-        case "python":
-            first = block.text.partition("\n")[0]
-            yield block.place, first, table.PYTHON_NOT_RUN.get(first), lambda: python(block, names)
-        case "output":
-            yield block.place, "the output of the block before", None, lambda: compare(block, names)
-        case "shell":
-            for command in commands(block):
-                work = lambda command=command: names.update(__output__=shell(command))
-                yield command.place, command.text, why_not(command), work
-
-
-def python(block: Block, names: dict) -> None:
-    """In the names of its page, with tracebacks that name the page's lines."""
-    if len(names) == 1:
-        exec(table.PRELUDES.get(block.page, ""), names)
-    code = "\n" * block.line + substituted(block.text)
-    work = lambda: exec(compile(code, block.page, "exec"), names)
-    names["__output__"] = quietly(block.place, work)
-
-
-def compare(block: Block, names: dict) -> None:
-    """The lines that a page shows as output were printed by what stands before, in this order."""
-    printed = names.get("__output__", "").splitlines()
-    rest = iter([line.rstrip() for line in printed])
-    for line in block.text.splitlines():
-        if line.strip() != "..." and line.rstrip() not in rest:
-            raise DocsError(f"{block.place}: not printed: {line}\n" + "\n".join(printed))
-
-
-def shell(command: Command) -> str:
-    """What it printed."""
-    name, arguments = as_run(command)
-    for argument in arguments:
-        flag, _, value = argument.partition("=")
-        path = Path(value).resolve()
-        # What another command or page made there is in the way; the same command goes on with it.
-        if flag in ("--workdir", "--destination") and _made.get(path) != arguments:
-            shutil.rmtree(path, ignore_errors=True)
-            _made[path] = arguments
-    return quietly(command.place, lambda: module(name).main(arguments))
-
-
-_made: dict[Path, list[str]] = {}
-
-
-def quietly(place: str, work) -> str:
-    """What was printed on stdout; DocsError with all of it if the work fails."""
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = work()
-    except SystemExit as stop:
-        code = stop.code
-    except Exception:
-        said = err.getvalue() + traceback.format_exc()
-        raise DocsError(f"{place}: {out.getvalue()}\n{said}") from None
-    if code:
-        raise DocsError(f"{place}: ended with {code}: {out.getvalue()}{err.getvalue()}")
-    return out.getvalue()
-
-
-def prepare(folder: Path) -> None:
-    """What the pages' commands read, by the names that they give it."""
-    folder.mkdir()
-    for name in ("train.py", "decode.py", "configs", "studies", "benchmarks", "docs", "README.md"):
-        (folder / name).symlink_to(ROOT / name)
-    text = (ROOT / "README.md").read_text()
-    for name in ("book.txt", "my_text.txt", "books/one.txt", "books/two.txt"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    (folder / "prompts.txt").write_text("The \nA ")
-    (folder / "fineweb.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    shutil.copy(ROOT / "configs/quickstart.py", folder / "my.py")
-    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-    for name in ("fineweb_val_000000", "fineweb/a_val_000000", "fineweb/a_train_000001"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        token_file.write(folder / f"{name}.bin", tokens)
-    for name in ("wikipedia", "c4"):
-        token_file.write(folder / f"{name}.bin", tokens)
-    train = "python train.py --config=configs/quickstart.py --workdir=runs/mlra_4"
-    export = "python -m mlra_jax.export --checkpoint=runs/mlra_4 --destination=weights/mlra_4"
-    convert = "python -m mlra_jax.convert --source=weights/mlra_4 --destination=models/mlra_4"
-    with contextlib.chdir(folder):
-        for line in (train, export, convert):
-            shell(Command("tests/docs/__main__.py", 0, tuple(line.split())))
-        for copy in ("runs/mine", "runs/quickstart"):
-            shutil.copytree("runs/mlra_4", copy)
-        for copy in ("models/small", "DIR"):
-            shutil.copytree("models/mlra_4", copy)
 
 
 if __name__ == "__main__":
