@@ -10,7 +10,7 @@ import pytest
 from mlra_jax.__main__ import COMMANDS
 from mlra_jax.training.reference import all_settings
 from studies.settings import Study
-from tests.docs import checking
+from tests.docs import checking, table
 from tests.docs.blocks import ROOT, blocks, commands, module, ours, pages
 from tests.docs.checking import DocsError
 from tests.docs.running import Done, run_block
@@ -180,13 +180,15 @@ def test_what_cannot_run_is_named(tmp_path, text, said):
     assert said in str(caught.value)
 
 
-def test_outputs_are_those_of_the_block_before(tmp_path):
+def test_outputs_are_those_of_the_block_before(tmp_path, monkeypatch):
+    monkeypatch.setitem(table.PRELUDES, "page.md", "word = 'line'")
     first, same, cut, other = page_of(
         tmp_path,
-        "```python\nfor i in range(3):\n    print('line', i)\n```\n```output\nline 0\nline 1\n```\n"
+        "```python\nfor i in range(3):\n    print(word, i)\n```\n```output\nline 0\nline 1\n```\n"
         "```output\nline 0\n...\nline 2\n```\n```output\nline 0\nline 3\n```",
     )
     names, done = {"__name__": "__page__"}, Done()
+    names["__output__"] = "of a command before"
     for block in (first, same, cut):
         run_block(block, names, tmp_path, done)
     with pytest.raises(DocsError, match=r"page\.md:14: not printed: line 3"):

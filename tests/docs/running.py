@@ -53,8 +53,9 @@ def pieces(block: Block, names: dict):
 
 def python(block: Block, names: dict) -> None:
     """In the names of its page, with tracebacks that name the page's lines."""
-    if len(names) == 1:
-        exec(table.PRELUDES.get(block.page, ""), names)
+    if "__prelude__" not in names:
+        names["__prelude__"] = table.PRELUDES.get(block.page, "")
+        exec(names["__prelude__"], names)
     code = "\n" * block.line + substituted(block.text)
     work = lambda: exec(compile(code, block.page, "exec"), names)
     names["__output__"] = quietly(block.place, work)
