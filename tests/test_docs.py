@@ -144,6 +144,13 @@ def test_commands_are_read_as_the_shell_reads_them(tmp_path):
     )
     found = list(commands(block))
     assert [command.line for command in found] == [2, 4, 4, 4, 5]
+    assert [command.words[0] for command in found] == [
+        "python",
+        "cd",
+        "mlra-decode",
+        "tail",
+        "gcloud",
+    ]
     assert [ours(command) for command in found] == [
         ("mlra_jax.costs", ["--tokens=8"]),
         None,
@@ -205,15 +212,16 @@ def test_commands_run_on_tiny_sizes_or_are_listed(tmp_path, monkeypatch):
     (tmp_path / "w").mkdir()
     [block, failing] = page_of(
         tmp_path,
-        "```\npip install x\npython train.py --config=configs/paper.py:mla --workdir=w "
-        "--config.data.source=book.txt\n```\n```\nmlra-decode --checkpoint=w --prompt=x\n```",
+        "```\npip install x\nmkdir -p out && cp *.txt out\n"
+        "python train.py --config=configs/paper.py:mla --workdir=w --config.data.source=book.txt\n```\n```\nmlra-decode --checkpoint=w --prompt=x\n```",
     )
     done = Done()
     run_block(block, {}, tmp_path, done)
-    assert done.listed == ["page.md:2  needs the network: pip install x"] and done.ran == 1
+    assert done.listed == ["page.md:2  needs the network: pip install x"] and done.ran == 3
+    assert (tmp_path / "out/book.txt").read_text() == (ROOT / "README.md").read_text()
     [experiment] = seen
     assert experiment.steps == 2 and experiment.model.num_layers == 1
     assert experiment.data.source == "book.txt" and experiment.data.global_batch == 2
     assert not (tmp_path / "w").exists(), "what lay there is in the way of a new run"
-    with pytest.raises(DocsError, match=r"page\.md:6: ended with 1: (?s:.)*no checkpoint"):
+    with pytest.raises(DocsError, match=r"page\.md:7: ended with 1: (?s:.)*no checkpoint"):
         run_block(failing, {}, tmp_path, done)

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 _SCRIPTS = {"train.py": "mlra_jax.training", "decode.py": "mlra_jax.generation"}
 # What the shell does by itself, or what only makes room for a command.
 _SHELL = re.compile(
-    r"(cd|export|set|unset|source|mkdir|echo|if|then|else|fi|for|do|done|while|wait|exec)$|[(\[{]"
+    r"(cd|export|set|unset|source|echo|if|then|else|fi|for|do|done|while|wait|exec)$|[(\[{]"
 )
+_FILES = ("mkdir", "cp", "mv", "ls", "cat", "head", "tail", "wc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Command:
     @property
     def is_shell(self) -> bool:
         return _SHELL.match(self.words[0]) is not None
+
+    @property
+    def is_of_files(self) -> bool:
+        """One that makes, copies or shows files, and that every system has."""
+        return self.words[0] in _FILES
 
 
 def pages() -> list[Path]:

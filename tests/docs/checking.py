@@ -44,7 +44,7 @@ def why_not(command: Command) -> str | None:
     if command.is_shell:
         return "is the shell's own"
     found = next((why for pattern, why in table.NOT_RUN if re.search(pattern, command.text)), None)
-    if found is None and ours(command) is None:
+    if found is None and not command.is_of_files and ours(command) is None:
         raise DocsError(
             f"{command.place}: `{command.words[0]}` is no command of this project: mark the block "
             "`text` behind its fence if it is output or a figure, or say in NOT_RUN of "

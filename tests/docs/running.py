@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import glob
 import io
 import json
 import shutil
+import subprocess
 import time
 import traceback
 from pathlib import Path
@@ -72,6 +74,8 @@ def compare(block: Block, names: dict) -> None:
 
 def shell(command: Command) -> str:
     """What it printed."""
+    if command.is_of_files:
+        return of_files(command)
     name, arguments = as_run(command)
     for argument in arguments:
         flag, _, value = argument.partition("=")
@@ -81,6 +85,15 @@ def shell(command: Command) -> str:
             shutil.rmtree(path, ignore_errors=True)
             _made[path] = arguments
     return quietly(command.place, lambda: module(name).main(arguments))
+
+
+def of_files(command: Command) -> str:
+    """Patterns are expanded as the shell does."""
+    words = [sorted(glob.glob(word)) or [word] for word in command.words]
+    done = subprocess.run(sum(words, []), capture_output=True, text=True)
+    if done.returncode:
+        raise DocsError(f"{command.place}: {done.stderr.strip()}")
+    return done.stdout
 
 
 _made: dict[Path, list[str]] = {}
@@ -105,8 +118,12 @@ def quietly(place: str, work) -> str:
 def prepare(folder: Path) -> None:
     """What the pages' commands read, by the names that they give it."""
     folder.mkdir()
-    for name in ("train.py", "decode.py", "configs", "studies", "benchmarks", "docs", "README.md"):
-        (folder / name).symlink_to(ROOT / name)
+    # Copies: what a page's commands write there stays there.
+    for name in ("configs", "studies/configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.relative_to(ROOT))
     text = (ROOT / "README.md").read_text()
     for name in ("book.txt", "my_text.txt", "books/one.txt", "books/two.txt"):
         (folder / name).parent.mkdir(exist_ok=True)

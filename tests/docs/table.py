@@ -18,6 +18,8 @@ NOT_RUN = (
     (r"--coordinator|--distributed|--process_id", "needs several processes"),
     (r"-m mlra_jax\.evaluate\.tasks\b", "the harness needs the network"),
     (r"--source=hf:", "needs the network"),
+    (r"(gs|s3)://", "needs a bucket"),
+    (r"-m mlra_jax\.plan\b|^mlra-plan\b", "compiles for minutes"),
     (r"-m studies\.text\b", "needs packages of the step before"),
     (r"-m benchmarks\.", "needs an accelerator or much time"),
     (r"-m tests\.mutants\b", "runs in the gate by itself"),
