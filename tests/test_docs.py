@@ -213,7 +213,8 @@ def test_commands_run_on_tiny_sizes_or_are_listed(tmp_path, monkeypatch):
     [block, failing] = page_of(
         tmp_path,
         "```\npip install x\nmkdir -p out && cp *.txt out\n"
-        "python train.py --config=configs/paper.py:mla --workdir=w --config.data.source=book.txt\n```\n```\nmlra-decode --checkpoint=w --prompt=x\n```",
+        "python train.py --config=configs/paper.py:mla --workdir=w "
+        "--config.data.source=book.txt\n```\n```\nmlra-decode --checkpoint=w --prompt=x\n```",
     )
     done = Done()
     run_block(block, {}, tmp_path, done)
