@@ -2,6 +2,8 @@
 # make quickstart SOURCE=FILE trains on a text file, a folder of them or a .bin token file.
 # make check: style, types and the tests that need no compiler, in seconds.   make check TESTS=DIR
 # runs another folder's.   make mutants: do the tests notice planted faults?
+# make docs: run the commands of README and docs on tiny sizes and build the site into build/site.
+# make docs PAGES=docs/data.md runs those of a page alone.
 
 PYTHON ?= python3
 SOURCE ?= pydoc
@@ -21,7 +23,7 @@ endif
 # The tests of these compile nothing.
 TESTS ?= tests/test_presets.py tests/test_house.py tests/test_mutants.py
 
-.PHONY: quickstart test check lint mutants clean
+.PHONY: quickstart test check lint mutants docs clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/installed
@@ -45,6 +47,18 @@ lint: $(VENV)/installed
 mutants: $(VENV)/installed
 	@$(RUN) -m tests.mutants $(MUTANTS)
 
+docs: $(VENV)/docs
+	@$(RUN) -m tests.docs $(PAGES)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	@echo 'The site is in build/site: open build/site/index.html'
+
+# The extra's packages without the package itself.
+$(VENV)/docs: $(VENV)/installed pyproject.toml
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $$($(RUN) -c 'import tomllib; \
+		project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["docs"])')
+	@touch $@
+
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
 		echo 'mlra_jax needs Python 3.12 or newer; $(PYTHON) is' \
@@ -59,4 +73,4 @@ $(VENV)/installed: requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

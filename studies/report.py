@@ -170,12 +170,15 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
         curves = np.array([run["validation_loss"] for run in runs])
         seen = curves[0, :, 0] * runs[0]["tokens"] / curves[0, -1, 0]
         tokens.plot(seen, curves[:, :, 1].mean(0), "-" if i < 10 else "--", linewidth=1, **style)
+    caches.errorbar([], [], [], fmt="o", color="gray", label="mean and standard error over seeds")
+    # Each point has its name beside it.
+    caches.legend(handles=caches.get_legend_handles_labels()[0][-1:], fontsize=7)
     caches.set(
         xlabel=f"cached values per token, layer and device, {_AT}-way",
         ylabel="validation loss (nats per token)",
         xscale="log",
     )
-    tokens.set(xlabel="tokens", ylabel="validation loss (nats per token)")
+    tokens.set(xlabel="training tokens", ylabel="validation loss, mean over seeds (nats per token)")
     tokens.legend(fontsize=7, ncols=2)
     for axes, figure, file_name in (
         (caches, by_cache, "loss_by_cache.png"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import decode, models
+from benchmarks.absorbed_decode import __main__ as absorbed_decode
 from mlra_jax.config import LatentConfig, preset
 from mlra_jax.decoder import abstract_cache, abstract_decoder
 from mlra_jax.sharding import make_mesh
@@ -41,7 +42,17 @@ def test_decoding_is_measured_and_drawn(tmp_path):
         assert "error" not in row
         assert row["tokens_per_second"] == pytest.approx(1e3 / row["milliseconds"])
         assert row["floor"] > 0 and row["peak_GB"] > 0 and row["first_token_seconds"] > 0
-    drawn = {p.name: p.stat().st_size for p in tmp_path.glob("*.png")}
-    assert drawn.keys() == {"decode_time.png", "decode_throughput.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {"decode_time.png"}, "one batch is no line"
+    more = [row | dict(batch=4, mesh="tensor=2", share="") for row in result["rows"]]
+    more += [row | dict(batch=8) for row in more]
+    output.write_text(json.dumps([result, result | dict(rows=more)]))
     assert decode.main([f"--input={output}", f"--figures={tmp_path / 'again'}"]) == 0
-    assert (tmp_path / "again/decode_time.png").is_file()
+    drawn = {p.name for p in (tmp_path / "again").glob("*.png")}
+    assert drawn == {"decode_time.png", "decode_throughput.png"}
+
+
+def test_kernel_times_are_drawn_from_an_earlier_run(tmp_path):
+    earlier = "benchmarks/results/absorbed_decode.json"
+    assert absorbed_decode.main([f"--input={earlier}", f"--output={tmp_path}"]) == 0
+    drawn = {p.name for p in tmp_path.glob("*.png")}
+    assert drawn == {"absorbed_decode_time.png", "absorbed_decode_bandwidth.png"}
