@@ -3,16 +3,16 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from mlra_jax.files import naming, whole_figure, whole_file
+from mlra_jax.files import Lines, naming, whole_figure, whole_file
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike, in_bucket, telling
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = METRICS_FILE + ".damaged"
@@ -22,6 +22,8 @@ CURVE_FILE = "loss_curve.png"
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard files; a line is on the disk when `write` ends.
 
+    In a bucket, where files only come whole, it is there when `sync` ends, or some seconds later.
+
     Args:
       workdir: an existing folder.
       step: the step from which the run goes on; what was written after it by a run that was
@@ -29,22 +31,19 @@ class MetricsWriter:
       say: prints one note for each damaged line, which moves to `metrics.jsonl.damaged`.
     """
 
-    def __init__(self, workdir: Path, step: int, say: Callable[[str], None] = print):
+    def __init__(self, workdir: AnyPath, step: int, say: Callable[[str], None] = print):
         path = workdir / METRICS_FILE
         lines, damaged = _read_lines(path)
         if damaged:
             # Before the file is written anew, so that a kill between the two loses nothing.
             aside = path.with_name(DAMAGED_FILE)
-            with aside.open("ab") as file:
-                file.writelines(line + b"\n" for _, line in damaged)
-                file.flush()
-                os.fsync(file.fileno())
+            before = aside.read_bytes() if aside.exists() else b""
+            with whole_file(aside, "wb") as file:
+                file.write(before + b"".join(line + b"\n" for _, line in damaged))
             for number, _ in damaged:
                 say(f"{path}, line {number}: damaged; set aside in {aside.name}")
         kept = [line for line in lines if line["step"] <= step] if step else []
-        with whole_file(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        self._file = path.open("a")
+        self._lines = Lines(path, (json.dumps(line) + "\n" for line in kept))
         self._board_folder = workdir / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
         # The library's usual writer has a thread, and waits for ever when that could not write.
@@ -58,34 +57,41 @@ class MetricsWriter:
 
         Raises OSError, with the file's name.
         """
-        with naming(self._file.name):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._lines.add(json.dumps({"step": step, **values}) + "\n")
         scalars = [summary.scalar(name, value) for name, value in values.items()]
         self._record(*(event_pb2.Event(step=step, summary=scalar) for scalar in scalars))
 
+    def sync(self) -> None:
+        """All that was written is where others read it when this ends. Raises OSError."""
+        self._lines.sync()
+        with self._naming():
+            self._board.flush()
+
     def close(self) -> None:
         # Each write was flushed; what could not be is told already.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        with contextlib.suppress(OSError), self._naming():
+            self._lines.close()
             self._board.close()
 
     def _record(self, *events: event_pb2.Event) -> None:
-        with naming(self._board_folder):
+        with self._naming():
             for event in events:
                 event.wall_time = time.time()
                 self._board.write_event(event)
-            self._board.flush()
+            if not in_bucket(self._board_folder):
+                self._board.flush()
+
+    def _naming(self) -> contextlib.AbstractContextManager[None]:
+        return (telling if in_bucket(self._board_folder) else naming)(self._board_folder)
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+def read_metrics(workdir: PathLike) -> list[dict[str, float]]:
     """The lines of `metrics.jsonl`; damaged ones, and a last one that a kill cut off, are left
     out."""
-    return _read_lines(Path(workdir) / METRICS_FILE)[0]
+    return _read_lines(paths.path(workdir) / METRICS_FILE)[0]
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, bytes]]]:
+def _read_lines(path: AnyPath) -> tuple[list[dict[str, float]], list[tuple[int, bytes]]]:
     """The good lines, and the others with their numbers from 1 on.
 
     What follows the last newline was being written when the run was killed: neither of the two.
@@ -114,7 +120,7 @@ def _is_metrics(values: Any) -> bool:
     )
 
 
-def plot_losses(workdir: Path, vocab_size: int) -> Path:
+def plot_losses(workdir: AnyPath, vocab_size: int) -> AnyPath:
     """Draws training and validation loss over steps, with that of a uniform guess, as PNG."""
     import matplotlib.figure
 
