@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import re
+import socket
 import threading
 import time
 import zlib
@@ -35,8 +36,9 @@ class Bucket:
     Attributes:
       objects: name to `Object`.
       requests: (method, path with its query, number of bytes of the answer) of each request.
-      fault: of (method, path) gives None, a status to answer with, "cut" to end the connection in
-        the middle of the upload or of the answer, or seconds to wait first.
+      fault: of (method, path) gives None, a status to answer with, seconds (a float) to wait first,
+        "cut" to end the connection in the middle of the upload or of the answer, or "lost" to do
+        what is asked and never say so.
     """
 
     def __init__(self):
@@ -79,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_GET
 
     def _handle(self) -> None:
-        body = self._body()
+        body, self.cut, self.lost = self._body(), False, False
         url = urlsplit(self.path)
         self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         fault = self.bucket.fault(self.command, self.path)
@@ -87,10 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault)
         if isinstance(fault, int):
             return self._json({"error": {"code": fault, "message": "injected"}}, fault)
-        self.cut = fault == "cut"
+        self.cut, self.lost = fault == "cut", fault == "lost"
         if self.cut and self.command != "GET":
-            self.connection.close()
-            return None
+            return self._hang_up()
         path = url.path.removeprefix("/download")
         with self.bucket.lock:
             if upload := re.fullmatch(r"/upload/(?:resumable/)?storage/v1/b/([^/]+)/o", path):
@@ -106,6 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._delete(name) if self.command == "DELETE" else self._read(name)
         return self._json({"error": {"code": 400, "message": path}}, 400)
 
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -118,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, data: bytes = b"", **headers: str) -> None:
         self.bucket.requests.append((self.command, self.path, len(data)))
+        if self.lost:
+            return self._hang_up()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -125,8 +132,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if self.cut else data)
         self.close_connection |= self.cut
-
-    cut = False
 
     def _json(self, value: dict, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), Content_Type="application/json")
