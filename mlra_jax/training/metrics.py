@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tensorboardX import event_file_writer, summary
@@ -12,7 +14,7 @@ from tensorboardX.proto import event_pb2
 
 from mlra_jax.files import Lines, naming, whole_figure, whole_file
 from mlra_jax.storage import paths
-from mlra_jax.storage.paths import AnyPath, PathLike, in_bucket, telling
+from mlra_jax.storage.paths import AnyPath, PathLike, files_below, in_bucket
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = METRICS_FILE + ".damaged"
@@ -46,8 +48,13 @@ class MetricsWriter:
         self._lines = Lines(path, (json.dumps(line) + "\n" for line in kept))
         self._board_folder = workdir / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
+        self._local = None
+        if in_bucket(workdir):
+            # The library's own way to a bucket holds a run up when that fails, and its end.
+            self._local = tempfile.TemporaryDirectory()
         # The library's usual writer has a thread, and waits for ever when that could not write.
-        self._board = event_file_writer.EventsWriter(str(self._board_folder / "events"))
+        folder = self._local.name if self._local else self._board_folder
+        self._board = event_file_writer.EventsWriter(f"{folder}/events")
         if step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._record(event_pb2.Event(step=step + 1, session_log=start))
@@ -64,25 +71,24 @@ class MetricsWriter:
     def sync(self) -> None:
         """All that was written is where others read it when this ends. Raises OSError."""
         self._lines.sync()
-        with self._naming():
-            self._board.flush()
+        for file in files_below(Path(self._local.name)) if self._local else ():
+            (self._board_folder / file.name).write_bytes(file.read_bytes())
 
     def close(self) -> None:
         # Each write was flushed; what could not be is told already.
-        with contextlib.suppress(OSError), self._naming():
+        with contextlib.suppress(OSError):
+            self.sync()
             self._lines.close()
             self._board.close()
+        if self._local:
+            self._local.cleanup()
 
     def _record(self, *events: event_pb2.Event) -> None:
-        with self._naming():
+        with naming(self._board_folder):
             for event in events:
                 event.wall_time = time.time()
                 self._board.write_event(event)
-            if not in_bucket(self._board_folder):
-                self._board.flush()
-
-    def _naming(self) -> contextlib.AbstractContextManager[None]:
-        return (telling if in_bucket(self._board_folder) else naming)(self._board_folder)
+            self._board.flush()
 
 
 def read_metrics(workdir: PathLike) -> list[dict[str, float]]:
