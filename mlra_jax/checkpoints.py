@@ -301,6 +301,11 @@ def _one_line(folder: AnyPath, item: str):
     except Exception as e:
         damaged = True
         reason = f"{item} is damaged ({_reason(e)})"
+        if paths.is_refusal(e):
+            raise CheckpointError(
+                f"checkpoint {folder}: {item} cannot be read ({_reason(e)}); look after the rights "
+                "and the network"
+            ) from None
         if not (folder / item).exists():
             reason = f"{item} is missing"
         elif isinstance(e, checksums.DamageError):

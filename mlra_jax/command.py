@@ -113,7 +113,9 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
             _end_in_time(1)
             raise
         return _fail(parser, message, 1)
-    except Exception:
+    except Exception as error:
+        if paths.is_refusal(error):
+            return _fail(parser, paths.one_line(error), 1)
         _end_in_time(1)
         raise
     return 0

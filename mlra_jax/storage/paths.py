@@ -11,6 +11,7 @@ import errno
 import functools
 import glob
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -19,9 +20,12 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import tensorstore as ts
-from etils.epath import gpath
+from etils.epath import backend, gpath
 
 SCHEME = "gs://"
+# How TensorStore's errors begin where it is not the object that is at fault.
+_REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED")
+_REFUSALS += ("DEADLINE_EXCEEDED", "ABORTED", "the bucket: ")
 _OTHER_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -43,7 +47,14 @@ def telling(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise OSError(errno.EIO, _one_line(error), str(path)) from None
+        raise OSError(errno.EIO, one_line(error), str(path)) from None
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a bucket would or could not answer, which says nothing of what is in it."""
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    theirs = type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google")
+    return theirs or (text or "").startswith(_REFUSALS)
 
 
 class BucketPath(gpath.PosixGPath):
@@ -52,6 +63,9 @@ class BucketPath(gpath.PosixGPath):
     What the bucket refuses, also after the libraries have tried again for half a minute, is an
     OSError of one line.
     """
+
+    # Also where TensorFlow is installed, which would be asked instead.
+    _backend = backend.fsspec_backend
 
     def absolute(self) -> "BucketPath":
         return self
@@ -84,9 +98,11 @@ class BucketPath(gpath.PosixGPath):
         """Nothing to remove."""
 
     def stat(self) -> SimpleNamespace:
+        """What `pathlib` tells of size and time beside what `etils.epath` tells."""
         with telling(self):
             found = super().stat()
-        return SimpleNamespace(st_size=found.length, st_mtime_ns=found.mtime * 10**9)
+        times = dict(st_size=found.length, st_mtime_ns=found.mtime * 10**9)
+        return SimpleNamespace(**vars(found), **times)
 
     @contextlib.contextmanager
     def open(self, mode: str = "rb") -> Iterator[IO[bytes]]:
@@ -204,7 +220,10 @@ def files_below(folder: AnyPath) -> list[AnyPath]:
 def kvstore(folder: str | os.PathLike) -> ts.KvStore.Spec:
     """TensorStore's store of what is below a folder."""
     if in_bucket(folder):
-        return ts.KvStore.Spec(f"{os.fspath(folder)}/")
+        bucket, _, name = os.fspath(folder).removeprefix(SCHEME).partition("/")
+        return ts.KvStore.Spec(
+            {"driver": "gcs", "bucket": bucket, "path": f"{name}/" if name else ""}
+        )
     return ts.KvStore.Spec({"driver": "file", "path": f"{folder}/"})
 
 
@@ -214,11 +233,26 @@ def _prepare_library(text: str) -> None:
     if importlib.util.find_spec("gcsfs") is None:
         raise BucketError(f"{text}: buckets need the gcs extra: pip install 'mlra-jax[gcs]'")
     import fsspec
+    import gcsfs
 
+    class FileSystem(gcsfs.GCSFileSystem):
+        """Takes no refusal for an absence, which would make a checkpoint look unfinished."""
+
+        async def _isdir(self, path: str) -> bool:
+            try:
+                return (await self._info(path))["type"] == "directory"
+            except FileNotFoundError:
+                return False
+
+    # Of the checkpoint library as well.
+    fsspec.register_implementation("gcs", FileSystem, clobber=True)
+    # It prints traces of what is told here in a line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Lists that are kept would not show what TensorStore and other processes write.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What a bucket's library says, without its specifications and traces."""
     text = " ".join(str(error).split()).split(" [")[0].split(" See full")[0]
     return f"the bucket: {text[:200] or type(error).__name__}"

@@ -126,6 +126,22 @@ def test_a_changed_bit_is_noticed(bucket):
         checkpoints.open_checkpoint(WORKDIR)
 
 
+@pytest.mark.parametrize("what", ["params/d/", "progress", ""])
+def test_a_bucket_that_refuses_is_not_taken_for_damage(what, bucket):
+    described = checkpoints.describe(tiny.experiment().model, "bytes")
+    with checkpoints.make_manager(WORKDIR) as manager:
+        params = {"w": jax.numpy.arange(1200.0)}
+        checkpoints.save(manager, 2, params=params, model=described, progress={"step": 2})
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"w": jax.ShapeDtypeStruct((1200,), np.float32, sharding=where)}
+    place = f"runs/one/checkpoints/2/{what}"
+    bucket.fault = lambda method, path: 403 if place in path.replace("%2F", "/") else None
+    with pytest.raises((ValueError, OSError), match="cannot be read|the bucket") as error:
+        checkpoints.open_checkpoint(WORKDIR).restore("params", wanted)
+    told = str(error.value)
+    assert "damaged" not in told and "delete" not in told and "\n" not in told
+
+
 def test_a_bucket_that_refuses_a_checkpoint_ends_the_run_in_one_line(runs, bucket):
     _, there = runs
 
