@@ -78,6 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs, bucket, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         patch.setattr(loop, "check_finite", until_step_5)
+        patch.setattr(MetricsWriter, "close", lambda self: None)
         loop.train(there, WORKDIR, say=lambda line: None)
     # What a kill leaves: a lock whose owner is no more, a step of which the mark is missing, and
     # lines behind the last checkpoint.
