@@ -31,6 +31,7 @@ from mlra_jax.training.metrics import METRICS_FILE
 from tests.bucket import Bucket, serve
 
 SHARD_TOKENS = 100_000
+FAULTS = [429, 500, 503, 1.0, "cut", "lost", "silent"]
 
 
 def main() -> int:
@@ -102,7 +103,7 @@ def faults(rng: random.Random, share: float):
     """What goes wrong with a request, at random."""
 
     def fault(method: str, path: str) -> int | float | str | None:
-        return rng.choice([429, 500, 503, 1.0, "cut"]) if rng.random() < share else None
+        return rng.choice(FAULTS) if rng.random() < share else None
 
     return fault
 

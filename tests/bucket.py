@@ -37,8 +37,8 @@ class Bucket:
       objects: name to `Object`.
       requests: (method, path with its query, number of bytes of the answer) of each request.
       fault: of (method, path) gives None, a status to answer with, seconds (a float) to wait first,
-        "cut" to end the connection in the middle of the upload or of the answer, or "lost" to do
-        what is asked and never say so.
+        "cut" to end the connection in the middle of the upload or of the answer, "lost" to do
+        what is asked and end it then, or "silent" to do and say nothing.
     """
 
     def __init__(self):
@@ -89,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault)
         if isinstance(fault, int):
             return self._json({"error": {"code": fault, "message": "injected"}}, fault)
+        if fault == "silent":
+            return None
         self.cut, self.lost = fault == "cut", fault == "lost"
         if self.cut and self.command != "GET":
             return self._hang_up()

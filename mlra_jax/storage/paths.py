@@ -26,6 +26,8 @@ SCHEME = "gs://"
 # How TensorStore's errors begin where it is not the object that is at fault.
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED")
 _REFUSALS += ("DEADLINE_EXCEEDED", "ABORTED", "the bucket: ")
+# Seconds in which nothing comes of an answer before the request is repeated.
+_SILENCE = 60.0
 _OTHER_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -232,6 +234,7 @@ def _prepare_library(text: str) -> None:
     """Before the library of buckets is first used."""
     if importlib.util.find_spec("gcsfs") is None:
         raise BucketError(f"{text}: buckets need the gcs extra: pip install 'mlra-jax[gcs]'")
+    import aiohttp
     import fsspec
     import gcsfs
 
@@ -248,8 +251,11 @@ def _prepare_library(text: str) -> None:
     fsspec.register_implementation("gcs", FileSystem, clobber=True)
     # It prints traces of what is told here in a line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    settings = fsspec.config.conf.setdefault("gcs", {})
     # Lists that are kept would not show what TensorStore and other processes write.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    settings["use_listings_cache"] = False
+    # It would wait for ever for an answer that is lost; after this it asks again.
+    settings["requests_timeout"] = aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE)
 
 
 def one_line(error: Exception) -> str:

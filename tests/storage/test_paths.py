@@ -5,6 +5,7 @@ import importlib.util
 import random
 import types
 
+import aiohttp
 import gcsfs.retry
 import pytest
 
@@ -92,9 +93,12 @@ def test_an_object_appears_whole_or_not_at_all(bucket):
     assert bucket.objects["whole.bin"].data == data
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost", 0.2])
-def test_a_bucket_that_fails_for_a_while_is_asked_again(fault, bucket, no_pauses):
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost", "silent", 0.2])
+def test_a_bucket_that_fails_for_a_while_is_asked_again(fault, bucket, no_pauses, monkeypatch):
     file = path("gs://bucket/small.txt")
+    files = file._backend.fs(file)
+    assert 10 < files.requests_timeout.sock_read < 120
+    monkeypatch.setattr(files, "requests_timeout", aiohttp.ClientTimeout(sock_read=0.5))
 
     def sometimes(method, request):
         seen[method] = seen.get(method, 0) + 1
