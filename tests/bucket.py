@@ -275,6 +275,8 @@ def serve() -> Iterator[tuple[Bucket, dict[str, str]]]:
     environment = {
         "STORAGE_EMULATOR_HOST": address,
         "TENSORSTORE_GCS_HTTP_URL": address,
+        # Seconds of silence; it reads them once in a process.
+        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "3",
         # gcsfs would ask Google over gRPC what kind of bucket it is.
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         "GOOGLE_CLOUD_PROJECT": "tests",

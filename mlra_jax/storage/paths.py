@@ -27,7 +27,7 @@ SCHEME = "gs://"
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED")
 _REFUSALS += ("DEADLINE_EXCEEDED", "ABORTED", "the bucket: ")
 # Seconds in which nothing comes of an answer before the request is repeated.
-_SILENCE = 60.0
+_SILENCE = 60
 _OTHER_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -254,8 +254,10 @@ def _prepare_library(text: str) -> None:
     settings = fsspec.config.conf.setdefault("gcs", {})
     # Lists that are kept would not show what TensorStore and other processes write.
     settings["use_listings_cache"] = False
-    # It would wait for ever for an answer that is lost; after this it asks again.
+    # Both would wait for ever for an answer that is lost; after this they ask again.
     settings["requests_timeout"] = aiohttp.ClientTimeout(sock_connect=_SILENCE, sock_read=_SILENCE)
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(_SILENCE))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 
 def one_line(error: Exception) -> str:

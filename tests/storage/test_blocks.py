@@ -77,7 +77,7 @@ def test_expected_ranges_are_asked_for_together(stored):
 
 
 def test_reads_that_fail_are_repeated(stored):
-    remote, faults = array(Cache(1 << 20, 512)), [429, 500, 503, "cut", "lost", 0.2]
+    remote, faults = array(Cache(1 << 20, 512)), [429, 500, 503, "cut", "lost", "silent"]
     stored.fault = lambda method, request: faults.pop() if faults else None
     assert np.array_equal(np.asarray(remote), DATA) and not faults
 

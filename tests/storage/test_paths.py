@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import os
 import random
 import types
 
@@ -119,3 +120,11 @@ def test_what_a_bucket_refuses_is_one_line(bucket, no_pauses):
             with pytest.raises(OSError, match="the bucket: .*injected") as error:
                 work()
             assert error.value.filename == str(file) and "\n" not in str(error.value)
+
+
+def test_tensorstore_waits_no_longer_than_a_minute_for_an_answer(monkeypatch):
+    names = [f"TENSORSTORE_CURL_LOW_SPEED_{name}" for name in ("TIME_SECONDS", "LIMIT_BYTES")]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    paths._prepare_library.__wrapped__("gs://bucket/x")
+    assert [os.environ[name] for name in names] == ["60", "1"]
