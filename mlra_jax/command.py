@@ -21,6 +21,8 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
+from mlra_jax.storage import paths
+
 _SECONDS_TO_END = 3.0
 
 
@@ -111,7 +113,9 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
             _end_in_time(1)
             raise
         return _fail(parser, message, 1)
-    except Exception:
+    except Exception as error:
+        if paths.is_refusal(error):
+            return _fail(parser, paths.one_line(error), 1)
         _end_in_time(1)
         raise
     return 0
@@ -215,10 +219,11 @@ def _keep_compiled(folder: str | None) -> None:
     if told or not jax.config.jax_enable_compilation_cache:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    path = Path(folder or home / "mlra_jax").absolute()
+    path = paths.path(folder or home / "mlra_jax").absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        if not paths.in_bucket(path):
+            tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         why = error.strerror or error
         print(f"{path} keeps no compiled programs: {why}", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -22,18 +21,20 @@ from mlra_jax.convert.released import COMPUTE_DTYPE, EMBEDDING, HEAD, LAYER, Lea
 from mlra_jax.convert.weights import Weights
 from mlra_jax.execution import DTYPES, DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 _ROWS_AT_ONCE = 4 << 20
 
 
 def convert(
-    source: str | Path,
-    destination: str | Path,
+    source: PathLike,
+    destination: PathLike,
     *,
     variant: str | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
-    expected: str | Path | None = None,
+    expected: PathLike | None = None,
     allow_nonfinite: bool = False,
     note: Callable[[str], object] = print,
     quiet: bool = False,
@@ -63,7 +64,7 @@ def convert(
       CheckpointFileError, CheckpointError, ConfigError: one line naming the fault and the file.
     """
     dtype = None if dtype is None else dtype_name(dtype)
-    destination = Path(destination)
+    destination = paths.path(destination)
     checkpoints.writable_path(destination)
     with in_one_line(destination):
         check_absent(destination)
@@ -189,7 +190,7 @@ def _check_tied(weights: Weights, dtype: np.dtype) -> None:
         weights.release()
 
 
-def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
+def _manager(folder: AnyPath, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
     registry = ocp.type_handlers.create_type_handler_registry((lazy.LazyArray, handler))
     return ocp.CheckpointManager(
         folder / checkpoints.SUBFOLDER,
@@ -202,7 +203,7 @@ def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
 
 
 def _write(
-    folder: Path,
+    folder: AnyPath,
     arrays: Mapping[str, lazy.LazyArray],
     described: Mapping,
     progress: Callable[[int], object],
@@ -217,7 +218,9 @@ def _write(
     return handler.checksums
 
 
-def _verify(folder: Path, sums: Mapping[str, list[int]], progress: Callable[[int], object]) -> None:
+def _verify(
+    folder: AnyPath, sums: Mapping[str, list[int]], progress: Callable[[int], object]
+) -> None:
     """Reads everything back from disk and compares it with what was to be written."""
     arrays = lazy.open_arrays(checkpoints.open_checkpoint(folder).folder / "params")
     for path, expected in sums.items():

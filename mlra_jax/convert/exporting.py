@@ -4,7 +4,6 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import BinaryIO
 
 import ml_dtypes
@@ -30,13 +29,15 @@ from mlra_jax.convert.released import (
 from mlra_jax.convert.weights import SAFETENSORS_DTYPES
 from mlra_jax.execution import DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 SHARD_BYTES = 5_000_000_000
 
 
 def export(
-    checkpoint: str | Path,
-    destination: str | Path,
+    checkpoint: PathLike,
+    destination: PathLike,
     *,
     step: int | None = None,
     dtype: DTypeLike | None = None,
@@ -59,7 +60,7 @@ def export(
       CheckpointError, CheckpointFileError, ConfigError: one line naming the fault and the file.
     """
     dtype = None if dtype is None else dtype_name(dtype)
-    destination = Path(destination)
+    destination = paths.path(destination)
     with in_one_line(destination):
         check_absent(destination)
     opened = checkpoints.open_checkpoint(checkpoint, step)
@@ -87,7 +88,7 @@ def export(
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= dict.fromkeys(sizes, name)
             shapes = {tensor: released.tensors[tensor] for tensor in sizes}
-            with open(partial / name, "wb") as file:
+            with (partial / name).open("wb") as file:
                 _write_header(file, shapes, sizes, dtype)
                 for tensor, shape in shapes.items():
                     values = _gather(arrays, tensor, sources[tensor], shape, dtype)
@@ -154,7 +155,7 @@ def _chunks(array: lazy.LazyArray, where: lazy.Slices) -> Iterator[tuple[lazy.Sl
         yield slices, inside
 
 
-def _check_arrays(folder: Path, arrays: Mapping[str, lazy.LazyArray], released: Layout) -> None:
+def _check_arrays(folder: AnyPath, arrays: Mapping[str, lazy.LazyArray], released: Layout) -> None:
     for path, leaf in released.leaves.items():
         shape = arrays[path].shape if path in arrays else None
         if shape != leaf.shape:
@@ -207,5 +208,5 @@ def _write_header(
     file.write(struct.pack("<Q", len(text)) + text)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: AnyPath, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

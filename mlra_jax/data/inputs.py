@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +16,8 @@ from mlra_jax.data import token_file
 from mlra_jax.data.content import files_identity, rows_identity
 from mlra_jax.data.documents import read_documents
 from mlra_jax.data.sources import PYDOC, pydoc_documents, text_files
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath
 
 HUB_PREFIX = "hf:"
 _ROWS_READ_AT_ONCE = 256
@@ -52,7 +53,7 @@ class Files:
 
     unit = "B"
 
-    def __init__(self, files: Sequence[Path], root: Path, text_key: str):
+    def __init__(self, files: Sequence[AnyPath], root: AnyPath, text_key: str):
         self._files = files
         self._text_key = text_key
         stats = [path.stat() for path in files]
@@ -120,7 +121,7 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
         return Rows(lambda start, stop: documents[start:stop], len(documents), digest)
     if source.startswith(HUB_PREFIX):
         return _open_hub(source.removeprefix(HUB_PREFIX), text_key, split)
-    path = Path(source)
+    path = paths.path(source)
     if path.is_dir():
         files, root = text_files(path), path
     elif path.is_file():

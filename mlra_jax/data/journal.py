@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from mlra_jax.data import token_file
 from mlra_jax.files import whole_file
+from mlra_jax.storage.paths import AnyPath
 
 
 class Journal:
@@ -31,7 +31,7 @@ class Journal:
       FileExistsError: there are such shards and no journal.
     """
 
-    def __init__(self, folder: Path, name: str, settings: dict[str, Any]):
+    def __init__(self, folder: AnyPath, name: str, settings: dict[str, Any]):
         self.path = folder / f"{name}_prepare.json"
         self.counts: list[int] = []
         self.position = (0, 0)
@@ -47,12 +47,12 @@ class Journal:
                 raise ValueError(f"{path} is not the shard that {self.path} tells of; delete both")
 
     @property
-    def shards(self) -> list[Path]:
+    def shards(self) -> list[AnyPath]:
         """The finished shards."""
         return [self._shard(number) for number in range(len(self.counts))]
 
     @property
-    def next_shard(self) -> Path:
+    def next_shard(self) -> AnyPath:
         """The shard to write."""
         return self._shard(len(self.counts))
 
@@ -79,7 +79,7 @@ class Journal:
         with whole_file(self.path) as file:
             json.dump(state, file, indent=1)
 
-    def _shard(self, number: int) -> Path:
+    def _shard(self, number: int) -> AnyPath:
         part = "val" if self._settings["validation_first_shard"] and number == 0 else "train"
         return self.path.with_name(f"{self._name}_{part}_{number:06d}.bin")
 

@@ -7,13 +7,14 @@ import binascii
 import codecs
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import tiktoken
 
 from mlra_jax.data.text_reader import read_lines
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 # GPT-2's way to cut text into words before byte pairs are merged (as in tiktoken's `gpt2`).
 _GPT2_PATTERN = (
@@ -127,7 +128,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def get_tokenizer(name: str | Path) -> Tokenizer:
+def get_tokenizer(name: PathLike) -> Tokenizer:
     """The tokenizer of a name or of a ranks file.
 
     Args:
@@ -148,11 +149,12 @@ def get_tokenizer(name: str | Path) -> Tokenizer:
         raise FileNotFoundError(
             f"tokenizer {name} came from a ranks file; name that file with --tokenizer=FILE"
         )
-    if not Path(name).is_file():
+    file = paths.path(name)
+    if not file.is_file():
         raise FileNotFoundError(
             f"no tokenizer {str(name)!r}: give bytes, gpt2, or the path of a tiktoken ranks file"
         )
-    return _read_ranks_file(Path(name))
+    return _read_ranks_file(file)
 
 
 def _fetch_gpt2() -> Tokenizer:
@@ -167,7 +169,7 @@ def _fetch_gpt2() -> Tokenizer:
     return BytePairTokenizer("gpt2", encoding)
 
 
-def _read_ranks_file(path: Path) -> Tokenizer:
+def _read_ranks_file(path: AnyPath) -> Tokenizer:
     ranks: dict[bytes, int] = {}
     for number, (_, line) in enumerate(read_lines(path), 1):
         if not line.strip():

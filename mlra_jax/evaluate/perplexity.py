@@ -25,6 +25,8 @@ from mlra_jax.evaluate.stored import check_same, checkpoint_identity
 from mlra_jax.execution import DTypeLike, dtype_name
 from mlra_jax.files import whole_file
 from mlra_jax.loading import compute_line, load_model
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike, can_hold_files, files_below
 
 WINDOW, MAX_TOKENS = 2048, 100_000_000
 _ROWS_PER_DEVICE = 4
@@ -68,6 +70,8 @@ def tallies(
     pending = None
     for first in range(done.windows, total, batch):
         indices = range(first, min(first + batch, total))
+        # Those of the next batch, too.
+        windows.expect(range(first, min(first + 2 * batch, total)))
         # The last batch is filled up with a window again, whose loss is not counted.
         tokens = np.stack([windows[min(first + row, total - 1)] for row in range(batch)])
         losses = token_scores(model, tokens[:, :-1], tokens[:, 1:])[0], len(indices)
@@ -92,12 +96,12 @@ def _add(done: Tally, log_probs_BT, rows: int) -> Tally:
 
 
 def evaluate(
-    checkpoint: str | Path,
-    tokens: Sequence[str | Path],
+    checkpoint: PathLike,
+    tokens: Sequence[PathLike],
     *,
     window: int = WINDOW,
     max_tokens: int = MAX_TOKENS,
-    output: str | Path | None = None,
+    output: PathLike | None = None,
     mesh: Mesh | None = None,
     batch: int | None = None,
     dtype: DTypeLike | None = None,
@@ -137,7 +141,7 @@ def evaluate(
     files = _expand(tokens)
     _check(files, window, max_tokens)
     opened = checkpoints.open_checkpoint(checkpoint, step)
-    sets = {file: token_file.read(file, token_format) for file in files}
+    sets = token_file.read_all(files, token_format)
     windows = _windows(sets, window, opened.model.vocab_size)
     settings = {
         "checkpoint": checkpoint_identity(opened.folder),
@@ -188,9 +192,9 @@ def table(result: Mapping[str, Any]) -> str:
 class _Store:
     """Partial sums beside the output, and the output itself; both replaced whole or not at all."""
 
-    def __init__(self, output: str | Path | None, settings: Mapping[str, Any]):
+    def __init__(self, output: PathLike | None, settings: Mapping[str, Any]):
         self.settings, self.tallies, self.saved = settings, {}, time.monotonic()
-        self.output = None if output is None else Path(output)
+        self.output = None if output is None else paths.path(output)
         self.result = None
         if self.output is None:
             return
@@ -226,7 +230,7 @@ class _Store:
         if self.output is not None and self.tallies:
             write_json(self.partial, {"settings": self.settings, "tallies": self.tallies})
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
+    def _read(self, path: AnyPath) -> dict[str, Any] | None:
         """What `path` says if it is of this evaluation, None if it is not there."""
         if not path.exists():
             return None
@@ -239,14 +243,14 @@ class _Store:
         return stored
 
 
-def check_output(output: str | Path | None) -> None:
+def check_output(output: PathLike | None) -> None:
     """Raises ValueError when no file can be written there; before the work, not after it."""
-    path = None if output is None else Path(output).absolute()
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    path = None if output is None else paths.path(output).absolute()
+    if path is not None and (path.is_dir() or not can_hold_files(path.parent)):
         raise ValueError(f"--output={output} is a folder, or its folder does not exist")
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: AnyPath, values: Mapping[str, Any]) -> None:
     """Writes one file whole or not at all."""
     with whole_file(path) as file:
         json.dump(values, file, indent=1)
@@ -276,22 +280,24 @@ def _say_dtype(model: Decoder, dtype: str | None, quiet: bool) -> None:
         print(compute_line(model.config, dtype and "as --dtype says"), file=sys.stderr, flush=True)
 
 
-def _expand(tokens: Sequence[str | Path]) -> list[str]:
+def _expand(tokens: Sequence[PathLike]) -> list[str]:
     """The files that names and patterns say; the name of a file that is there is no pattern."""
     files = []
     for name in map(str, tokens):
-        pattern = glob.escape(name) != name and not Path(name).exists()
-        found = sorted(glob.glob(name, recursive=True)) if pattern else [name]
-        found = [file for file in found if Path(file).is_file()] if pattern else found
-        if Path(name).is_dir():
-            found = sorted(map(str, Path(name).rglob("*.bin")))
+        path = paths.path(name)
+        pattern = glob.escape(name) != name and not path.exists()
+        found = [str(f) for f in paths.matching(name) if f.is_file()] if pattern else [name]
+        if path.is_dir():
+            found = [str(file) for file in files_below(path) if file.suffix == ".bin"]
         if not found:
             raise FileNotFoundError(f"--tokens={name} matches no file")
         files += found
     return files
 
 
-def _windows(sets: Mapping[str, np.ndarray], window: int, vocab_size: int) -> dict[str, Windows]:
+def _windows(
+    sets: Mapping[str, token_file.Tokens], window: int, vocab_size: int
+) -> dict[str, Windows]:
     return {
         file: Windows([Segment(file, tokens)], window, vocab_size, "evaluation")
         for file, tokens in sets.items()

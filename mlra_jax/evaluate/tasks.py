@@ -6,12 +6,12 @@
 import difflib
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mlra_jax import command
 from mlra_jax.command import Parser, Switch
 from mlra_jax.evaluate.perplexity import check_output, write_json
+from mlra_jax.storage import paths
 
 PAPER_TASKS = (
     "arc_easy",
@@ -154,7 +154,7 @@ def _work(flags) -> None:
         include_path=flags.include_path,
     )
     if flags.output:
-        write_json(Path(flags.output), result)
+        write_json(paths.path(flags.output), result)
     print(table(result))
 
 

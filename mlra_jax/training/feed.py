@@ -44,6 +44,7 @@ def load_data(data: DataSettings, vocab_size: int) -> tuple[str, Source]:
             validation=data.validation or None,
             validation_fraction=data.validation_fraction,
             token_format=data.token_format,
+            cache_bytes=data.cache_bytes,
         )
     except ValueError as e:
         raise (unreachable if unreachable and "give a tokenizer" in str(e) else e) from None

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,8 @@ from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
 from mlra_jax.data.sources import describe
 from mlra_jax.settings_tree import ConfigError
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 from mlra_jax.training import record, start
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.fitting import compile_step
@@ -32,7 +33,7 @@ from mlra_jax.training.stopping import StopSignals
 Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
+def train(experiment: Experiment, workdir: PathLike, say: Callable[[str], None] = print) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
     Leaves in `workdir`: `checkpoints/`, `best/` if asked, `experiment.json`, `metrics.jsonl`,
@@ -179,6 +180,7 @@ class _Loop:
             best = self.best if self.best and self.best.beaten_by(loss) else None
             if save or best:
                 with self.progress.timed("save_seconds"):
+                    self.progress.sync()
                     if best:
                         best.save(step, state.params, loss)
                     if save:
@@ -198,10 +200,8 @@ class _Loop:
         return loss
 
 
-def _checked_workdir(workdir: str | Path) -> Path:
-    if "://" in str(workdir):
-        raise ConfigError(f"workdir {workdir} is an address; mount the bucket and give its path")
-    path = Path(workdir).absolute()
+def _checked_workdir(workdir: PathLike) -> AnyPath:
+    path = paths.path(workdir).absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"workdir {workdir} is a file; name a folder")
     return path
@@ -219,7 +219,7 @@ def _checked_mesh(settings: MeshSettings) -> Mesh:
 
 def _found(
     experiment: Experiment,
-    workdir: Path,
+    workdir: AnyPath,
     tokenizer: str,
     abstract: TrainState,
     batches: TrainBatches,
@@ -260,7 +260,7 @@ def _restore(
 
 
 def _begin(
-    workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None]
+    workdir: AnyPath, experiment: Experiment, step: int, say: Callable[[str], None]
 ) -> contextlib.closing[MetricsWriter]:
     """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
     record.write(workdir, experiment, step)

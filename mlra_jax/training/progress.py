@@ -87,6 +87,11 @@ class Progress:
         values = {"validation_loss": loss, "validation_tokens": tokens}
         self._report(f"validation loss {loss:.4f}", values)
 
+    def sync(self) -> None:
+        """What was reported is in the metrics file, also in a bucket, when this ends."""
+        if self._writer is not None:
+            self._writer.sync()
+
     def _report(self, line: str, values: Mapping[str, float]) -> None:
         self._say(f"step {self.step}/{self._steps}  {line}")
         if self._writer is not None:

@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mlra_jax import checkpoints
-from mlra_jax.files import LOCK_FILE, DestinationError, Lock, only_writer, reason
+from mlra_jax.files import LOCK_FILE, AnyLock, DestinationError, only_writer, reason
+from mlra_jax.storage.paths import AnyPath
 from mlra_jax.training.progress import TrainingError
 from mlra_jax.training.state import TrainState
 
@@ -32,7 +32,13 @@ class Saver:
       lock: of the workdir, on process 0; it must be held at every save.
     """
 
-    def __init__(self, workdir: Path, keep: int, description: dict[str, Any], lock: Lock | None):
+    def __init__(
+        self,
+        workdir: AnyPath,
+        keep: int,
+        description: dict[str, Any],
+        lock: AnyLock | None,
+    ):
         self._workdir, self._description, self._lock = workdir, description, lock
         self._manager = checkpoints.make_manager(workdir, keep=keep)
         self._writing: int | None = None
@@ -110,7 +116,7 @@ class Best:
     Only better ones take their place, also when the run is stopped and goes on.
     """
 
-    def __init__(self, workdir: Path, description: dict[str, Any]):
+    def __init__(self, workdir: AnyPath, description: dict[str, Any]):
         self._folder, self._description = workdir / BEST_FOLDER, description
         self._manager = checkpoints.make_manager(self._folder, keep=1)
         self._lowest = math.inf
@@ -141,7 +147,7 @@ class Best:
 
 
 @contextlib.contextmanager
-def only_run(workdir: Path) -> Iterator[Lock | None]:
+def only_run(workdir: AnyPath) -> Iterator[AnyLock | None]:
     """Keeps other runs out of a workdir, which is made; gives the lock on process 0.
 
     Raises:

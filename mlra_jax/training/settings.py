@@ -56,11 +56,13 @@ class DataSettings:
     """Sequences of `model.context_length` tokens in one step, over all devices."""
     accumulate: int = 1
     """Parts in which a step's batch is computed, one after the other, to save memory."""
+    cache_bytes: int = 1 << 30
+    """Of token files in a bucket: how much of them each process keeps in memory."""
     order: str = "shuffled"
     """Of the windows: `shuffled`, anew each epoch, or `sequential`, as they stand in the files."""
 
     def __post_init__(self):
-        at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
+        at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens", "cache_bytes")
         check_kinds(self, "data.")
         require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
         among(ORDERS, self, "order", "data.")

@@ -498,7 +498,7 @@ def test_nothing_is_written_before_the_settings_are_found_good(experiment, tmp_p
         assert not (tmp_path / "run").exists()
 
     (tmp_path / "file").write_text("")
-    refused("gs://bucket/run is an address; mount the bucket", workdir="gs://bucket/run")
+    refused("hdfs://node/run is an address that is not served", workdir="hdfs://node/run")
     refused("file is a file; name a folder", workdir=tmp_path / "file")
     refused("needs 9 devices and there are 8", mesh=MeshSettings(tensor=9))
     source = dataclasses.replace(experiment.data, source="/no/such")

@@ -32,7 +32,7 @@ LEAST = {
     "": dict.fromkeys(["steps", "log_every", "validate_every", "save_every", "keep"], 1)
     | {"loss_chunk": 1, "seed": 0, "virtual_cpu_devices": 0},
     "mesh": dict.fromkeys(["data", "fsdp", "tensor", "context"], 1),
-    "data": dict.fromkeys(["global_batch", "accumulate", "validation_tokens"], 1),
+    "data": dict.fromkeys(["global_batch", "accumulate", "validation_tokens", "cache_bytes"], 1),
     "optimizer": dict.fromkeys(
         ["peak_learning_rate", "warmup_steps", "final_fraction", "b1", "b2", "eps", "weight_decay"]
         + ["clip_norm"],
@@ -169,6 +169,7 @@ def test_the_defaults_are_the_papers_recipe():
             "token_format": "header",
             "global_batch": 480,
             "accumulate": 1,
+            "cache_bytes": 2**30,
         },
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
         "optimizer": {
