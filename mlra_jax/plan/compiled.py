@@ -93,14 +93,18 @@ def _compile(lowered: Any, mesh: Mesh) -> Compiled:
             raise
         needed = _asked_for(str(error))
         return Compiled(0, 0, 0, (), time.perf_counter() - began, needed)
-    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
-    found = program.collectives(compiled.as_text(), mesh.devices, mesh.axis_names)
+    return of_program(compiled, mesh, round(time.perf_counter() - began, 1))
+
+
+def of_program(compiled: Any, mesh: Mesh, seconds: float) -> Compiled:
+    """What is to be known of a program that took so long to compile."""
+    memory = compiled.memory_analysis()
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=tuple(found),
-        seconds=round(seconds, 1),
+        collectives=tuple(program.collectives(compiled.as_text(), mesh.devices, mesh.axis_names)),
+        seconds=seconds,
     )
 
 

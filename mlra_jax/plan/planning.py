@@ -123,7 +123,7 @@ def plan(
         form = with_remat(experiment, remat)
         last, limit = remat == FASTEST_FIRST[-1], SHARE * topology.chip.memory
         estimate = formula.Training(form, parameters(form)).memory().bytes
-        if not last and topology.chip.is_tpu and estimate > 1.5 * limit:
+        if not last and topology.compiles and estimate > 1.5 * limit:
             say(f"remat={remat} does not fit: about {estimate / 2**30:.0f} GiB by formula")
             continue
         found = _planned(form, topology, say, cache, None)
@@ -180,7 +180,7 @@ def _planned(
     estimate = estimated(experiment, topology, decoding)
     sizes = dataclasses.asdict(experiment.mesh)
     topology.divides(experiment.model, sizes)
-    if not topology.chip.is_tpu:
+    if not topology.compiles:
         return estimate
     mesh = topology.mesh(sizes)
     if decoding:

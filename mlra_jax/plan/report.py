@@ -125,21 +125,23 @@ def _stack(panel: Any, places: Sequence[int], parts: dict[str, list[float]]) -> 
 
 def row(found: Plan) -> dict[str, Any]:
     """What a committed table keeps of a plan."""
-    e = found.experiment
+    e, decoding = found.experiment, found.decoding
+    what: dict[str, Any] = dict(sequences=e.data.global_batch, tokens=e.model.context_length)
+    if decoding:
+        what = dict(decode=f"{decoding.rows}x{decoding.positions}")
+    else:
+        what |= dict(accumulate=e.data.accumulate, remat=e.model.execution.remat)
+        what |= dict(loss_chunk=e.loss_chunk, chip_hours=[round(h) for h in found.chip_hours])
     return {
         "topology": found.topology.name,
         "slices": found.topology.slices,
-        "sequences": e.data.global_batch,
-        "tokens": e.model.context_length,
-        "mesh": {a: n for a, n in dataclasses.asdict(e.mesh).items() if n > 1},
-        "accumulate": e.data.accumulate,
-        "remat": e.model.execution.remat,
-        "loss_chunk": e.loss_chunk,
+        **what,
+        "mesh": {axis: n for axis, n in dataclasses.asdict(e.mesh).items() if n > 1},
+        "by": "formula" if found.seconds is None else "compiler",
         "memory": dataclasses.asdict(found.memory),
         "fits": found.fits,
-        "times": dataclasses.asdict(found.times),
+        "times": {name: float(f"{t:.4g}") for name, t in dataclasses.asdict(found.times).items()},
         "collectives": [dataclasses.asdict(c) for c in found.collectives if c.bytes >= 1e6],
         "tokens_per_second": round(found.tokens_per_second),
         "share_of_peak": round(found.share_of_peak, 3),
-        "chip_hours": [round(h) for h in found.chip_hours],
     }

@@ -31,9 +31,9 @@ class Times:
     def bound(self) -> str:
         names = {
             "matrix": "matrix units",
-            "memory": "memory bandwidth",
+            "memory": "memory",
             "links": "links",
-            "network": "network between slices",
+            "network": "network",
         }
         return names[max(names, key=lambda name: getattr(self, name))]
 

@@ -53,7 +53,7 @@ def search(
       ConfigError: nothing fits, or no mesh of that size divides the model and the batch.
     """
     ranked = sorted(_candidates(experiment, topology, decoding), key=lambda p: p.times.most)
-    limit = topology.chip.memory * (_SLACK if topology.chip.is_tpu else 1)
+    limit = topology.chip.memory * (_SLACK if topology.compiles else 1)
     promising = [p for p in ranked if p.memory.bytes <= limit]
     say(f"{len(ranked):,} ways by formula, {len(promising):,} of them may fit")
     found: list[Plan] = []

@@ -43,10 +43,16 @@ class Topology:
     """Devices of a slice."""
     devices: tuple[Any, ...]
     """What the compiler and a mesh take for them."""
+    compiles: bool
+    """Whether what is said of it is the compiler's, or all by formula."""
 
     @property
     def size(self) -> int:
         return self.slices * self.each
+
+    def by_formula(self) -> "Topology":
+        """The same without its compiler."""
+        return dataclasses.replace(self, compiles=False)
 
     def mesh(self, sizes: dict[str, int]) -> jax.sharding.Mesh:
         """Of all devices; ConfigError unless the sizes make up their number."""
@@ -71,9 +77,9 @@ def describe(name: str, slices: int = 1) -> Topology:
             raise ConfigError(f"--topology={name}: give the GPUs of a host, as in {kind}:8")
         each = int(shape)
         gpus = tuple(_GPU(i, i // each, chip.kind) for i in range(slices * each))
-        return Topology(name, slices, chip, each, gpus)
+        return Topology(name, slices, chip, each, gpus, compiles=False)
     devices = _tpus(name, slices)
-    return Topology(name, slices, chip, len(devices) // slices, devices)
+    return Topology(name, slices, chip, len(devices) // slices, devices, compiles=True)
 
 
 def _tpus(name: str, slices: int) -> tuple[Any, ...]:
