@@ -129,7 +129,7 @@ class Training:
             "offload": 0,
             "attention": D * self.size + answered,
             "products": (D + self._widths()) * self.size,
-            "none": self._widths(elementwise=True) * self.size,
+            "none": (3 * D + self._widths() + self.model.mlp_dim / self.split) * self.size,
         }[self.remat]
         return round(self.tokens * (self.model.num_layers * width + D * self.size))
 

@@ -75,7 +75,10 @@ def _summary(found: Plan) -> Iterator[str]:
     )
     if not found.decoding:
         low, high = found.chip_hours
-        yield f"{steps:,} steps: {low:,.0f} to {high:,.0f} chip-hours"
+        yield (
+            f"{steps:,} steps: at least {low:,.0f} chip-hours, {high:,.0f} if nothing overlaps, "
+            "both at the chips' peaks"
+        )
 
 
 def table(found: Sequence[Plan]) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Products, memory, exchanges and times of steps whose numbers are known by hand."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,8 +14,9 @@ from mlra_jax.plan.chips import CHIPS
 from mlra_jax.plan.formula import Decoding, Training, Work
 from mlra_jax.plan.program import Collective
 from mlra_jax.plan.search import _candidates, search
-from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
+from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
+ROOT, GIB = Path(__file__).parents[2], 2**30
 T, L, D, H, V, K = 1024, 3, 40, 8, tiny.VOCAB, tiny.K
 
 
@@ -113,3 +116,32 @@ def test_a_search_gives_the_best_of_all_that_fit():
     assert [p.times.most for p in found] == fastest[:2]
     meshes = {tuple(dataclasses.asdict(p.experiment.mesh).values()) for p in everything}
     assert (1, 4, 1, 1) in meshes and (4, 1, 1, 1) in meshes and (1, 1, 4, 1) in meshes
+
+
+def measured():
+    """Steps that were measured on one H100, with their plans."""
+    results = json.loads((ROOT / "benchmarks/results/train_h100.json").read_text())
+    for row in (row for block in results for row in block["rows"]):
+        changes = {name.split(".")[-1]: value for name, value in row["changes"].items()}
+        moments = changes.pop("moment_dtype", "")
+        if row["mesh"] or "milliseconds" not in row or "float32_stream" in changes:
+            continue
+        experiment = Experiment(
+            model=preset(row["model"], **changes),
+            data=DataSettings(source="x", global_batch=row["batch"]),
+            optimizer=OptimizerSettings(moment_dtype=moments),
+        )
+        yield row, planning.estimated(experiment, topology.describe("h100:1"))
+
+
+def test_the_formulas_are_near_what_was_measured():
+    rows = [(row, found) for row, found in measured() if row.get("peak_GiB")]
+    assert len(rows) >= 10
+    for row, found in rows:
+        assert found.memory.bytes == pytest.approx(row["peak_GiB"] * GIB, rel=0.12), row["changes"]
+        # At the chip's peaks; real steps take half as long again as all resources one by one.
+        times = found.times
+        assert times.least < row["milliseconds"] / 1e3 < 1.7 * times.most, row["changes"]
+    order = lambda time: [row["changes"] for row, _ in sorted(block, key=time)]
+    block = [pair for pair in rows if pair[0]["batch"] == 2 and len(pair[0]["changes"]) == 1]
+    assert order(lambda pair: pair[0]["milliseconds"]) == order(lambda pair: pair[1].times.most)

@@ -60,6 +60,12 @@ def test_meshes_that_slices_do_not_allow(two_slices):
         two_slices.mesh(dict(data=2, tensor=3))
 
 
+def test_hosts_of_gpus_are_crossed_where_they_can_be():
+    gpus = topology.describe("h100:2", 2)
+    assert slices_along(gpus.mesh(dict(fsdp=4)), "fsdp") == [{0}, {0}, {1}, {1}]
+    assert [device.id for device in gpus.mesh(dict(tensor=4)).devices.flat] == [0, 1, 2, 3]
+
+
 def test_axes_that_are_no_direction_of_the_torus_are_parts_of_it():
     mesh = topology.describe("v5e:16x16").mesh(dict(fsdp=32, tensor=8))
     assert len(set(mesh.devices.flat)) == 256
