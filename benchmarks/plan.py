@@ -1,12 +1,12 @@
 """The table of plans: what the 2.9B MLRA-4 takes of TPU slices of 4 to 512 chips.
 
-    python -m benchmarks.plan [--only=v5e:16x16] [--compile=N] [--print]
+    python -m benchmarks.plan [--only=v5e:16x16] [--compile=N] [--print] [--draw=FILE.png]
 
 A row is the first that fits of a search, for 2**20 tokens a step (2**21 of 32K tokens on two
 slices): 512 x 2048 or 32 x 32768; the last rows decode. The compiler takes one to four minutes of a
 core for each of which the table has only the formula's figures, and N of them are made (default:
-all); --only makes those of a topology anew, and --print prints the table of docs/plan.md and
-compiles nothing. `benchmarks/results/plan.json` has the rows.
+all); --only makes those of a topology anew, --print prints the table of docs/plan.md and
+compiles nothing, --draw makes its figure. `benchmarks/results/plan.json` has the rows.
 """
 
 import argparse
@@ -33,9 +33,9 @@ KEY = ("topology", "slices", "tokens", "decode", "by_hand")
 SLICES = (
     ("v5e:16x16", 1),
     ("v5p:4x4x4", 1),
+    ("v5e:16x16", 2),
     ("v5e:4x4", 1),
     ("v6e:16x16", 1),
-    ("v5e:16x16", 2),
     ("v5p:4x8x8", 1),
     ("v5p:4x8x8", 2),
     ("v6e:16x16", 2),
@@ -66,8 +66,8 @@ def keys() -> Iterator[tuple]:
     """Of all rows, in the order of their compilation: `KEY`'s values."""
     for name, _, step in DECODING:
         yield name, 1, None, f"{step.rows}x{step.positions}", None
-    for tokens in (2048, 32768):
-        for name, slices in SLICES:
+    for name, slices in SLICES:
+        for tokens in (2048, 32768):
             yield name, slices, tokens, None, None
             if (name, slices, tokens) in BY_HAND:
                 yield name, slices, tokens, None, True
@@ -99,11 +99,14 @@ def main() -> None:
     parser.add_argument("--only", help="make the rows of this topology anew")
     parser.add_argument("--compile", type=int, default=1000, help="so many at most")
     parser.add_argument("--print", action="store_true", help="print the table only")
+    parser.add_argument("--draw", type=Path, help="draw a slice's plans into this file only")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/mlra_jax/plans").expanduser())
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     rows = {tuple(row.get(part) for part in KEY): row for row in stored}
+    if flags.draw:
+        return draw(flags.draw, flags.cache)
     if flags.print:
         return print("\n".join(markdown(rows.values())))
     say = lambda line: print(line, flush=True)
@@ -116,6 +119,15 @@ def main() -> None:
         say(f"row {i} of {len(waiting)}: {' '.join(str(part) for part in key if part)}")
         rows[key] = made(key, flags.cache, say, compiled=True)
         write(rows)
+
+
+def draw(path: Path, cache: Path) -> None:
+    """Search and hand for the first slice of `BY_HAND`, compiled where the cache has them not."""
+    name, slices, tokens = key = next(iter(BY_HAND))
+    where, run = topology.describe(name, slices), experiment(tokens, slices)
+    found = search(run, where, print, cache, keep=1)
+    hand = plan(fitted(run, all_axes(BY_HAND[key]), where), where, print, cache)
+    report.draw([*found, hand], path)
 
 
 def write(rows: dict[tuple, Row]) -> None:
@@ -134,7 +146,7 @@ def chips_of(row: Row) -> int:
 
 
 def markdown(rows: Any) -> Iterator[str]:
-    yield "| slice | a step | mesh, form | GiB of | ms a step | tokens/s | bound by | by |"
+    yield "| slice | a step | mesh, form | GiB of | s a step | tokens/s | bound by | by |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         slices = f"{row['slices']} x " if row["slices"] > 1 else ""
@@ -152,7 +164,7 @@ def markdown(rows: Any) -> Iterator[str]:
         bound = max(times, key=times.get)
         yield (
             f"{first} {mesh}{form}{hand} | {size:.1f} of {chip.memory / 2**30:.0f} | "
-            f"{1e3 * max(times.values()):,.4g} to {1e3 * sum(times.values()):,.4g} | "
+            f"{max(times.values()):.3g} to {sum(times.values()):.3g} | "
             f"{row['tokens_per_second']:,} | {bound} | {row['by']} |"
         )
 

@@ -14,6 +14,7 @@ import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 
 from mlra_jax import sharding
 from mlra_jax.command import Parser, run, use_cpu
@@ -48,9 +49,18 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         use_cpu()
-        run_plan(Experiment.from_dict(settings.to_dict()), flags)
+        run_plan(_experiment(settings.to_dict(), flags), flags)
 
     return run(parser, work)
+
+
+def _experiment(values: dict[str, Any], flags: argparse.Namespace) -> Experiment:
+    """The experiment; what of its mesh and parts the flags choose need not divide its batch."""
+    if flags.search:
+        values |= {"mesh": {}, "data": values["data"] | {"accumulate": 1}}
+    elif flags.mesh is not None:
+        values["mesh"] = sharding.mesh_sizes(flags.mesh)
+    return Experiment.from_dict(values)
 
 
 def run_plan(experiment: Experiment, flags: argparse.Namespace) -> None:
@@ -62,8 +72,7 @@ def run_plan(experiment: Experiment, flags: argparse.Namespace) -> None:
     if flags.search:
         found = search(experiment, where, say, cache, flags.decode, flags.keep)
     else:
-        sizes = None if flags.mesh is None else sharding.mesh_sizes(flags.mesh)
-        experiment = fitted(experiment, sizes, where, flags.decode)
+        experiment = fitted(experiment, None, where, flags.decode)
         found = [plan(experiment, where, say, cache, flags.decode)]
     for line in report.lines(found[0]):
         print(line)

@@ -48,9 +48,14 @@ class Memory:
 
 
 class Training:
-    """A training step of `experiment`, whose model has `parameters`."""
+    """A training step of `experiment`, whose model has `parameters`.
 
-    def __init__(self, experiment: Experiment, parameters: int):
+    `in_loop`: the blocks run in a loop, as on TPUs, so that `remat=none` keeps what the compiler
+    would rather compute again.
+    """
+
+    def __init__(self, experiment: Experiment, parameters: int, *, in_loop: bool = False):
+        self.in_loop = in_loop
         model, mesh = experiment.model, experiment.mesh
         self.model, self.experiment, self.parameters = model, experiment, parameters
         self.data, self.fsdp = mesh.data, mesh.fsdp
@@ -129,9 +134,15 @@ class Training:
             "offload": 0,
             "attention": D * self.size + answered,
             "products": (D + self._widths()) * self.size,
-            "none": (3 * D + self._widths() + self.model.mlp_dim / self.split) * self.size,
+            "none": self._everything() * self.size,
         }[self.remat]
         return round(self.tokens * (self.model.num_layers * width + D * self.size))
+
+    def _everything(self) -> float:
+        """Values that `none` keeps of a token and layer; both factors are measured."""
+        if self.in_loop:
+            return 1.2 * self._widths(elementwise=True)
+        return 3 * self.model.embed_dim + self._widths() + self.model.mlp_dim / self.split
 
     def collectives(self, slices: int = 1) -> list[Collective]:
         """The exchanges that cannot be avoided, over all links of a device."""

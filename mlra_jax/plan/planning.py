@@ -122,7 +122,7 @@ def plan(
     for remat in FASTEST_FIRST:
         form = with_remat(experiment, remat)
         last, limit = remat == FASTEST_FIRST[-1], SHARE * topology.chip.memory
-        estimate = formula.Training(form, parameters(form)).memory().bytes
+        estimate = estimated(form, topology).memory.bytes
         if not last and topology.compiles and estimate > 1.5 * limit:
             say(f"remat={remat} does not fit: about {estimate / 2**30:.0f} GiB by formula")
             continue
@@ -154,7 +154,7 @@ def estimated(
     if decoding:
         work, memory, found = decoding.plan(experiment.model, experiment.mesh, count)
     else:
-        training = formula.Training(experiment, count)
+        training = formula.Training(experiment, count, in_loop=topology.chip.is_tpu)
         work, memory = training.work(), training.memory()
         found = training.collectives(topology.slices)
     return Plan(

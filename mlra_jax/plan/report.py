@@ -42,9 +42,8 @@ def lines(found: Plan) -> Iterator[str]:
     room = f"of {chip.memory / GIB:.1f}: {'fits' if found.fits else 'does not fit'}"
     yield f"  {'all':32}{found.memory.bytes / GIB:9.2f} {room}"
     yield f"{'exchanges of a device':24}{'along':>14}{'times':>8}{'GB':>10}"
-    for c in found.collectives:
-        if c.bytes >= 1e6 or found.decoding:
-            yield f"  {c.kind:22}{'+'.join(c.axes):>14}{c.count:8,}{c.bytes / 1e9:10.3f}"
+    for (kind, axes), (count, sent) in _exchanges(found).items():
+        yield f"  {kind:22}{axes:>14}{count:8,}{sent / 1e9:10.3f}"
     yield f"{'time of a step':34}{'ms':>9}"
     for resource, words in RESOURCES.items():
         if spent := getattr(found.times, resource):
@@ -52,10 +51,21 @@ def lines(found: Plan) -> Iterator[str]:
     yield from _summary(found)
 
 
+def _exchanges(found: Plan) -> dict[tuple[str, str], tuple[int, int]]:
+    """(times, bytes) by kind and axes, of those that matter."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for c in found.collectives:
+        key = c.kind, "+".join(c.axes)
+        count, sent = sums.get(key, (0, 0))
+        sums[key] = count + c.count, sent + c.bytes
+    least = 0 if found.decoding else 1e6
+    return {key: (count, sent) for key, (count, sent) in sums.items() if sent >= least}
+
+
 def _amount(resource: str, found: Plan) -> str:
     if resource == "matrix":
         useful = found.work.model_flops / 1e12
-        return f"{found.work.flops / 1e12:.4g} TFLOP, {useful:.4g} of them not again"
+        return f"{found.work.flops / 1e12:.4g} TFLOP, {useful:.4g} of them useful"
     if resource == "memory":
         return f"{found.work.traffic / 1e9:.4g} GB"
     sent = sum(c.bytes for c in found.collectives if bool(c.links) == (resource == "links"))
@@ -95,7 +105,7 @@ def draw(found: Sequence[Plan], path: Path) -> None:
     """Memory by kind against the chip's, and time by resource, a bar a plan."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.6 + 0.55 * len(found)), layout="constrained")
+    figure = Figure(figsize=(11, 2 + 0.55 * len(found)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels, places = [name(p).replace(" ", "\n", 1) for p in found], range(len(found))
     memory = {_kind(kind, found[0]): [getattr(p.memory, kind) / GIB for p in found]
@@ -112,7 +122,7 @@ def draw(found: Sequence[Plan], path: Path) -> None:
     right.set(xlabel="ms of a step, one after the other")
     left.invert_yaxis()
     for panel in (left, right):
-        panel.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
+        panel.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     topology = found[0].topology
     figure.suptitle(f"{topology.slices} x {topology.name}", fontsize="medium")
     whole_figure(path, figure)

@@ -56,6 +56,8 @@ def test_memory_of_a_step():
     assert parts.activations == memory.activations / 2
     order = [training(remat).memory().bytes for remat in ("none", "products", "attention", "block")]
     assert order == sorted(order, reverse=True)
+    loop = Training(training("none").experiment, N, in_loop=True).memory()
+    assert loop.activations > training("none").memory().activations
 
 
 def test_exchanges_of_a_step():
