@@ -86,13 +86,17 @@ def _sent(kind: str, size: float, among: int, scattered: bool = False) -> float:
 
 
 def _size(instruction: _Instruction) -> float:
-    """Bytes of the result; of what is begun, those of the largest part, which is the result's."""
+    """Bytes of the result; what is begun gives operands, or a handle, beside it."""
     parts = [
         _BYTES.get(kind, int(bits or 0) / 8) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, bits, dims in re.findall(r"([a-z]+\d*?(\d*))\[([\d,]*)\]", instruction.type)
     ]
-    begun = instruction.opcode.endswith("-start") or instruction.opcode == "send"
-    return max(parts, default=0) if begun else sum(parts)
+    match instruction.opcode:
+        case "all-gather-start":
+            return sum(parts[len(parts) // 2 :])
+        case "collective-permute-start" | "send":
+            return max(parts, default=0)
+    return sum(parts)
 
 
 class _Places:

@@ -119,6 +119,22 @@ def test_a_program_of_the_tpu_compiler():
 
 
 @pytest.mark.parametrize(
+    "written, size",
+    [
+        ("bf16[4,8]{1,0} all-gather(%a)", 64),
+        ("(f32[4], s8[16]) all-reduce(%a, %b)", 32),
+        ("(f32[4], s8[16]) all-reduce-start(%a, %b)", 32),
+        ("((f32[4], s4[8]), (f32[8], s4[16])) all-gather-start(%a, %b)", 40),
+        ("(f32[2,8], f32[2,8], u32[], u32[]) collective-permute-start(%a)", 64),
+        ("(f32[3,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%a, %t)", 12288),
+    ],
+)
+def test_bytes_of_results(written, size):
+    module, entry = program._parse(f"ENTRY %main () -> f32[] {{\n  %x = {written}\n}}\n")
+    assert program._size(module[entry]["x"]) == size
+
+
+@pytest.mark.parametrize(
     "written, group",
     [
         ("replica_groups={{0,2},{1,3}}", [0, 2]),
