@@ -189,14 +189,12 @@ def _planned(
     else:
         lowered = compiled.lower_training(experiment, mesh)
     found = compiled.compile_for(lowered, mesh, cache, say)
-    return dataclasses.replace(
-        estimate,
-        memory=_memory(found, estimate.memory, experiment, mesh, decoding),
-        fits=found.fits,
-        times=roofline.times(estimate.work, found.collectives, topology.chip),
-        collectives=found.collectives,
-        seconds=found.seconds,
-    )
+    memory = _memory(found, estimate.memory, experiment, mesh, decoding)
+    made = dataclasses.replace(estimate, memory=memory, fits=found.fits, seconds=found.seconds)
+    if not found.fits:  # There is no program whose exchanges could be read.
+        return made
+    times = roofline.times(estimate.work, found.collectives, topology.chip)
+    return dataclasses.replace(made, times=times, collectives=found.collectives)
 
 
 def _memory(
