@@ -117,7 +117,8 @@ def _asked_for(message: str) -> int:
 
 def _key(lowered: Any, mesh: Mesh) -> str:
     devices = [(d.device_kind, d.id, getattr(d, "slice_index", 0)) for d in mesh.devices.flat]
-    parts = lowered.as_text(), repr(devices), _versions(), Path(program.__file__).read_text()
+    where = repr((dict(mesh.shape), devices))
+    parts = lowered.as_text(), where, _versions(), Path(program.__file__).read_text()
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
