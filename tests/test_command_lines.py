@@ -182,6 +182,7 @@ FAILING = {
         "--config.data.source=/nowhere",
         "--config.virtual_cpu_devices=0",
     ],
+    "mlra-plan": [f"--config={ROOT}/configs/quickstart.py", "--topology=v0:2x2"],
     "mlra-decode": ["--checkpoint=/nowhere", "--prompt=x"],
     "mlra-convert": ["--source=/nowhere", "--destination=/nowhere/out"],
     "mlra-export": ["--checkpoint=/nowhere", "--destination=/nowhere/out"],
@@ -205,7 +206,7 @@ def test_every_command_ends_alike(script, monkeypatch):
     flags = sorted(set(re.findall(r"^  (--\w+)", out, re.M)))
     assert flags, "the flags are listed"
     wrong = [["--nonsense=1"], ["stray"]]
-    if script not in ("mlra-costs", "mlra-train", "mlra-profile"):
+    if script not in ("mlra-costs", "mlra-train", "mlra-profile", "mlra-plan"):
         wrong += [[], [*FAILING[script], f"{flags[0]}x=1"]]
     for arguments in wrong:
         if arguments in (["--nonsense=1"], ["stray"]):
@@ -225,6 +226,7 @@ def test_every_command_ends_alike(script, monkeypatch):
     work = {
         "mlra-train": "train",
         "mlra-profile": "profile_steps",
+        "mlra-plan": "run_plan",
         "mlra-decode": "decode",
         "mlra-convert": "convert",
         "mlra-export": "export",

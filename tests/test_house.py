@@ -16,7 +16,7 @@ FLOORS = (
     {"model", "costs"},
     {"convert", "decoder", "training"},
     {"loading", "saving", "generation", "export", "profile"},
-    {"evaluate", "analysis"},
+    {"evaluate", "analysis", "plan"},
 )
 
 
