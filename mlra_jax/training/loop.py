@@ -21,8 +21,9 @@ from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training import record, start
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.fitting import compile_step
+from mlra_jax.training.health import Health
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
-from mlra_jax.training.progress import Progress, check_finite
+from mlra_jax.training.progress import Done, Progress
 from mlra_jax.training.saver import Best, Saver, only_run
 from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
@@ -59,27 +60,26 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     tokenizer, source = load_data(data, model.vocab_size)
     batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
     held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
-
     if experiment.init_from and not checkpoints.finished_steps(workdir):
         start.open_weights(experiment, tokenizer)  # Refused before the workdir is made.
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
         enter(contextlib.closing(batches))
         lock = enter(only_run(workdir))
-        state, step, seconds = _found(experiment, workdir, tokenizer, abstract, batches, say)
-        changes = record.changes(workdir, experiment) if step else []
+        state, done = _found(experiment, workdir, tokenizer, abstract, batches, say)
+        changes = record.changes(workdir, experiment) if done.step else []
         description = checkpoints.describe(model, tokenizer)
-        saver = enter(Saver(workdir, experiment.keep, description, lock))
+        saver = enter(Saver(workdir, experiment.keep, experiment.keep_every, description, lock))
         best = enter(Best(workdir, description)) if experiment.keep_best else None
         stop = enter(StopSignals())
-        if step >= experiment.steps:
-            say(f"{workdir} is already at step {step} of {experiment.steps}")
+        if done.step >= experiment.steps:
+            say(f"{workdir} is already at step {done.step} of {experiment.steps}")
             for line in changes:
                 say(f"not taken: {line}")
         else:
             for line in changes:
                 say(f"from here on: {line}")
-            writer = enter(_begin(workdir, experiment, step, say)) if first else None
+            writer = enter(_begin(workdir, experiment, done.step, say)) if first else None
             for line in describe(source, data.validation_tokens):
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
@@ -87,8 +87,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
             compute = _compiled(experiment, mesh, state, batch, say)
             progress = Progress(
                 steps=experiment.steps,
-                step=step,
-                seconds=seconds,
+                done=done,
                 tokens_per_step=experiment.tokens_per_step,
                 full_rate=_full_rate(model, mesh, state),
                 say=say,
@@ -103,9 +102,10 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 saver=saver,
                 best=best,
                 progress=progress,
+                health=Health(experiment.skip_budget, progress),
                 stop=stop,
             )
-            if experiment.validate_first and step == 0:
+            if experiment.validate_first and done.step == 0:
                 loop.check(state)
                 progress.restart_interval()
             if loop.run(state, batch):
@@ -134,6 +134,7 @@ class _Due:
     log_every: int
     validate_every: int
     save_every: int
+    keep_every: int
 
     @classmethod
     def of(cls, experiment: Experiment) -> "_Due":
@@ -143,7 +144,7 @@ class _Due:
         """Whether to log, to validate, to save."""
         each = (self.log_every, self.validate_every, self.save_every)
         log, validate, save = (step == self.steps or step % every == 0 for every in each)
-        return log, validate, save
+        return log, validate, save or (self.keep_every > 0 and step % self.keep_every == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,20 +158,25 @@ class _Loop:
     saver: Saver
     best: Best | None
     progress: Progress
+    health: Health
     stop: StopSignals
 
     def run(self, state: TrainState, batch: Batch) -> bool:
         """True if a signal ended it before the last step. `batch` is the first."""
+        owed = False
         while True:
             state, metrics = self.compute(state, batch)
             step, position = self.progress.count(), self.batches.get_state()
+            self.health.note(step, position["next_batch"] - 1, metrics)
             self.saver.poll()
             last, stop = step == self.due.steps, self.stop.after(step)
             log, check, save = self.due.after(step)
-            save |= stop
+            save |= stop or owed
             if log or check or save:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                check_finite(step, values)
+                values, good = self.health.read()
+                # Weights that gave no finite loss take a good checkpoint's place at the end only.
+                owed = save and not (good or stop or last)
+                save &= not owed
             if log:
                 self.progress.log(values)
             # What is written for a step is on the disk before its checkpoint, which is where a
@@ -182,7 +188,7 @@ class _Loop:
                     if best:
                         best.save(step, state.params, loss)
                     if save:
-                        self.saver.save(step, state, position, self.progress.seconds)
+                        self.saver.save(state, position, self.progress.done)
             if last or stop:
                 self.saver.finish()
                 return not last
@@ -224,8 +230,8 @@ def _found(
     abstract: TrainState,
     batches: TrainBatches,
     say: Callable[[str], None],
-) -> tuple[TrainState | None, int, float]:
-    """(state, step, seconds) to go on with: the workdir's, or another run's weights, or None."""
+) -> tuple[TrainState | None, Done]:
+    """What to go on with and what is done: the workdir's, or another run's weights, or None."""
     if checkpoints.finished_steps(workdir):
         found = checkpoints.open_checkpoint(workdir)
         if not (found.has("optimizer") and found.has("iterator") and found.has("progress")):
@@ -234,29 +240,29 @@ def _found(
                 f"with them, take another workdir and --config.init_from={found.folder.parents[1]}"
             )
         checkpoints.check_same_model(found, experiment.model, tokenizer, workdir)
-        state, step, seconds = _restore(found, abstract, batches)
-        say(f"resuming {workdir} from step {step}")
-        return state, step, seconds
+        state, done = _restore(found, abstract, batches)
+        say(f"resuming {workdir} from step {done.step}")
+        return state, done
     if experiment.init_from:
         found = start.open_weights(experiment, tokenizer)
         say(start.described(found, experiment))
-        return start.state_from(found, experiment, abstract), 0, 0.0
-    return None, 0, 0.0
+        return start.state_from(found, experiment, abstract), Done(began=time.time())
+    return None, Done(began=time.time())
 
 
 def _restore(
     found: Checkpoint, abstract: TrainState, batches: TrainBatches
-) -> tuple[TrainState, int, float]:
-    """The state of a checkpoint, its step and the seconds up to it; sets the data's place."""
-    progress = found.read_json("progress")
+) -> tuple[TrainState, Done]:
+    """The state of a checkpoint, and what was done up to it; sets the data's place."""
+    done = Done.of(found.read_json("progress"))
     batches.set_state(found.read_json("iterator"))
-    step = jax.jit(lambda: jnp.int32(progress["step"]), out_shardings=abstract.step.sharding)()
+    step = jax.jit(lambda: jnp.int32(done.step), out_shardings=abstract.step.sharding)()
     state = TrainState(
         step=step,
         params=found.restore("params", abstract.params),
         optimizer=found.restore("optimizer", abstract.optimizer),
     )
-    return state, found.step, progress["seconds"]
+    return state, done
 
 
 def _begin(

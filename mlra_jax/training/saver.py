@@ -1,6 +1,7 @@
 """The checkpoints of a run, by one run at a time; which was the last good one, and the best one."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from mlra_jax import checkpoints
 from mlra_jax.files import LOCK_FILE, DestinationError, Lock, only_writer, reason
-from mlra_jax.training.progress import TrainingError
+from mlra_jax.training.progress import Done, TrainingError
 from mlra_jax.training.state import TrainState
 
 _MESSAGE_BYTES = 1024
@@ -28,13 +29,21 @@ class Saver:
     Args:
       workdir: their folder, made if it does not exist.
       keep: how many stay.
+      keep_every: those of multiples of so many steps stay, too; 0 is none.
       description: the `model` item of each.
       lock: of the workdir, on process 0; it must be held at every save.
     """
 
-    def __init__(self, workdir: Path, keep: int, description: dict[str, Any], lock: Lock | None):
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        keep_every: int,
+        description: dict[str, Any],
+        lock: Lock | None,
+    ):
         self._workdir, self._description, self._lock = workdir, description, lock
-        self._manager = checkpoints.make_manager(workdir, keep=keep)
+        self._manager = checkpoints.make_manager(workdir, keep=keep, keep_every=keep_every)
         self._writing: int | None = None
         self._failed = False
 
@@ -57,21 +66,21 @@ class Saver:
         if "\n" not in told:
             raise TrainingError(f"{told}; last good checkpoint: {self._last_good()}") from None
 
-    def save(self, step: int, state: TrainState, position: dict, seconds: float) -> None:
-        """Begins to write step `step`; its arrays may be donated when this returns."""
+    def save(self, state: TrainState, position: dict, done: Done) -> None:
+        """Begins to write step `done.step`; its arrays may be donated when this returns."""
         self.finish()
         if self._lock is not None:
             self._lock.check()
-        self._writing = step
+        self._writing = done.step
         with self._told():
             checkpoints.save(
                 self._manager,
-                step,
+                done.step,
                 params=state.params,
                 optimizer=state.optimizer,
                 model=self._description,
                 iterator=position,
-                progress={"step": step, "seconds": seconds},
+                progress=dataclasses.asdict(done),
             )
 
     def poll(self) -> None:
