@@ -16,24 +16,31 @@ from jax.sharding import Mesh
 from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
-from mlra_jax.data.sources import describe
+from mlra_jax.data.sources import Source, describe
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training import record, start
-from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
+from mlra_jax.training.feed import Batch, Feed, TrainBatches, ValidationBatches, load_data
 from mlra_jax.training.fitting import compile_step
 from mlra_jax.training.health import Health
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
+from mlra_jax.training.peers import Peers
 from mlra_jax.training.progress import Done, Progress
 from mlra_jax.training.saver import Best, Saver, only_run
 from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from mlra_jax.training.stopping import StopSignals
+from mlra_jax.training.watch import Watch
 
 Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
+def train(
+    experiment: Experiment,
+    workdir: str | Path,
+    say: Callable[[str], None] = print,
+    peers: Peers | None = None,
+) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
     Leaves in `workdir`: `checkpoints/`, `best/` if asked, `experiment.json`, `metrics.jsonl`,
@@ -44,6 +51,7 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
       experiment: what to train.
       workdir: a folder, made if it does not exist.
       say: prints one line of progress.
+      peers: the other processes, if there are some.
 
     Raises:
       ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
@@ -55,11 +63,8 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
     say = say if first else lambda line: None
     workdir = _checked_workdir(workdir)
     mesh = _checked_mesh(experiment.mesh)
-    model, data = experiment.model, experiment.data
-    abstract = abstract_state(experiment, mesh)
-    tokenizer, source = load_data(data, model.vocab_size)
-    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
-    held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
+    model, abstract = experiment.model, abstract_state(experiment, mesh)
+    tokenizer, source, batches, held_out = _opened(experiment, mesh)
     if experiment.init_from and not checkpoints.finished_steps(workdir):
         start.open_weights(experiment, tokenizer)  # Refused before the workdir is made.
     with contextlib.ExitStack() as until_the_end:
@@ -69,18 +74,16 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         state, done = _found(experiment, workdir, tokenizer, abstract, batches, say)
         changes = record.changes(workdir, experiment) if done.step else []
         description = checkpoints.describe(model, tokenizer)
-        saver = enter(Saver(workdir, experiment.keep, experiment.keep_every, description, lock))
+        saver = enter(Saver(workdir, experiment, description, lock))
         best = enter(Best(workdir, description)) if experiment.keep_best else None
         stop = enter(StopSignals())
-        if done.step >= experiment.steps:
+        if ended := done.step >= experiment.steps:
             say(f"{workdir} is already at step {done.step} of {experiment.steps}")
-            for line in changes:
-                say(f"not taken: {line}")
-        else:
-            for line in changes:
-                say(f"from here on: {line}")
+        for line in changes:
+            say(f"{'not taken' if ended else 'from here on'}: {line}")
+        if not ended:
             writer = enter(_begin(workdir, experiment, done.step, say)) if first else None
-            for line in describe(source, data.validation_tokens):
+            for line in describe(source, experiment.data.validation_tokens):
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
@@ -93,16 +96,16 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
                 say=say,
                 writer=writer,
             )
-            validate = make_validation_step(experiment, mesh)
             loop = _Loop(
                 due=_Due.of(experiment),
                 compute=compute,
                 batches=batches,
-                validate=lambda params: mean_loss(validate, params, held_out),
+                validate=_validation(experiment, mesh, held_out),
                 saver=saver,
                 best=best,
                 progress=progress,
                 health=Health(experiment.skip_budget, progress),
+                watch=enter(Watch(say, peers)),
                 stop=stop,
             )
             if experiment.validate_first and done.step == 0:
@@ -124,6 +127,13 @@ def mean_loss(
     for batch in batches:
         sums += np.asarray(jax.device_get(validate(params, batch)), np.float64)
     return float(sums[0] / sums[1]), int(sums[1])
+
+
+def _validation(
+    experiment: Experiment, mesh: Mesh, held_out: ValidationBatches
+) -> Callable[[Any], tuple[float, int]]:
+    validate = make_validation_step(experiment, mesh)
+    return lambda params: mean_loss(validate, params, held_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +169,14 @@ class _Loop:
     best: Best | None
     progress: Progress
     health: Health
+    watch: Watch
     stop: StopSignals
 
     def run(self, state: TrainState, batch: Batch) -> bool:
         """True if a signal ended it before the last step. `batch` is the first."""
         owed = False
         while True:
+            self.watch.begin(self.progress.step + 1)
             state, metrics = self.compute(state, batch)
             step, position = self.progress.count(), self.batches.get_state()
             self.health.note(step, position["next_batch"] - 1, metrics)
@@ -177,8 +189,10 @@ class _Loop:
                 # Weights that gave no finite loss take a good checkpoint's place at the end only.
                 owed = save and not (good or stop or last)
                 save &= not owed
+                self.watch.rests()
             if log:
                 self.progress.log(values)
+                save |= good and self.saver.due()
             # What is written for a step is on the disk before its checkpoint, which is where a
             # killed run goes on.
             loss = self.check(state) if check else math.inf
@@ -192,6 +206,7 @@ class _Loop:
             if last or stop:
                 self.saver.finish()
                 return not last
+            self.watch.goes_on("waiting for input")
             with self.progress.timed("input_seconds"):
                 batch = next(self.batches)
             if log or check or save:
@@ -221,6 +236,17 @@ def _checked_mesh(settings: MeshSettings) -> Mesh:
             f"{jax.device_count()}; with several processes it must use all"
         )
     return mesh
+
+
+def _opened(
+    experiment: Experiment, mesh: Mesh
+) -> tuple[str, Source, TrainBatches, ValidationBatches]:
+    """(the tokenizer's name, the tokens, batches to train on, those to validate on)."""
+    model, data = experiment.model, experiment.data
+    tokenizer, source = load_data(data, model.vocab_size)
+    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
+    held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
+    return tokenizer, source, batches, held_out
 
 
 def _found(
@@ -288,10 +314,21 @@ def _compiled(
         f"{experiment.tokens_per_step:,} tokens a step, "
         f"compiled in {time.monotonic() - began:.0f} s"
     )
-    if sharding.platform(mesh) != "cpu":
-        return compute
-    # Many CPU devices share few threads: more than one step under way could starve another.
-    return lambda state, batch: jax.block_until_ready(compute(state, batch))
+    if sharding.platform(mesh) == "cpu":
+        # Many CPU devices share few threads: more than one step under way could starve another.
+        return lambda state, batch: jax.block_until_ready(compute(state, batch))
+    before: dict[str, jax.Array] = {}
+
+    def begin(state, batch):
+        """Begins a step when the one before the last is done: the devices never wait for the host,
+        which knows how long a step takes."""
+        nonlocal before
+        state, metrics = compute(state, batch)
+        jax.block_until_ready(before)
+        before = metrics
+        return state, metrics
+
+    return begin
 
 
 def _described(mesh: Mesh) -> str:

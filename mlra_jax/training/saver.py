@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from mlra_jax import checkpoints
 from mlra_jax.files import LOCK_FILE, DestinationError, Lock, only_writer, reason
 from mlra_jax.training.progress import Done, TrainingError
+from mlra_jax.training.settings import Experiment
 from mlra_jax.training.state import TrainState
 
 _MESSAGE_BYTES = 1024
@@ -28,22 +30,19 @@ class Saver:
 
     Args:
       workdir: their folder, made if it does not exist.
-      keep: how many stay.
-      keep_every: those of multiples of so many steps stay, too; 0 is none.
+      experiment: which says how many stay, and after how many minutes one is due.
       description: the `model` item of each.
       lock: of the workdir, on process 0; it must be held at every save.
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        keep: int,
-        keep_every: int,
-        description: dict[str, Any],
-        lock: Lock | None,
+        self, workdir: Path, experiment: Experiment, description: dict[str, Any], lock: Lock | None
     ):
         self._workdir, self._description, self._lock = workdir, description, lock
-        self._manager = checkpoints.make_manager(workdir, keep=keep, keep_every=keep_every)
+        self._seconds, self._latest = 60 * experiment.save_minutes, time.monotonic()
+        self._manager = checkpoints.make_manager(
+            workdir, keep=experiment.keep, keep_every=experiment.keep_every
+        )
         self._writing: int | None = None
         self._failed = False
 
@@ -71,7 +70,7 @@ class Saver:
         self.finish()
         if self._lock is not None:
             self._lock.check()
-        self._writing = done.step
+        self._writing, self._latest = done.step, time.monotonic()
         with self._told():
             checkpoints.save(
                 self._manager,
@@ -82,6 +81,15 @@ class Saver:
                 iterator=position,
                 progress=dataclasses.asdict(done),
             )
+
+    def due(self) -> bool:
+        """Whether `save_minutes` have gone by since the last save: by the clock of process 0, the
+        same on all processes, each of which must ask."""
+        if not self._seconds:
+            return False
+        due = np.bool_(time.monotonic() - self._latest >= self._seconds)
+        several = jax.process_count() > 1
+        return bool(multihost_utils.broadcast_one_to_all(due) if several else due)
 
     def poll(self) -> None:
         """Raises TrainingError if a save in the background has failed; never waits."""

@@ -29,7 +29,7 @@ from mlra_jax.data import token_file
 from mlra_jax.data.pipeline import make_train_iterator
 from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
-from mlra_jax.training import feed, loop, progress
+from mlra_jax.training import feed, loop, progress, saver
 from mlra_jax.training.metrics import read_metrics
 from mlra_jax.training.saver import Best
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
@@ -104,7 +104,7 @@ class Lab:
     def __init__(self, monkeypatch, steps):
         self.now, self.lines, self.spoil, self.seen = 0.0, [], lambda step, values: values, []
         clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: 1e9 + self.now)
-        for module in (loop, progress):
+        for module in (loop, progress, saver):
             monkeypatch.setattr(module, "time", clock)
         monkeypatch.setitem(costs.PEAK_FLOPS, "cpu", PEAK)
         batches, validation = feed.make_train_iterator, feed.make_validation_batches
@@ -486,19 +486,12 @@ def test_a_step_without_finite_gradients_is_skipped_counted_and_logged(experimen
     )
 
 
-def test_a_spike_is_logged_with_its_batch(experiment, lab, tmp_path):
-    """Far above what the last steps spread: not what is usual among them, nor a falling loss."""
-    loss = lambda step: 3 - 0.01 * step + 0.05 * (step % 5) + (2.0 if step == 33 else 0.0)
-    lab.spoil = lambda step, values: values | {"loss": loss(step)}
-    longer = dataclasses.replace(experiment, steps=40, validate_every=40, log_every=4)
-    lines = lab.train(longer, tmp_path)
-    (line,) = (line for line in lines if "is a spike" in line)
-    # Losses 1 to 32 have their median between those of two steps.
-    median = np.median([loss(step) for step in range(1, 33)])
-    want = f"step 33/40  loss {loss(33):.4f} is a spike, the median is {median:.4f} (batch 32)"
-    assert line == want
-    (spike,) = lines_of(tmp_path, "spike_loss").values()
-    assert spike == {"step": 33, "spike_loss": loss(33), "batch": 32}
+def test_a_checkpoint_is_due_by_minutes_too(experiment, lab, tmp_path):
+    """With the first line of metrics a quarter of a minute after the last save, by the clock."""
+    changes = dict(save_minutes=0.25, save_every=7, validate_every=100, log_every=2, keep=9)
+    lab.train(dataclasses.replace(experiment, **changes), tmp_path)
+    # A step takes 3 s and a save 7: 17 s at step 6, then the save of step 7, then the last.
+    assert checkpoints.finished_steps(tmp_path) == [6, 7, 10]
 
 
 def test_multiples_stay(experiment, lab, tmp_path):
