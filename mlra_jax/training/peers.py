@@ -104,8 +104,8 @@ class Peers:
     def _leave(self, error: BaseException | None) -> None:
         if error is None:
             return self._tell({"done": True})
-        # What failed here may be that another one is gone, which is known soon.
-        lost = type(error).__name__ == "JaxRuntimeError"
+        # What failed here may be that another one is gone, which is known soon; memory is its own.
+        lost = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error)
         self._over.wait(self._silent + _BEAT_SECONDS if lost else _SETTLE_SECONDS / 2)
         if self._verdict:
             raise PeerError(self._verdict) from None
