@@ -57,7 +57,7 @@ def train(
       ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
         workdir; nothing has been written then.
       DestinationError: another run writes the workdir.
-      TrainingError: a metric was not finite, or a file could not be written.
+      TrainingError: too many steps were not finite, or a file could not be written.
     """
     first = jax.process_index() == 0
     say = say if first else lambda line: None

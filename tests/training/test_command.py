@@ -331,7 +331,10 @@ def test_processes_killed_stopped_hung_and_told_to_end_at_random(command, undist
     for event, count, mesh in rounds or [("kill", 2, MESHES[0]), ("term", 2, MESHES[0])]:
         sizes = dict.fromkeys(("data", "fsdp", "tensor"), 1) | dict(x.split("=") for x in mesh)
         sizes = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
-        processes = several(command, tmp_path, count, "--config.steps=100000", *sizes, *slow)
+        often = ["--config.save_minutes=0.02"]
+        processes = several(
+            command, tmp_path, count, "--config.steps=100000", *often, *sizes, *slow
+        )
         done = max([0, *checkpoints.finished_steps(tmp_path)])
         at = lines_after(done + chance.randint(7, 12), tmp_path, *processes)
         one = chance.randrange(count)
@@ -421,6 +424,33 @@ def test_processes_of_one_run_are_refused_together(command, tmp_path):
             assert process.returncode == 1
             assert f"{tmp_path}: process {os.getpid()} on " in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_disagree_or_do_not_come_end_in_one_line_and_write_nothing(
+    command, tmp_path
+):
+    address, workdir = f"--coordinator=localhost:{free_port()}", tmp_path / "run"
+    joins = [(address, "--num_processes=2", f"--process_id={i}") for i in range(2)]
+    changes = [(), ("--config.seed=7", "--config.log_every=2")]
+    started = [command.train(workdir, *join, *c) for join, c in zip(joins, changes, strict=True)]
+    line = (
+        rf"train\.py: process 1 on \S+ \(PID {started[1].pid}\) does not run the same: "
+        r"log_every is 2 there and 1 on process 0; seed is 7 there and 0 on process 0\n"
+    )
+    for process in started:
+        out, err = process.communicate()
+        assert (process.returncode, out) == (1, "") and re.fullmatch(line, err), err
+    for who, text in (
+        (joins[0], "train.py: process 1 of 2 did not come to localhost:"),
+        (joins[1], "train.py: process 0 at localhost:"),
+        (["--distributed"], "train.py: no cluster is detected; say --coordinator=HOST:PORT, "),
+        ((*joins[0][:2], "--process_id=2"), "train.py: process 2 of 2: numbers go from 0 to 1"),
+    ):
+        process = command.train(workdir, *who, "--join_seconds=0.5")
+        out, err = process.communicate()
+        assert (process.returncode, out) == (1, "") and err.startswith(text), err
+        assert len(err.splitlines()) == 1
+    assert not workdir.exists()
 
 
 @pytest.mark.parametrize("fault", ["full", "lost"])

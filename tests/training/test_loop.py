@@ -514,6 +514,31 @@ def test_the_last_good_checkpoint_is_named_also_after_resuming(experiment, lab, 
         assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 6]
 
 
+@pytest.mark.parametrize("platform, waits", [("cpu", "1 1 2 2 3 3"), ("gpu", "1 2 1 3 2")])
+def test_devices_have_the_next_step_before_one_is_waited_for(
+    experiment, monkeypatch, platform, waits
+):
+    """But on CPUs, whose devices share their threads."""
+    order, mesh = [], sharding.make_mesh(data=2)
+
+    def compute(state, batch):
+        order.append(batch)
+        return state, {"loss": batch}
+
+    def wait(found):
+        order.extend([found["loss"]] if isinstance(found, dict) and found else [])
+        order.extend([found[1]["loss"]] if isinstance(found, tuple) else [])
+        return found
+
+    monkeypatch.setattr(loop, "compile_step", lambda *_: compute)
+    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    begin = loop._compiled(experiment, mesh, SimpleNamespace(params={}), None, lambda line: None)
+    for batch in (1, 2, 3):
+        begin(None, batch)
+    assert " ".join(map(str, order)) == waits
+
+
 def test_a_failed_save_ends_the_run_at_its_next_step(experiment, lab, tmp_path, monkeypatch):
     """Not when the next save is due; and the one before it stays, though only one is kept."""
     seal, failed, steps = checksums.seal, threading.Event(), []
