@@ -140,15 +140,16 @@ class Peers:
                 if now > told:
                     self._say(f"waiting for {names} of {self._me.count} at {self._me.coordinator}")
                     told = deadline
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(OSError):
                     server.settimeout(min(1.0, deadline - now + 0.1))
                     line = _Line(server.accept()[0])
-                    hello = line.wait_for("process", min(5.0, self._join))
-                    if hello and (trouble := self._trouble(hello, lines)):
+                    hello = line.wait_for("process", min(5.0, self._join)) or {}
+                    if not hello.keys() >= self._hello.keys():
+                        continue
+                    if trouble := self._trouble(hello, lines):
                         _refuse(lines | {-1: line}, trouble)
-                    if hello:
-                        line.who = hello["who"]
-                        lines[hello["process"]] = line
+                    line.who = hello["who"]
+                    lines[hello["process"]] = line
         for line in lines.values():
             line.send({"go": True, "who": self._hello["who"]})
         return lines
@@ -270,7 +271,7 @@ class _Line:
         self.gone = not received
         *lines, self._unread = (self._unread + received).split(b"\n")
         # Whoever else finds the port says nothing that is understood.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             for line in lines:
                 self.heard |= json.loads(line)
                 self.latest = time.monotonic()

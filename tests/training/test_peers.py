@@ -131,7 +131,14 @@ def test_strangers_at_the_port_are_no_processes():
 
     thread = threading.Thread(target=host)
     thread.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b"\0\xff\n", b'{"go": true}\n', b"[]\n", b""):
+    for text in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\0\xff\n",
+        b'{"go": true}\n',
+        b"[5]\n",
+        b'{"process": 1}\n',
+        b"",
+    ):
         with contextlib.suppress(OSError), socket.socket() as stranger:
             until(lambda s=stranger: s.connect_ex(("localhost", port)) in (0, 106))
             stranger.sendall(text)
