@@ -377,28 +377,6 @@ def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_pa
     assert ended(training.main, f"--config={file}", "--workdir=")[0] == 2
 
 
-def test_processes_join_where_the_flags_or_the_host_say_so(monkeypatch, tmp_path):
-    training = module("mlra_jax.training")
-    joined = []
-    monkeypatch.setattr(training, "train", lambda *_, **__: joined.append("train"))
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: joined.append(arguments))
-    flags = [f"--config={ROOT}/configs/paper.py", f"--workdir={tmp_path}"]
-    for hosts, arguments, wanted in (
-        (None, [], []),
-        ("one", [], []),
-        ("one,two", [], [()]),
-        ("one,two", ["--nodistributed"], []),
-        (None, ["--distributed"], [()]),
-        (None, ["--coordinator=h:1", "--num_processes=2", "--process_id=1"], [("h:1", 2, 1)]),
-    ):
-        joined.clear()
-        monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
-        if hosts:
-            monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
-        assert ended(training.main, *flags, *arguments)[0] == 0
-        assert joined == [*wanted, "train"]
-
-
 def handed(monkeypatch, script, work, *flags):
     """What a command's work is called with: (positional arguments, the others)."""
     command, seen = module(COMMANDS[script][0]), []

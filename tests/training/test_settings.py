@@ -30,7 +30,10 @@ EXPERIMENT = Experiment(model=MODEL, data=DataSettings(source="pydoc"))
 
 LEAST = {
     "": dict.fromkeys(["steps", "log_every", "validate_every", "save_every", "keep"], 1)
-    | {"loss_chunk": 1, "seed": 0, "virtual_cpu_devices": 0},
+    | {"loss_chunk": 1}
+    | dict.fromkeys(
+        ["seed", "virtual_cpu_devices", "save_minutes", "keep_every", "skip_budget"], 0
+    ),
     "mesh": dict.fromkeys(["data", "fsdp", "tensor", "context"], 1),
     "data": dict.fromkeys(["global_batch", "accumulate", "validation_tokens", "cache_bytes"], 1),
     "optimizer": dict.fromkeys(
@@ -189,7 +192,10 @@ def test_the_defaults_are_the_papers_recipe():
         "validate_every": 1000,
         "validate_first": False,
         "save_every": 1000,
+        "save_minutes": 0.0,
         "keep": 2,
+        "keep_every": 0,
+        "skip_budget": 10,
         "keep_best": False,
         "loss_chunk": 512,
         "virtual_cpu_devices": 0,
@@ -280,7 +286,7 @@ def experiments(draw):
         optimizer,
         steps,
         draw(st.integers(0, 2**32 - 1)),
-        *(draw(SMALL) for _ in range(5)),
+        *(draw(SMALL) for _ in range(8)),
         draw(st.integers(0, 8)),
         draw(st.booleans()),
         draw(st.booleans()),
