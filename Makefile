@@ -45,7 +45,7 @@ lint: $(VENV)/installed
 mutants: $(VENV)/installed
 	@$(RUN) -m tests.mutants $(MUTANTS)
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
 		echo 'mlra_jax needs Python 3.12 or newer; $(PYTHON) is' \
 		"$$($(PYTHON) --version 2>&1 || echo missing)." \
@@ -56,6 +56,7 @@ $(VENV)/installed: requirements.txt
 	@echo 'Installing into $(VENV) (a few minutes, once) ...'
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

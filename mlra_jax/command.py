@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import io
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -22,6 +23,13 @@ from absl import logging
 from tqdm import tqdm
 
 _SECONDS_TO_END = 3.0
+EXTRAS = {
+    "datasets": "datasets>=4.0",
+    "hub": "huggingface_hub>=0.34",
+    "lm_eval": "lm_eval>=0.4.10",
+    "zstd": "backports.zstd>=1.0",
+}
+"""What the extras of `pyproject.toml` need, each one library."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,6 +123,11 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
         _end_in_time(1)
         raise
     return 0
+
+
+def install_line(extra: str) -> str:
+    """The command that installs what an extra needs into the environment of this process."""
+    return shlex.join([sys.executable, "-m", "pip", "install", EXTRAS[extra]])
 
 
 def use_cpu(devices: int | None = None) -> None:

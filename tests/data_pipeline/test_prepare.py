@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlra_jax.command import install_line
 from mlra_jax.data import token_file
 from mlra_jax.data.inputs import Rows, open_input
 from mlra_jax.data.prepare import _in_order, main, prepare
@@ -439,7 +440,9 @@ def test_a_data_set_of_the_hub_by_name_configuration_and_split(tmp_path, monkeyp
     ]
     assert len(set(identities)) == len(identities)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'mlra-jax[datasets]'" in failure(capsys, flags("hf:a"))
+    assert f"hf:a needs the datasets library: {install_line('datasets')}" in failure(
+        capsys, flags("hf:a")
+    )
 
 
 def test_the_command_names_its_files_and_says_what_it_wrote(tmp_path, capsys):
