@@ -13,10 +13,6 @@ WORKDIR ?= runs/quickstart
 else
 WORKDIR ?= runs/quickstart-$(basename $(notdir $(SOURCE:/=)))
 endif
-# Token files hold GPT-2's byte pairs; text is read as bytes.
-ifeq ($(suffix $(SOURCE)),.bin)
-TOKENS := --config.data.tokenizer=gpt2 --config.model.vocab_size=50304
-endif
 
 # The tests of these compile nothing.
 TESTS ?= tests/test_presets.py tests/test_house.py tests/test_mutants.py
@@ -25,8 +21,7 @@ TESTS ?= tests/test_presets.py tests/test_house.py tests/test_mutants.py
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/installed
-	@$(RUN) train.py --config=configs/quickstart.py --workdir='$(WORKDIR)' \
-		--config.data.source='$(SOURCE)' $(TOKENS)
+	@$(RUN) train.py --config='configs/quickstart.py:$(SOURCE)' --workdir='$(WORKDIR)'
 	@echo
 	@$(RUN) decode.py --checkpoint='$(WORKDIR)' --virtual_cpu_devices=4 --mesh=tensor=4 \
 		--prompt='The ' --max_new_tokens=300 --temperature=0.7 --top_p=0.95

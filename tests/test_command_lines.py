@@ -448,7 +448,7 @@ def handed(monkeypatch, script, work, *flags):
         (
             "mlra-evaluate", "evaluate", "--checkpoint=a --tokens=x,,y", ("a", ["x", "y"]),
             dict(
-                window=2048, max_tokens=100_000_000, output=None, mesh=make_mesh(), batch=None,
+                window=None, max_tokens=100_000_000, output=None, mesh=make_mesh(), batch=None,
                 dtype=None, step=None, token_format="header", allow_nonfinite=False,
             ),
         ),
