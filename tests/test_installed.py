@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import first_hour
 from mlra_jax.__main__ import COMMANDS
 from mlra_jax.training.shipped import config_files, find_config
 
@@ -52,6 +53,14 @@ def test_an_installed_command_finds_the_installed_configs(installed, tmp_path):
     folder = installed / "mlra_jax" / "configs"
     assert f"{folder}/paper.py: 2,873,220,096 parameters" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_newcomers_page_is_of_commands_that_are_installed():
+    found = first_hour.commands((ROOT / "docs" / "first_hour.md").read_text())
+    programs = [line.split()[0] for line in found]
+    assert programs[0] == "make" and programs[-1] == ".venv/bin/mlra-decode"
+    scripts = {name.removeprefix(".venv/bin/") for name in programs if name.startswith(".venv")}
+    assert "mlra-train" in scripts <= COMMANDS.keys()
 
 
 def test_a_config_is_the_users_own_or_the_shipped_one_of_that_name(tmp_path, monkeypatch):

@@ -326,7 +326,7 @@ def test_the_quickstart_needs_nothing_but_python():
     assert (experiment.data.source, experiment.data.tokenizer) == ("pydoc", "bytes")
     assert experiment.model.attention.num_latents == experiment.mesh.tensor == 4
     assert experiment.virtual_cpu_devices == 8 == experiment.mesh.data * experiment.mesh.tensor
-    assert experiment.steps == 300 and experiment.tokens_per_step == 16 * 128
+    assert experiment.steps == 450 and experiment.tokens_per_step == 8 * 256
 
 
 def test_the_quickstart_takes_text_as_bytes_and_token_files_as_they_were_prepared(tmp_path):
