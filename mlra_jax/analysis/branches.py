@@ -28,8 +28,9 @@ from mlra_jax.analysis.subject import (
 )
 from mlra_jax.command import Parser, run
 from mlra_jax.config import LatentConfig
+from mlra_jax.data.journal import one_tokenizer
 from mlra_jax.data.pipeline import make_validation_batches
-from mlra_jax.data.sources import load_source
+from mlra_jax.data.sources import load_source, token_files
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.files import whole_figure, whole_file
 
@@ -183,6 +184,8 @@ def text_tokens(subject: Subject, source: str, rows: int, length: int) -> np.nda
 
     Raises FileNotFoundError, ValueError, ConnectionError as `load_source` and `get_tokenizer`.
     """
+    files = token_files(source)
+    one_tokenizer(files, subject.tokenizer, "the checkpoint's", "give text, or files of that one")
     tokenizer = None if source.endswith(".bin") else get_tokenizer(subject.tokenizer or "gpt2")
     vocab_size = subject.config.vocab_size
     loaded = load_source(source, tokenizer=tokenizer, vocab_size=vocab_size)

@@ -134,7 +134,7 @@ def _work(flags) -> None:
         from mlra_jax.evaluate.harness import HarnessModel
     except ImportError as error:
         raise ValueError(
-            f"needs the lm-evaluation-harness ({error}); pip install 'mlra-jax[lm_eval]'"
+            f"needs the lm-evaluation-harness ({error}): {command.install_line('lm_eval')}"
         ) from None
     check_output(flags.output)
     model = HarnessModel(

@@ -18,7 +18,7 @@ from mlra_jax.costs import describe_cache
 from mlra_jax.data import text_reader
 from mlra_jax.generation import Sampling, Stream
 from mlra_jax.generation.texts import Printer, Recorder, json_prompts
-from mlra_jax.loading import compute_line, load_model, tokenizer_of, with_tokenizer
+from mlra_jax.loading import beyond_training, compute_line, load_model, tokenizer_of, with_tokenizer
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, can_hold_files
 
@@ -102,6 +102,7 @@ def decode(flags: argparse.Namespace) -> None:
         f"loaded in {loading:.1f} s, {compute_line(model.config, why)}; compiling the prefill for "
         f"{mesh.size} {sharding.platform(mesh)} device(s) ..."
     )
+    _say(beyond_training(model.config, int(steps.lengths_B.max()) + flags.max_new_tokens))
 
     def make() -> Printer | Recorder:
         return Recorder(prompts, tokenizer, output) if output else Printer(prompts, tokenizer)
@@ -231,7 +232,8 @@ def follow(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

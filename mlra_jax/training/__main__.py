@@ -1,5 +1,6 @@
 """Train a model: `mlra-train --config=configs/NAME.py --workdir=DIR [--config.key=value ...]`.
 
+FILE may be one of your own; configs/NAME.py, or NAME alone, is found from any folder.
 Without `--config.key` every setting is that of the file; `DIR/experiment.json` keeps what was used.
 The same command goes on where the last checkpoint of DIR stands. On GPUs 95% of the memory are
 reserved; XLA_CLIENT_MEM_FRACTION in the environment says otherwise.
@@ -19,6 +20,7 @@ from mlra_jax.training.cluster import joined
 from mlra_jax.training.loop import train
 from mlra_jax.training.peers import JOIN_SECONDS
 from mlra_jax.training.settings import Experiment
+from mlra_jax.training.shipped import find_config
 
 GPU_MEMORY = 0.95
 
@@ -74,9 +76,10 @@ def read_settings(parser: Parser, file: str, overrides: list[str]) -> ConfigDict
 
     Args:
       parser: of the command.
-      file: `FILE` or `FILE:NAME`, which hands NAME to `get_config`.
+      file: `FILE` or `FILE:NAME`, which hands NAME to `get_config`; see `shipped.find_config`.
       overrides: what else stands on the command line.
     """
+    file = find_config(file)
     argv = [parser.prog, f"--config={file}", *overrides]
     values = absl_flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)

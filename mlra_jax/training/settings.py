@@ -48,8 +48,9 @@ class DataSettings:
     """In (0, 1); the part of a source without validation files that is held out."""
     validation_tokens: int = 10_485_760
     """Validate on this many tokens at most."""
-    tokenizer: str = "gpt2"
-    """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`)."""
+    tokenizer: str = ""
+    """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`); empty: what token files were
+    prepared with, `gpt2` if nothing says."""
     token_format: str = "header"
     """Of token files: `header`, or `uint16` or `uint32` where they have none, as nanoGPT's."""
     global_batch: int = 480

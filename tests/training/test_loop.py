@@ -3,11 +3,13 @@
 A clock that the test moves: 1 s a step, 2 s a batch, 50 s a validation, 7 s a save.
 """
 
+import base64
 import dataclasses
 import errno
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -26,7 +28,9 @@ from mlra_jax import model as models
 from mlra_jax.config import ConfigError
 from mlra_jax.costs import flops_per_token
 from mlra_jax.data import token_file
+from mlra_jax.data.inputs import open_input
 from mlra_jax.data.pipeline import make_train_iterator
+from mlra_jax.data.prepare import prepare
 from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.training import feed, loop, progress, saver
@@ -609,6 +613,51 @@ def test_token_files_need_no_tokenizer_and_text_does(experiment, tmp_path, monke
     named = dataclasses.replace(experiment.data, validation=experiment.data.source)
     name, source = feed.load_data(named, 260)
     assert name == "bytes" and len(source.train[0].tokens) == len(source.validation[0].tokens)
+
+
+def test_the_tokenizer_is_that_of_prepared_token_files_or_refused(tmp_path, monkeypatch):
+    text, ranks = tmp_path / "text.txt", tmp_path / "ranks"
+    text.write_text("so many words " * 20)
+    lines = (base64.b64encode(bytes([255 - rank])).decode() + f" {rank}\n" for rank in range(256))
+    ranks.write_text("".join(lines))
+    made = {}
+    for name in ("bytes", str(ranks)):
+        tokenizer, folder = get_tokenizer(name), tmp_path / Path(name).name[:3]
+        source = open_input(str(text))
+        made[name] = str(prepare(source, folder, tokenizer=tokenizer, name="x")[0])
+    of_bytes, of_ranks = made.values()
+    load = lambda source, tokenizer="", **more: feed.load_data(
+        DataSettings(source=source, tokenizer=tokenizer, **more), 264
+    )
+    name, source = load(of_bytes)
+    assert name == "bytes" and source.notes[0].startswith("tokenizer bytes, with which the token f")
+    assert load(of_bytes, "bytes")[1].notes == ()
+    # Text beside them is read as they were.
+    name, source = load(of_bytes, validation=str(text))
+    assert name == "bytes" and source.validation[0].tokens[:3].tolist() == [256, ord("s"), ord("o")]
+    # Ranks are not needed for what is tokens already, neither by name nor without.
+    hashed = get_tokenizer(ranks).name
+    assert load(of_ranks)[0] == load(of_ranks, hashed)[0] == load(of_ranks, str(ranks))[0] == hashed
+    with pytest.raises(FileNotFoundError, match="in training --config.data.tokenizer=FILE"):
+        load(of_ranks, validation=str(text))
+    named = load(of_ranks, str(ranks), validation=str(text))[1].validation[0].tokens
+    assert named[1] == 255 - ord("s")
+    remedy = "--config.data.tokenizer= takes the files' own"
+    for refused, tokenizer, message in (
+        (of_bytes, str(ranks), f"{of_bytes} was prepared with tokenizer bytes, and data.tokenizer"),
+        (of_ranks, "bytes", f"{of_ranks} was prepared with tokenizer {hashed}, and data.tokenizer"),
+        (f"{of_bytes},{of_ranks}", "", f"{hashed}, and that of {of_bytes} is bytes"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            load(refused, tokenizer)
+        assert not tokenizer or str(caught.value).endswith(remedy)
+
+    def offline(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    with pytest.raises(ValueError, match="prepared with tokenizer bytes, and data.tokenizer is gp"):
+        load(of_bytes, "gpt2")
 
 
 def share(parts, rows, process):
