@@ -1,13 +1,14 @@
-"""What it costs to make branches of a trained MLA's latent, and the model with which to train on.
+"""What it costs to make an MLRA of a trained MLA or GQA, and the model with which to train on.
 
     python -m studies.branching --checkpoint=runs/mla --source=FILE [--branches=4]
                                 [--turn=pca --destination=models/branched]
 
-prints the loss of the MLA and of MLRAs made of it (`mlra_jax.convert.branched`), each way to turn
-the latent, with scores multiplied by the number of branches and by factors fitted to the text
-(least squares of the MLA's scores, weighted by its attention). Turns and factors are taken from
-the first half of the text's windows, losses from the second. `--destination` keeps one, fitted, to
-train on: `python train.py --config=configs/fine_tune.py:models/branched --workdir=...`.
+prints the loss of the MLA (a GQA becomes one first, `mlra_jax.convert.factored`) and of MLRAs made
+of it (`mlra_jax.convert.branched`): each way to turn the latent, with scores multiplied by the
+number of branches and by factors fitted to the text (least squares of the MLA's scores, weighted
+by its attention). Turns and factors are taken from the first half of the text's windows, losses
+from the second. `--destination` keeps one, fitted, to train on:
+`python train.py --config=configs/fine_tune.py:models/branched --workdir=...`.
 """
 
 import sys
@@ -26,8 +27,9 @@ from mlra_jax import model as models
 from mlra_jax.analysis.branches import text_tokens
 from mlra_jax.analysis.subject import Subject, of_params, positive
 from mlra_jax.command import Parser, run
-from mlra_jax.config import ModelConfig
+from mlra_jax.config import GroupedConfig, ModelConfig
 from mlra_jax.convert.branched import TURNS, branched, branched_config, turn
+from mlra_jax.convert.factored import factored, factored_config
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import token_scores
 from mlra_jax.files import check_absent
@@ -53,6 +55,16 @@ def look(subject: Subject, tokens_BT: np.ndarray) -> list[Seen]:
         x_BTD, found = _look(subject.block(layer), x_BTD)
         seen.append(Seen(*map(np.asarray, found)))
     return seen
+
+
+def input_moments(subject: Subject, tokens_BT: np.ndarray) -> np.ndarray:
+    """`[N, D, D]`: second moments of each layer's attention's input."""
+    x_BTD, moments = subject.embed(tokens_BT), []
+    for layer in tqdm(range(subject.config.num_layers), desc="inputs"):
+        block = subject.block(layer)
+        moments.append(second_moments(np.asarray(block.attention_norm(x_BTD))))
+        x_BTD = block(x_BTD, models.positions(tokens_BT))
+    return np.stack(moments)
 
 
 @nnx.jit
@@ -124,9 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     """Converts and compares; see `command.run` for the exit codes."""
     parser = Parser("studies.branching", __doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="training run or converted checkpoint of an MLA")
+    add("--checkpoint", required=True, help="training run or converted checkpoint of an MLA or GQA")
     add("--source", required=True, help="text or token file, its held-out end")
     add("--branches", type=positive, default=4, help="of the result")
+    add("--latent_dim", type=positive, help="of all of them, for a GQA (default: 4 heads' width)")
     add("--rows", type=positive, default=16, help="windows of the text, half of them to fit")
     add("--length", type=positive, help="tokens of a window (default: the trained context)")
     add("--turn", choices=TURNS, default="pca", help="of what is kept")
@@ -138,14 +151,21 @@ def main(argv: list[str] | None = None) -> int:
         config, branches = found.model, flags.branches
         if flags.destination:
             check_absent(Path(flags.destination))
-        branched_config(config, branches)
+        grouped = isinstance(config.attention, GroupedConfig)
+        made = factored_config(config, flags.latent_dim) if grouped else config
+        branched_config(made, branches)
         _, shapes = models.structure(config, sharding.make_mesh())
         params = found.restore("params", shapes)
         subject = of_params("", config, params, found.tokenizer)
         length = flags.length or config.context_length
         tokens_BT = text_tokens(subject, flags.source, max(2, flags.rows), length)
         half = len(tokens_BT) // 2
-        params, seen = jax.device_get(params), look(subject, tokens_BT[:half])
+        params = jax.device_get(params)
+        if grouped:
+            print(f"{'gqa':28}loss {loss(config, params, tokens_BT[half:]):.4f}", flush=True)
+            params = factored(config, params, input_moments(subject, tokens_BT[:half]), made)
+            config, subject = made, of_params("", made, jax.tree.map(jnp.asarray, params))
+        seen = look(subject, tokens_BT[:half])
         print(f"{'mla':28}loss {loss(config, params, tokens_BT[half:]):.4f}", flush=True)
         for word in TURNS:
             turns, fitted = convert(config, params, seen, branches, word)

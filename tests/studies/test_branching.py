@@ -11,8 +11,10 @@ from flax import nnx
 
 from mlra_jax import model as models
 from mlra_jax.analysis.subject import of_params
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ConfigError, GroupedConfig, LatentConfig, ModelConfig
 from mlra_jax.convert.branched import branched, branched_config, turn
+from mlra_jax.convert.factored import _layer, factored, factored_config
+from mlra_jax.layers import rotate
 from mlra_jax.loading import load_model
 from mlra_jax.saving import save_model
 from mlra_jax.sharding import make_mesh
@@ -98,3 +100,52 @@ def test_the_command_compares_and_keeps_one(tmp_path, capsys, monkeypatch):
     assert made.config.attention == dataclasses.replace(MLA, branches=4)
     assert branching.main(flags) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_keys_that_differ_by_complex_factors_only_become_one_rotary_key():
+    """Where queries ask nothing else, scores and values are those of the GQA, before any norm."""
+    D, H, J, K = 40, 4, 2, 8
+    config = tiny.config(GroupedConfig(H, J, K), rope_base=300.0)
+    made = factored_config(config, latent_dim=2 * J * K, q_latent_dim=40)
+    rng = np.random.default_rng(3)
+    q_DHK, k_DJK, v_DJK = (rng.normal(size=(D, n, K)) for n in (H, J, J))
+    pairs = np.arange(K) % (K // 2)
+    q_DHK[..., pairs % 2 == 1] = 0
+    numbers = rng.normal(size=(2, K // 2))
+    first = k_DJK[:, 0, : K // 2] + 1j * k_DJK[:, 0, K // 2 :]
+    second = first * (numbers[0] + 1j * numbers[1])
+    k_DJK[:, 1] = np.concatenate([second.real, second.imag], -1)
+    x_TD = rng.normal(size=(30, D))
+    layer = _layer(config, made, q_DHK, k_DJK, v_DJK, x_TD.T @ x_TD / 30)
+    turned = lambda x_THR: np.asarray(rotate(jnp.asarray(x_THR[None]), np.arange(30)[None], 300.0))[
+        0
+    ]
+    project = lambda w: np.einsum("td,d...->t...", x_TD, w)
+    q_THX = np.einsum("tq,qhx->thx", project(layer["q_down"]), layer["q_up"])
+    c_TC = project(layer["kv_down"])
+    k_THK = np.einsum("tc,hck->thk", c_TC, layer["k_up"])
+    k_rope_TR = turned(project(layer["k_rope"])[:, None])[:, 0]
+    q_THK, k_TJK = turned(project(q_DHK)), turned(project(k_DJK))
+    for h in range(H):
+        want = q_THK[:, h] @ k_TJK[:, h // 2].T / np.sqrt(K)
+        got = q_THX[:, h, :K] @ k_THK[:, h].T + turned(q_THX[:, :, K:])[:, h] @ k_rope_TR.T
+        assert tiny.relative_error(got / np.sqrt(K + K // 2), want) < 1e-5
+        v_TK = c_TC @ layer["v_up"][h]
+        assert tiny.relative_error(v_TK, project(v_DJK)[:, h // 2]) < 1e-6
+    factor = np.sqrt(D / made.attention.latent_dim)
+    assert (c_TC**2).mean() == pytest.approx((layer["kv_norm"][0] * factor) ** 2)
+
+
+def test_a_gqa_becomes_an_mla_of_the_published_proportions():
+    config = tiny.config("gqa_gated", vocab_size=264)
+    made = factored_config(config)
+    wanted = LatentConfig(8, 1, 1, 40, 20, nope_dim=12, rope_dim=6, gated=True)
+    assert made.attention == wanted
+    params = factored(config, params_of(config), np.eye(40)[None], made)
+    _, shapes = models.structure(made, make_mesh())
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+    assert np.isfinite(logits(made, params)).all()
+    with pytest.raises(ConfigError, match="latent_dim=49 is more than the 40 dimensions"):
+        factored_config(config, latent_dim=49)
+    with pytest.raises(ConfigError, match="only GQA, MHA and MQA"):
+        factored_config(tiny.config("gta"))
