@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import io
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -25,13 +24,6 @@ from tqdm import tqdm
 from mlra_jax.storage import paths
 
 _SECONDS_TO_END = 3.0
-EXTRAS = {
-    "datasets": "datasets>=4.0",
-    "hub": "huggingface_hub>=0.34",
-    "lm_eval": "lm_eval>=0.4.10",
-    "zstd": "backports.zstd>=1.0",
-}
-"""What the extras of `pyproject.toml` need, each one library."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,11 +125,6 @@ def end_now(parser: Parser, message: str) -> None:
     """Ends the process at once as a failure of the work, whatever its main thread waits for."""
     print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def install_line(extra: str) -> str:
-    """The command that installs what an extra needs into the environment of this process."""
-    return shlex.join([sys.executable, "-m", "pip", "install", EXTRAS[extra]])
 
 
 def use_cpu(devices: int | None = None) -> None:

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from mlra_jax.command import install_line
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.weights import WEIGHT_FILES
+from mlra_jax.extras import install_line
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, PathLike
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mlra_jax.command import install_line
+from mlra_jax.extras import install_line
 
 HEAD_BYTES = 512
 _SHORTEST = 100

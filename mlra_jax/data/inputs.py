@@ -12,11 +12,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mlra_jax.command import install_line
 from mlra_jax.data import token_file
 from mlra_jax.data.content import files_identity, rows_identity
 from mlra_jax.data.documents import read_documents
 from mlra_jax.data.sources import PYDOC, pydoc_documents, text_files
+from mlra_jax.extras import install_line
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath
 

@@ -22,6 +22,8 @@ from typing import IO, Any
 import tensorstore as ts
 from etils.epath import backend, gpath
 
+from mlra_jax.extras import install_line
+
 SCHEME = "gs://"
 # How TensorStore's errors begin where it is not the object that is at fault.
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED")
@@ -233,7 +235,7 @@ def kvstore(folder: str | os.PathLike) -> ts.KvStore.Spec:
 def _prepare_library(text: str) -> None:
     """Before the library of buckets is first used."""
     if importlib.util.find_spec("gcsfs") is None:
-        raise BucketError(f"{text}: buckets need the gcs extra: pip install 'mlra-jax[gcs]'")
+        raise BucketError(f"{text}: buckets need gcsfs: {install_line('gcs')}")
     import aiohttp
     import fsspec
     import gcsfs
