@@ -108,27 +108,30 @@ def writable_path(folder: PathLike) -> AnyPath:
 class Manager(ocp.CheckpointManager):
     """Writes the checkpoints of a folder in the background; those before the last `keep` go.
 
-    A step counts, and older ones go, when it has been found readable. Creates the folder; removes
-    what an interrupted save left behind.
+    With `keep_every`, those of its multiples stay. A step counts, and older ones go, when it has
+    been found readable. Creates the folder; removes what an interrupted save left behind.
 
     Raises:
       CheckpointError: as `writable_path`, before anything is written.
     """
 
-    def __init__(self, folder: PathLike, keep: int | None = None):
+    def __init__(self, folder: PathLike, keep: int | None = None, keep_every: int = 0):
         path = writable_path(folder) / SUBFOLDER
         path.parent.mkdir(parents=True, exist_ok=True)
         self._arrays, self._step, self._failure = checksums.ArrayHandler(), -1, None
         registry = ocp.type_handlers.create_type_handler_registry(
             (jax.Array, self._arrays), (np.ndarray, self._arrays)
         )
+        policies = ocp.checkpoint_managers
+        stay = [policies.EveryNSteps(keep_every)] if keep_every else []
+        stay += [policies.LatestN(keep)] if keep else []
         tree = lambda: ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
         super().__init__(
             path,
             item_names=("model", "iterator", "progress"),
             item_handlers={"params": tree(), "optimizer": tree()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep) if keep else None,
+                preservation_policy=policies.AnyPreservationPolicy(stay) if keep else None,
                 cleanup_tmp_directories=True,
                 # In the background, a folder that cannot be made leaves threads that wait for it.
                 async_options=ocp.AsyncOptions(
@@ -164,9 +167,9 @@ class Manager(ocp.CheckpointManager):
             raise
 
 
-def make_manager(folder: PathLike, *, keep: int | None = None) -> Manager:
-    """`Manager(folder, keep)`."""
-    return Manager(folder, keep)
+def make_manager(folder: PathLike, *, keep: int | None = None, keep_every: int = 0) -> Manager:
+    """`Manager(folder, keep, keep_every)`."""
+    return Manager(folder, keep, keep_every)
 
 
 def save(

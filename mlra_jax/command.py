@@ -121,6 +121,12 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
     return 0
 
 
+def end_now(parser: Parser, message: str) -> None:
+    """Ends the process at once as a failure of the work, whatever its main thread waits for."""
+    print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def use_cpu(devices: int | None = None) -> None:
     """Before anything touches a device: the host's CPU, as so many devices if that is said.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "mlra_jax"
 # From the ground up; a room imports rooms of lower floors only (CONTRIBUTING.md has the figure).
 FLOORS = (
+    {"extras"},
     {"storage"},
     {"files", "settings_tree", "command", "checksums"},
     {"scaling", "execution"},
@@ -16,7 +17,7 @@ FLOORS = (
     {"model", "costs"},
     {"convert", "decoder", "training"},
     {"loading", "saving", "generation", "export", "profile"},
-    {"evaluate", "analysis"},
+    {"evaluate", "analysis", "plan"},
 )
 
 

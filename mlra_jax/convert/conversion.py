@@ -10,15 +10,25 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints, checksums
 from mlra_jax.command import progress_bar
-from mlra_jax.config import GPT2_VOCABULARY, ConfigError, ModelConfig
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.expected import check_logits, read_expected
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.lazy import cast
 from mlra_jax.convert.recognise import check_tensors, recognise
-from mlra_jax.convert.released import COMPUTE_DTYPE, EMBEDDING, HEAD, LAYER, Leaf, layout
+from mlra_jax.convert.released import (
+    COMPUTE_DTYPE,
+    EMBEDDING,
+    HEAD,
+    LAYER,
+    TOKENIZER,
+    Leaf,
+    layout,
+    usual_tokenizer,
+)
 from mlra_jax.convert.weights import Weights
+from mlra_jax.data.tokenizers import is_tokenizer_name
 from mlra_jax.execution import DTYPES, DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
 from mlra_jax.storage import paths
@@ -75,6 +85,7 @@ def convert(
             config, notes = recognise(shapes, weights.config, variant, folder.name)
             stored, more = check_tensors(config, weights.specs)
             compute = _compute_dtype(weights.config)
+            tokenizer = _tokenizer(weights.config, config)
         except (CheckpointFileError, ConfigError) as error:
             raise CheckpointFileError(f"{folder}: {error}") from None
         config = dataclasses.replace(
@@ -92,7 +103,6 @@ def convert(
             in_one_line(destination),
             whole_folder(destination, total + (64 << 20)) as partial,
         ):
-            tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
             described = checkpoints.describe(config, tokenizer)
             with progress_bar("writing", total, quiet) as progress:
                 sums = _write(partial, arrays, described, progress)
@@ -109,6 +119,16 @@ def _compute_dtype(values: Mapping) -> str:
     if found not in DTYPES:
         raise CheckpointFileError(
             f"config.json: {COMPUTE_DTYPE}={found!r:.40} is none of {', '.join(DTYPES)}"
+        )
+    return found
+
+
+def _tokenizer(values: Mapping, config: ModelConfig) -> str | None:
+    found = values.get(TOKENIZER, usual_tokenizer(config))
+    if found is not None and not is_tokenizer_name(found):
+        raise CheckpointFileError(
+            f"config.json: {TOKENIZER}={found!r:.40} is no tokenizer's name (bytes, gpt2 or "
+            "tiktoken:CHECKSUM); take the line out if the weights came without it"
         )
     return found
 

@@ -19,12 +19,14 @@ from mlra_jax.convert.released import (
     EMBEDDING,
     HEAD,
     LAYER,
+    TOKENIZER,
     Layout,
     Part,
     Shape,
     base_name,
     layout,
     released_values,
+    usual_tokenizer,
 )
 from mlra_jax.convert.weights import SAFETENSORS_DTYPES
 from mlra_jax.execution import DTypeLike, Execution, dtype_name
@@ -101,6 +103,8 @@ def export(
         # Of the products, as torch_dtype is of the tensors; the released code knows one only.
         if opened.model.execution.dtype != Execution().dtype:
             values[COMPUTE_DTYPE] = opened.model.execution.dtype
+        if opened.tokenizer not in (None, usual_tokenizer(opened.model)):
+            values[TOKENIZER] = opened.tokenizer
         _write_json(partial / "config.json", values)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.weights import WEIGHT_FILES
+from mlra_jax.extras import install_line
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, PathLike
 
@@ -30,8 +31,8 @@ def find_source(source: PathLike) -> AnyPath:
         import huggingface_hub
     except ImportError:
         raise CheckpointFileError(
-            f"--source={source}: no such folder; to fetch it from the Hugging Face hub, "
-            "pip install 'mlra-jax[hub]'"
+            f"--source={source}: no such folder; to fetch it from the Hugging Face hub: "
+            f"{install_line('hub')}"
         ) from None
     subfolder = named["sub"].strip("/")
     prefix = f"{subfolder}/" if subfolder else ""

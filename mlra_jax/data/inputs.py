@@ -16,6 +16,7 @@ from mlra_jax.data import token_file
 from mlra_jax.data.content import files_identity, rows_identity
 from mlra_jax.data.documents import read_documents
 from mlra_jax.data.sources import PYDOC, pydoc_documents, text_files
+from mlra_jax.extras import install_line
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath
 
@@ -106,14 +107,14 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
       source: a file of text, JSON lines or a JSON array, plain or compressed (see `documents`); a
         folder of these (read in order of path, hidden files left out); "pydoc", the language
         reference inside CPython; or "hf:NAME" or "hf:NAME:CONFIGURATION", a Hugging Face data set
-        (needs the `datasets` extra).
+        (needs the datasets library).
       text_key: the field of a JSON line, or the column of a data set, that holds the text.
       split: of a Hugging Face data set.
 
     Raises:
       FileNotFoundError: there is no such file or folder.
-      ValueError: nothing to read in it, the data set cannot be had, or the `datasets` extra is
-        missing.
+      ValueError: nothing to read in it, the data set cannot be had, or the datasets library
+        is missing.
     """
     if source == PYDOC:
         documents = pydoc_documents()
@@ -144,7 +145,7 @@ def _open_hub(name: str, text_key: str, split: str) -> Input:
         import datasets
     except ImportError:
         raise ValueError(
-            "Hugging Face data sets need the extra: pip install 'mlra-jax[datasets]'"
+            f"{HUB_PREFIX}{name} needs the datasets library: {install_line('datasets')}"
         ) from None
     repository, _, configuration = name.partition(":")
     try:

@@ -167,6 +167,11 @@ def load_source(
     return Source(*_hold_out(train, validation_fraction), notes)
 
 
+def token_files(spec: str) -> list[Path]:
+    """Those among the files that `spec` names; raises FileNotFoundError if it names nothing."""
+    return [path for path in _expand(spec) if path != PYDOC and token_file.is_named(path)]
+
+
 def describe(source: Source, validation_tokens: int | None = None) -> list[str]:
     """The notes, a line for what trains and one for what validates, with their tokens.
 

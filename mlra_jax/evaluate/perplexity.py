@@ -16,19 +16,21 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mlra_jax import checkpoints, sharding
+from mlra_jax.config import ModelConfig
 from mlra_jax.data import token_file
 from mlra_jax.data.content import arrays_identity
+from mlra_jax.data.journal import one_tokenizer
 from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
 from mlra_jax.evaluate.stored import check_same, checkpoint_identity
 from mlra_jax.execution import DTypeLike, dtype_name
 from mlra_jax.files import whole_file
-from mlra_jax.loading import compute_line, load_model
+from mlra_jax.loading import beyond_training, compute_line, load_model
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, PathLike, can_hold_files, files_below
 
-WINDOW, MAX_TOKENS = 2048, 100_000_000
+MAX_TOKENS = 100_000_000
 _ROWS_PER_DEVICE = 4
 _SECONDS_BETWEEN_SAVES = 20.0
 
@@ -99,7 +101,7 @@ def evaluate(
     checkpoint: PathLike,
     tokens: Sequence[PathLike],
     *,
-    window: int = WINDOW,
+    window: int | None = None,
     max_tokens: int = MAX_TOKENS,
     output: PathLike | None = None,
     mesh: Mesh | None = None,
@@ -119,7 +121,7 @@ def evaluate(
     Args:
       checkpoint, step: folder of a training run or a conversion; its latest step by default.
       tokens: `.bin` files, each a set by itself, folders or patterns (`c4/**/*.bin`) of them.
-      window: tokens that the model sees at once.
+      window: tokens that the model sees at once; by default its `context_length`.
       max_tokens: of each set; whole windows only.
       output: JSON file for the result.
       mesh: the batch is split over `data` and `fsdp`, the model over the rest; one device.
@@ -138,9 +140,9 @@ def evaluate(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     dtype = None if dtype is None else dtype_name(dtype)
-    files = _expand(tokens)
-    _check(files, window, max_tokens)
     opened = checkpoints.open_checkpoint(checkpoint, step)
+    files = _files(tokens, opened.tokenizer)
+    window = _checked_window(window, max_tokens, opened.model)
     sets = token_file.read_all(files, token_format)
     windows = _windows(sets, window, opened.model.vocab_size)
     settings = {
@@ -157,7 +159,7 @@ def evaluate(
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
     model = load_model(checkpoint, mesh, dtype, opened.step, allow_nonfinite)
     check_batch(model, batch)
-    _say_dtype(model, dtype, quiet)
+    _say_how(model.config, dtype, window, quiet)
     with store.kept():
         for file in files:
             total = min(len(windows[file]), max_tokens // window)
@@ -275,13 +277,17 @@ def _shown(
             bar.update(tally.tokens - bar.n)
 
 
-def _say_dtype(model: Decoder, dtype: str | None, quiet: bool) -> None:
-    if not quiet:
-        print(compute_line(model.config, dtype and "as --dtype says"), file=sys.stderr, flush=True)
+def _say_how(config: ModelConfig, dtype: str | None, window: int, quiet: bool) -> None:
+    lines = compute_line(config, dtype and "as --dtype says"), beyond_training(config, window)
+    for line in () if quiet else filter(None, lines):
+        print(line, file=sys.stderr, flush=True)
 
 
-def _expand(tokens: Sequence[PathLike]) -> list[str]:
-    """The files that names and patterns say; the name of a file that is there is no pattern."""
+def _files(tokens: Sequence[PathLike], tokenizer: str | None) -> list[str]:
+    """The files that names and patterns say, each once, and none of another tokenizer.
+
+    The name of a file that is there is no pattern.
+    """
     files = []
     for name in map(str, tokens):
         path = paths.path(name)
@@ -292,6 +298,13 @@ def _expand(tokens: Sequence[PathLike]) -> list[str]:
         if not found:
             raise FileNotFoundError(f"--tokens={name} matches no file")
         files += found
+    if not files:
+        raise ValueError("no token file: give --tokens=FILE.bin")
+    if len(set(files)) < len(files):
+        raise ValueError(f"--tokens={','.join(files)} names a file twice")
+    one_tokenizer(
+        map(paths.path, files), tokenizer, "the checkpoint's", "prepare the text with that one"
+    )
     return files
 
 
@@ -304,12 +317,10 @@ def _windows(
     }
 
 
-def _check(files: Sequence[str], window: int, max_tokens: int) -> None:
-    if not files:
-        raise ValueError("no token file: give --tokens=FILE.bin")
-    if len(set(files)) < len(files):
-        raise ValueError(f"--tokens={','.join(files)} names a file twice")
+def _checked_window(window: int | None, max_tokens: int, config: ModelConfig) -> int:
+    window = config.context_length if window is None else window
     if window < 1 or max_tokens < window:
         raise ValueError(
             f"window={window} and max_tokens={max_tokens}: at least one window of one token"
         )
+    return window

@@ -11,6 +11,7 @@ from typing import Any
 from mlra_jax import command
 from mlra_jax.command import Parser, Switch
 from mlra_jax.evaluate.perplexity import check_output, write_json
+from mlra_jax.extras import install_line
 from mlra_jax.storage import paths
 
 PAPER_TASKS = (
@@ -134,7 +135,7 @@ def _work(flags) -> None:
         from mlra_jax.evaluate.harness import HarnessModel
     except ImportError as error:
         raise ValueError(
-            f"needs the lm-evaluation-harness ({error}); pip install 'mlra-jax[lm_eval]'"
+            f"needs the lm-evaluation-harness ({error}): {install_line('lm_eval')}"
         ) from None
     check_output(flags.output)
     model = HarnessModel(

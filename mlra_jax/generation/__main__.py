@@ -18,7 +18,7 @@ from mlra_jax.costs import describe_cache
 from mlra_jax.data import text_reader
 from mlra_jax.generation import Sampling, Stream
 from mlra_jax.generation.texts import Printer, Recorder, json_prompts
-from mlra_jax.loading import compute_line, load_model, tokenizer_of, with_tokenizer
+from mlra_jax.loading import beyond_training, compute_line, load_model, tokenizer_of, with_tokenizer
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, can_hold_files
 
@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--mesh", default="", help="devices along each axis, as in tensor=4,context=2")
     add("--virtual_cpu_devices", type=int, help="decode on so many devices made of the CPU")
     add("--cache_length", type=int, help="cache slots; by default what the prompts need")
+    add(
+        "--cache_policy", help="window:SLOTS or ladder:SLOTS, a cache that keeps a part of the text"
+    )
     add(
         "--tokens_per_call",
         type=int,
@@ -90,6 +93,7 @@ def decode(flags: argparse.Namespace) -> None:
         sampling=sampling,
         seed=flags.seed,
         cache_length=flags.cache_length,
+        cache_policy=flags.cache_policy,
         stop_token=tokenizer.end_of_text if flags.stop else None,
         tokens_per_call=flags.tokens_per_call,
     )
@@ -98,6 +102,7 @@ def decode(flags: argparse.Namespace) -> None:
         f"loaded in {loading:.1f} s, {compute_line(model.config, why)}; compiling the prefill for "
         f"{mesh.size} {sharding.platform(mesh)} device(s) ..."
     )
+    _say(beyond_training(model.config, int(steps.lengths_B.max()) + flags.max_new_tokens))
 
     def make() -> Printer | Recorder:
         return Recorder(prompts, tokenizer, output) if output else Printer(prompts, tokenizer)
@@ -227,7 +232,8 @@ def follow(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from typing import IO, Any
 import tensorstore as ts
 from etils.epath import backend, gpath
 
+from mlra_jax.extras import install_line
+
 SCHEME = "gs://"
 # How TensorStore's errors begin where it is not the object that is at fault.
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED")
@@ -183,7 +185,7 @@ def path(name: str | os.PathLike) -> AnyPath:
     if not text.removeprefix(SCHEME).strip("/"):
         raise BucketError(f"{text} names no bucket: give {SCHEME}BUCKET/FOLDER")
     if importlib.util.find_spec("gcsfs") is None:
-        raise BucketError(f"{text}: buckets need the gcs extra: pip install 'mlra-jax[gcs]'")
+        raise BucketError(f"{text}: buckets need gcsfs: {install_line('gcs')}")
     _prepare_library()
     return BucketPath(text)
 
