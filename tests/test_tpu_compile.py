@@ -59,7 +59,7 @@ def report(what: str, found: compiled.Compiled, row: dict, capsys) -> None:
     assert found.bytes == pytest.approx(sum(row["memory"].values()), rel=0.1)
     kinds = lambda each: {kind: sum(b for k, b in each if k == kind) for kind, _ in each}
     stored = kinds([(c["kind"], c["bytes"]) for c in row["collectives"]])
-    sent = kinds([(c.kind, c.bytes) for c in found.collectives])
+    sent = kinds([(c.kind, c.bytes) for c in found.collectives if c.bytes >= 1e6])
     for kind in (kind for kind in stored if stored[kind] > 0.05 * sum(stored.values())):
         assert sent[kind] == pytest.approx(stored[kind], rel=0.1), kind
 
@@ -79,7 +79,8 @@ def test_training_step(v5e_16, capsys):
     # Weights and moments, 12 bytes a parameter; three counters; tokens and targets of its rows.
     batch = 2 * 512 // (run.mesh.data * run.mesh.fsdp) * 4 * 2048
     held = 12 * parameters_per_device(fsdp=run.mesh.fsdp, split=run.mesh.tensor) + 3 * 4
-    assert 0 <= found.arguments - held - batch < ROUNDING
+    # A sixteenth of the model's width is one tile and a half.
+    assert 0 <= found.arguments - held - batch < 0.03 * held
     assert found.outputs < ROUNDING, "what the step changes is not changed in place"
     part = batch // 8 // run.data.accumulate  # tokens computed together
     kept = 24 * part * D * 2
