@@ -5,7 +5,7 @@
 
 import pytest
 
-from benchmarks.plan import BY_HAND, chips_of, keys, markdown
+from benchmarks.plan import BY_HAND, RESULTS, chips_of, keys, markdown
 from mlra_jax.plan.chips import CHIPS
 from tests.plan.table import ROWS
 
@@ -17,7 +17,11 @@ def test_the_table_is_whole_and_its_rows_are_of_their_slices():
         for n in row.get("mesh", {}).values():
             ways *= n
         assert not row["fits"] or ways == chips_of(row)
-    assert len(list(markdown(ROWS.values()))) == len(ROWS) + 2
+
+
+def test_the_page_has_the_table():
+    page = (RESULTS.parents[2] / "docs/plan.md").read_text()
+    assert "\n".join(markdown(ROWS.values())) in page
 
 
 def test_every_row_fits_its_chip():
