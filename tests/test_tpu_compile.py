@@ -3,7 +3,6 @@
 It takes what the committed table of plans says: these are two of its rows.
 """
 
-import dataclasses
 import importlib.util
 import math
 import re
@@ -11,12 +10,11 @@ import re
 import pytest
 from decoding import lower_step
 
-from benchmarks.plan import experiment
+from benchmarks.plan import of_row
 from mlra_jax.config import preset
 from mlra_jax.costs import cache_bytes_per_device
 from mlra_jax.decoder import Vocabulary
 from mlra_jax.plan import compiled, topology
-from mlra_jax.plan.planning import fitted
 from mlra_jax.sharding import all_axes
 from tests.plan.table import ROWS
 
@@ -66,12 +64,7 @@ def report(what: str, found: compiled.Compiled, row: dict, capsys) -> None:
 
 def test_training_step(v5e_16, capsys):
     row = ROWS["v5e:4x4", 1, 2048, None, None]
-    run = experiment(2048, 1)
-    model = dataclasses.replace(run.model, remat=row["remat"])
-    data = dataclasses.replace(run.data, accumulate=row["accumulate"])
-    run = dataclasses.replace(run, model=model, data=data, loss_chunk=row["loss_chunk"])
-    run = fitted(run, all_axes(row["mesh"]), v5e_16)
-    mesh = v5e_16.mesh(all_axes(row["mesh"]))
+    run, mesh = of_row(row), v5e_16.mesh(all_axes(row["mesh"]))
     found = compiled.compile_for(compiled.lower_training(run, mesh), mesh, None, lambda line: None)
     report(
         f"2.9B MLRA-4 training step, v5e 4x4, {row['mesh']}, 512 x 2048 tokens", found, row, capsys
