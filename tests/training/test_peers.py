@@ -179,6 +179,26 @@ def test_one_that_falls_silent_is_taken_for_dead(silent):
     assert all(re.fullmatch(line, text) for key, text in run.ended.items() if key != silent)
 
 
+def test_news_that_comes_with_the_leave_to_begin_is_heard():
+    """Another process may die as soon as all are let in."""
+    with socket.create_server(("localhost", 0)) as server:
+        me, ended = Member(1, 3, f"localhost:{server.getsockname()[1]}"), []
+
+        def process_0():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b'{"go": "process 0 on a"}\n{"end": "process 2 on b died"}\n')
+                until(lambda: ended)
+
+        thread = threading.Thread(target=process_0)
+        thread.start()
+        with Peers(me, FACTS, print, ended.append):
+            until(lambda: ended)
+        thread.join(20)
+    assert ended == ["process 2 on b died"]
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_the_others_say_what_one_failed_of(failing):
     def work(run, key, peers):
