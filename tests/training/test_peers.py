@@ -299,7 +299,10 @@ EXPLICIT = dict(coordinator="h:1", num_processes=2, process_id=1)
         (OPEN_MPI, {}, (Member(3, 4, "10.96.0.1:61445"), [0])),
         (GKE, {}, (Member(1, 4, "localhost:8482"), None)),
         (SLICES, {}, (Member(5, 8, "localhost:8482"), None)),
-        (GKE | {"TPU_WORKER_HOSTNAMES": "localhost"}, {"distributed": False}, None),
+        # A single host asks nobody.
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, {}, None),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, {}, None),
+        (GKE, {"distributed": False}, None),
     ],
 )
 def test_the_process_is_the_one_that_its_cluster_started(monkeypatch, environment, given, want):
