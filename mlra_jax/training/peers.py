@@ -183,6 +183,10 @@ class Peers:
         while (left := deadline - time.monotonic()) > 0:
             try:
                 line = _Line(socket.create_connection(self._me.address, min(5.0, left)))
+                # Where nobody listens, the system may connect a port of this host with itself.
+                if line.socket.getsockname() == line.socket.getpeername():
+                    line.socket.close()
+                    continue
                 line.send({"hello": self._hello})
                 # Process 0 may have come later than this one.
                 answer, text = line.wait_for(("refused", "go"), 2 * self._join)

@@ -121,6 +121,18 @@ def test_where_nobody_calls_the_roll_one_line_says_so():
             Peers(me, FACTS, print, print).__enter__()
 
 
+def test_a_port_that_the_system_connects_with_itself_is_not_process_0(monkeypatch):
+    real, own = socket.create_connection, socket.socket()
+    own.bind(("localhost", 0))
+    own.connect(own.getsockname())
+    mirror = iter([own])
+    connect = lambda *arguments: next(mirror, None) or real(*arguments)
+    monkeypatch.setattr(peers.socket, "create_connection", connect)
+    run = Run(lambda *_: None, [{"index": 1, "count": 2}], join=1.0)
+    # It does not wait there for an answer.
+    assert "cannot be reached within 1 s: not done (Connection refused)" in run.lines()[0]
+
+
 def test_strangers_at_the_port_are_no_processes():
     port, came = free_port(), []
     me = [Member(i, 2, f"localhost:{port}") for i in range(2)]
