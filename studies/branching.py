@@ -1,7 +1,7 @@
 """What it costs to make an MLRA of a trained MLA or GQA, and the model with which to train on.
 
     python -m studies.branching --checkpoint=runs/mla --source=FILE [--branches=4]
-                                [--turn=pca --destination=models/branched]
+                                [--turn=hadamard --destination=models/branched]
 
 prints the loss of the MLA (a GQA becomes one first, `mlra_jax.convert.factored`) and of MLRAs made
 of it (`mlra_jax.convert.branched`): each way to turn the latent, with scores multiplied by the
@@ -93,17 +93,17 @@ def fitted_strengths(seen: Seen, k_up_HCK: np.ndarray, turn_CC: np.ndarray, bran
 
     `k_up_HCK` has the norm's weights in it.
     """
-    asked_BTHC = np.einsum("bthk,hck,cu->bthu", seen.q_BTHK, k_up_HCK, turn_CC)
-    turned_BTC = seen.latent_BTC @ turn_CC
-    parts_R = np.split(turned_BTC, branches, axis=-1)
-    normed = [x / np.sqrt((x**2).mean(-1, keepdims=True)) for x in parts_R]
-    product = lambda q, c: np.einsum("bthc,bsc->bhts", q, c)
+    asked_BTHC = jnp.einsum("bthk,hck,cu->bthu", seen.q_BTHK, k_up_HCK, turn_CC)
+    turned_BTC = jnp.asarray(seen.latent_BTC @ turn_CC)
+    parts_R = jnp.split(turned_BTC, branches, axis=-1)
+    normed = [x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True)) for x in parts_R]
+    product = lambda q, c: jnp.einsum("bthc,bsc->bhts", q, c)
     whole = _centred(product(asked_BTHC, turned_BTC), seen.weights_BHTS)
     found = []
-    for q_BTHC, c_BTC in zip(np.split(asked_BTHC, branches, axis=-1), normed, strict=True):
+    for q_BTHC, c_BTC in zip(jnp.split(asked_BTHC, branches, axis=-1), normed, strict=True):
         part = _centred(product(q_BTHC, c_BTC), seen.weights_BHTS)
         over = lambda x: (seen.weights_BHTS * x).sum((0, 2, 3))
-        found.append(over(whole * part) / np.maximum(over(part**2), 1e-12))
+        found.append(np.asarray(over(whole * part) / jnp.maximum(over(part**2), 1e-12)))
     return np.stack(found)
 
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--latent_dim", type=positive, help="of all of them, for a GQA (default: 4 heads' width)")
     add("--rows", type=positive, default=16, help="windows of the text, half of them to fit")
     add("--length", type=positive, help="tokens of a window (default: the trained context)")
-    add("--turn", choices=TURNS, default="pca", help="of what is kept")
+    add("--turn", choices=TURNS, default="hadamard", help="of what is kept")
     add("--destination", help="folder for the result, to train on")
     flags = parser.parse_args(argv)
 
