@@ -11,6 +11,7 @@ from the second. `--destination` keeps one, fitted, to train on:
 `python train.py --config=configs/fine_tune.py:models/branched --workdir=...`.
 """
 
+import dataclasses
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -33,7 +34,6 @@ from mlra_jax.convert.factored import factored, factored_config
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import token_scores
 from mlra_jax.files import check_absent
-from mlra_jax.saving import save_model
 
 _BATCH = 4
 
@@ -132,6 +132,14 @@ def convert(config: ModelConfig, params: dict, seen: list[Seen], branches: int, 
     return np.stack(turns), np.stack([fitted_strengths(*x, branches) for x in found])
 
 
+def write(path: str, config: ModelConfig, params: dict, tokenizer: str | None) -> None:
+    """A checkpoint that names the tokenizer as the one did that it was made of."""
+    described = checkpoints.describe(dataclasses.replace(config, param_dtype="float32"), tokenizer)
+    with checkpoints.make_manager(path) as manager:
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        checkpoints.save(manager, 0, params=params, model=described)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Converts and compares; see `command.run` for the exit codes."""
     parser = Parser("studies.branching", __doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -177,9 +185,7 @@ def main(argv: list[str] | None = None) -> int:
                 of_made = loss(*made, tokens_BT[half:])
                 print(f"{word + ', ' + called:28}loss {of_made:.4f}", flush=True)
             if word == flags.turn and flags.destination:
-                definition, _ = models.structure(made[0], sharding.make_mesh())
-                model = nnx.merge(definition, jax.tree.map(jnp.asarray, made[1]))
-                save_model(model, flags.destination, found.tokenizer)
+                write(flags.destination, *made, found.tokenizer)
 
     return run(parser, work)
 
