@@ -15,10 +15,6 @@ WORKDIR ?= runs/quickstart
 else
 WORKDIR ?= runs/quickstart-$(basename $(notdir $(SOURCE:/=)))
 endif
-# Token files hold GPT-2's byte pairs; text is read as bytes.
-ifeq ($(suffix $(SOURCE)),.bin)
-TOKENS := --config.data.tokenizer=gpt2 --config.model.vocab_size=50304
-endif
 
 # The tests of these compile nothing.
 TESTS ?= tests/test_presets.py tests/test_house.py tests/test_mutants.py
@@ -27,8 +23,7 @@ TESTS ?= tests/test_presets.py tests/test_house.py tests/test_mutants.py
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/installed
-	@$(RUN) train.py --config=configs/quickstart.py --workdir='$(WORKDIR)' \
-		--config.data.source='$(SOURCE)' $(TOKENS)
+	@$(RUN) train.py --config='configs/quickstart.py:$(SOURCE)' --workdir='$(WORKDIR)'
 	@echo
 	@$(RUN) decode.py --checkpoint='$(WORKDIR)' --virtual_cpu_devices=4 --mesh=tensor=4 \
 		--prompt='The ' --max_new_tokens=300 --temperature=0.7 --top_p=0.95
@@ -59,7 +54,7 @@ $(VENV)/docs: $(VENV)/installed pyproject.toml
 		print(*project["optional-dependencies"]["docs"])')
 	@touch $@
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
 		echo 'mlra_jax needs Python 3.12 or newer; $(PYTHON) is' \
 		"$$($(PYTHON) --version 2>&1 || echo missing)." \
@@ -70,6 +65,7 @@ $(VENV)/installed: requirements.txt
 	@echo 'Installing into $(VENV) (a few minutes, once) ...'
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

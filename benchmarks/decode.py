@@ -35,6 +35,7 @@ from benchmarks.models import (
     peak_gigabytes,
     positions_of,
     random_tree,
+    require_fit,
 )
 from benchmarks.prefill import default_over, prefill
 from benchmarks.profile import profile
@@ -72,6 +73,7 @@ def measure(
         lowered = programs.several.lower(decoder, shapes, tokens, settings, n, **several)
     step = lowered.compile()
     compiling = time.perf_counter() - began
+    require_fit(step)
 
     begin = max(context - _RUNS * steps // 2, 0)
     lengths = jnp.full(batch, begin, jnp.int32, device=shapes.lengths.sharding)
@@ -164,7 +166,7 @@ def figures(runs: list[dict], folder: Path) -> None:
         lines = {key: mine for key, mine in lines.items() if len({r[x] for r in mine}) > 1}
         if not lines:
             continue
-        figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
         for i, (key, mine) in enumerate(lines.items()):
             at = [r[x] for r in mine]
@@ -175,6 +177,7 @@ def figures(runs: list[dict], folder: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("context (tokens)" if name == "time" else "batch (prompts)")
         ticks = sorted({r[x] for mine in lines.values() for r in mine})
         axes.set_xticks(ticks, [in_words(t) for t in ticks])
@@ -182,7 +185,7 @@ def figures(runs: list[dict], folder: Path) -> None:
         axes.set_ylabel(label)
         axes.set_title(f"Decoding steps, {devices}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small")
         whole_figure(folder / f"decode_{name}.png", figure, dpi=110)
 
 
@@ -246,7 +249,7 @@ def run(flags: argparse.Namespace) -> dict:
                 except Exception as error:  # Out of memory at one point is no end of the others.
                     row["error"] = " ".join(str(error).split())[:300]
                 result["rows"].append(row)
-                print(line(row), flush=True)
+                tqdm.write(line(row))
                 bar.update()
                 if flags.output:
                     flags.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -32,7 +32,7 @@ from benchmarks.models import (
     random_tree,
 )
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
+from mlra_jax.attention import mechanism
 from mlra_jax.attention.base import OVER
 from mlra_jax.cache import round_capacity
 from mlra_jax.costs import flops_per_token
@@ -92,7 +92,7 @@ def prefill(
 
 def default_over(decoder: Decoder) -> str:
     """The way to attend that `generate` takes on the decoder's devices."""
-    attention = MODULES[type(decoder.config.attention)]
+    attention = mechanism(decoder.config.attention)
     make = lambda: attention(decoder.config, mesh=decoder.mesh, rngs=nnx.Rngs(0))
     return nnx.eval_shape(make).extends_over()
 

@@ -1,8 +1,8 @@
 """Times whole training steps of the published 2.9B models beside what their products take.
 
     python -m benchmarks.train_step [--models=mlra_4,mla] [--mesh=fsdp=2] [--batch=2,4] [--seq=2048]
-        [--remat=block,attention] [--set=NAME=VALUE ...] [--materialise]
-        [--by_branch_head] [--no_profile] [--output=FILE.json]
+        [--remat=block,attention] [--set=NAME=VALUE ...] [--materialise] [--no_profile]
+        [--output=FILE.json]
 
 A step is the one that `train.py` runs: forward, backward, AdamW; weights and tokens are random,
 which does not change the time. Steps follow each other as they do there; the median of several runs
@@ -171,11 +171,6 @@ def main() -> int:
         action="store_true",
         help="make keys and values of all branch heads where latents would be attended to",
     )
-    parser.add_argument(
-        "--by_branch_head",
-        action="store_true",
-        help="absorb products branch head by branch head, and add up the branches afterwards",
-    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON, written after every point")
@@ -183,7 +178,6 @@ def main() -> int:
     claim_gpu_memory(GPU_MEMORY)
     if flags.materialise:
         latent.absorbs = lambda _: False
-    latent.JOINED_BRANCHES = not flags.by_branch_head
     device, pool = jax.devices()[0], tiny_pool() if flags.tiny else random_pool(0)
     matrix = matrix_rate(pool, launch_seconds())
     del pool

@@ -9,15 +9,18 @@ import jax
 
 from mlra_jax import costs, sharding
 from mlra_jax.command import Parser, run, use_cpu
-from mlra_jax.config import PRESETS, VARIANTS, ConfigError, ModelConfig, preset
+from mlra_jax.config import NEIGHBOURS, PRESETS, VARIANTS, ConfigError, ModelConfig, preset
 from mlra_jax.model import structure
 from mlra_jax.scaling import SIZES
 from mlra_jax.training import reference
 from mlra_jax.training.settings import Experiment
+from mlra_jax.training.shipped import config_files, find_config
 
 COMMANDS = {
+    "mlra-jax": ("mlra_jax", "list commands, presets, configs and settings"),
     "mlra-train": ("mlra_jax.training", "train a model, or go on with it"),
     "mlra-profile": ("mlra_jax.profile", "what the devices do in a run's steps"),
+    "mlra-plan": ("mlra_jax.plan", "memory and time on a slice that is not there"),
     "mlra-decode": ("mlra_jax.generation", "continue text from a checkpoint"),
     "mlra-convert": ("mlra_jax.convert", "released weights to a checkpoint"),
     "mlra-export": ("mlra_jax.export", "a checkpoint to .safetensors as released"),
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "files",
         nargs="*",
         metavar="FILE[:NAME]",
-        help="with configs: which; default: all of ./configs",
+        help="with configs: which; default: all of ./configs, or those of the package",
     )
     flags = parser.parse_args(argv)
     lists = {
@@ -74,7 +77,8 @@ def presets() -> Iterator[str]:
     """Parameters, weights in bfloat16, and the cache of a token, of each preset and size."""
     use_cpu()
     yield f"{'preset':34}{'parameters':>14}{'weights, bf16':>15}{'cache a token':>15}"
-    for name in (*PRESETS, *(f"{name}_{size}" for size in SIZES for name in VARIANTS)):
+    sized = (f"{name}_{size}" for size in SIZES for name in VARIANTS)
+    for name in (*PRESETS, *NEIGHBOURS, *sized):
         config = preset(name)
         count = parameters(config)
         cache = costs.cache_bytes_per_device(config, batch=1, capacity=1)
@@ -84,10 +88,8 @@ def presets() -> Iterator[str]:
 def configs(given: list[str]) -> Iterator[str]:
     """Parameters of each experiment, and about what training needs on each of its devices."""
     use_cpu()
-    files = given or sorted(map(str, Path("configs").glob("*.py")))
-    if not files:
-        raise ValueError("there is no configs/*.py here: name a file")
-    for file in files:
+    here = sorted(map(str, Path("configs").glob("*.py")))
+    for file in given or here or map(str, config_files()):
         try:
             experiment = read_experiment(file)
         except ConfigError as error:
@@ -113,7 +115,7 @@ def configs(given: list[str]) -> Iterator[str]:
 
 def read_experiment(file: str) -> Experiment:
     """Of `FILE` or `FILE:NAME`; ConfigError if it makes none."""
-    path, _, name = file.partition(":")
+    path, _, name = find_config(file).partition(":")
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ConfigError(f"{path} has no get_config()")

@@ -12,15 +12,17 @@ from mlra_jax.settings_tree import require as _require
 def _check_fields(config) -> None:
     """Sizes are whole numbers in [1, 2**31): devices count in int32. Switches are True or False."""
     check_kinds(config, "")
-    for name in (f.name for f in dataclasses.fields(config) if f.type is int):
-        at_least(1, config, "", name)
+    for field in (f for f in dataclasses.fields(config) if f.type is int):
+        # What is 0 if nothing is said may be 0.
+        name, least = field.name, 0 if field.default == 0 else 1
+        at_least(least, config, "", name)
         size = getattr(config, name)
-        _require(size < 2**31, f"{name}={size} must lie in [1, 2**31)")
+        _require(size < 2**31, f"{name}={size} must lie in [{least}, 2**31)")
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """MLA, GLA-2, GLA-4, MLRA-2, MLRA-4: `groups` of query heads, `branches` per group.
+    """MLA, GLA-2, GLA-4, MLRA-2, MLRA-4 and neighbours: `groups` of heads, `branches` per group.
 
     There are `groups * branches` latent heads; latent `r * groups + g` serves query heads
     `g * heads / groups ... (g + 1) * heads / groups - 1` in branch `r` (paper, section 3).
@@ -46,6 +48,18 @@ class LatentConfig:
     """A sigmoid of the block's input scales each head's output."""
     scaled: bool = True
     """Calibration factors on the query latent, the latents and the branch sum."""
+    head_gated: bool = False
+    """As `gated`, but one sigmoid for the whole of a head's output."""
+    branch_gated: bool = False
+    """A softmax of the block's input over each head's branches weighs them in the branch sum."""
+    base_dim: int = 0
+    """In [0, 2**31); width of a latent that every device holds and all heads attend in, as one more
+    branch; 0: none."""
+    num_kv_heads: int = 0
+    """In [0, 2**31); heads for which a branch makes keys and values of its latents, each for
+    neighbouring query heads (GQLA), a multiple of `groups`; 0: one for each query head."""
+    expanded: bool = False
+    """Decoding keeps the keys and values of these heads, not latents (GQLA's second way)."""
 
     def __post_init__(self):
         _check_fields(self)
@@ -59,10 +73,40 @@ class LatentConfig:
             f"(groups={self.groups} x branches={self.branches})",
         )
         _require(self.rope_dim % 2 == 0, f"rope_dim={self.rope_dim} must be even")
+        self._check_neighbours()
+
+    def _check_neighbours(self) -> None:
+        _require(
+            not (self.gated and self.head_gated), "gated and head_gated exclude each other: set one"
+        )
+        _require(
+            not self.branch_gated or self.num_branches > 1,
+            "branch_gated needs branches to choose from: branches=2 or more, or base_dim",
+        )
+        _require(
+            self.num_heads % self.kv_heads == 0 and self.kv_heads % self.groups == 0,
+            f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads} and be a "
+            f"multiple of groups={self.groups}",
+        )
+        _require(
+            not self.expanded or (self.num_kv_heads > 0 and self.num_branches * self.groups == 1),
+            "expanded needs num_kv_heads, groups=1, branches=1 and base_dim=0",
+        )
 
     @property
     def num_latents(self) -> int:
+        """The base is not among them."""
         return self.groups * self.branches
+
+    @property
+    def num_branches(self) -> int:
+        """Softmaxes of a head, that of the base among them."""
+        return self.branches + (self.base_dim > 0)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads for which a branch makes keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def latent_head_dim(self) -> int:
@@ -264,10 +308,9 @@ _WIDTH = 3072
 # The published models (24 layers, width 3072): MLP width and attention of each.
 def _latent(groups, branches, q_latent_dim=1024, **kwargs):
     return LatentConfig(
-        **{"num_heads": 24} | kwargs,
+        **{"num_heads": 24, "latent_dim": 512} | kwargs,
         groups=groups,
         branches=branches,
-        latent_dim=512,
         q_latent_dim=q_latent_dim,
         nope_dim=128,
         rope_dim=64,
@@ -302,10 +345,21 @@ VARIANTS = tuple(_PAPER)[:11]
 """The attention variants that the paper compares; the other presets vary these."""
 _NORMAL = "_normal_initialization"
 PRESETS = (*_PAPER, *(n + _NORMAL for n in _PAPER if "_" not in n or n[-1].isdigit()))
+# Not published: as large as MLRA-4, by their MLP.
+_NEIGHBOURS: dict[str, tuple[int, AttentionConfig]] = {
+    "mlra_4_base": (9880, _latent(1, 4, latent_dim=256, base_dim=256)),
+    "mlra_4_head_gated": (9872, _latent(1, 4, head_gated=True)),
+    "mlra_4_branch_gated": (9848, _latent(1, 4, branch_gated=True)),
+    "gqla": (9736, _latent(1, 1, 1536, num_kv_heads=4, expanded=True)),
+}
+NEIGHBOURS = tuple(_NEIGHBOURS)
+"""Presets of mechanisms near those of the paper, which has no such models (docs/neighbours.md)."""
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
     """The 2.9B model that the paper publishes as `name`, or one of its kind in another size.
+
+    `NEIGHBOURS` are presets, too.
 
     `NAME_small` and `NAME_medium` are for one GPU. `changes` are to fields of ModelConfig, of its
     `execution` and of its attention, by their own names. With another `embed_dim`, heads, latents
@@ -313,11 +367,12 @@ def preset(name: str, **changes: Any) -> ModelConfig:
 
     Raises ConfigError naming the nearest preset for an unknown name, and sizes that contradict.
     """
-    base, size = split_size(name, PRESETS)
-    if base not in PRESETS:
+    known = (*PRESETS, *NEIGHBOURS)
+    base, size = split_size(name, known)
+    if base not in known:
         sized = (f"{variant}_{size}" for variant in VARIANTS for size in SIZES)
-        raise ConfigError(f"unknown preset {name!r}; {closest(name, (*PRESETS, *sized))}")
-    mlp_dim, attention = _PAPER[base.removesuffix(_NORMAL)]
+        raise ConfigError(f"unknown preset {name!r}; {closest(name, (*known, *sized))}")
+    mlp_dim, attention = (_PAPER | _NEIGHBOURS)[base.removesuffix(_NORMAL)]
     changes = size | changes
     attention = changes.get("attention", attention)
     own = {f.name: changes.pop(f.name) for f in dataclasses.fields(attention) if f.name in changes}

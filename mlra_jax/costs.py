@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlra_jax.attention import MODULES
+from mlra_jax.attention import mechanism
 from mlra_jax.command import Parser, run
-from mlra_jax.config import VARIANTS, ConfigError, LatentConfig, ModelConfig, preset
+from mlra_jax.config import NEIGHBOURS, VARIANTS, ConfigError, LatentConfig, ModelConfig, preset
 from mlra_jax.sharding import BATCH, mesh_axes, size
 
 SPLITS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2))
@@ -25,7 +25,7 @@ def cache_values_per_device(
 
     Raises ConfigError when the variant cannot be split so.
     """
-    module, ways = MODULES[type(config.attention)], {"tensor": tensor, "context": context}
+    module, ways = mechanism(config.attention), {"tensor": tensor, "context": context}
     shapes = module.cache_shapes(config.attention, batch, capacity, tensor)
     total = 0
     for name, shape in shapes.items():
@@ -117,7 +117,7 @@ def flops_per_token(config: ModelConfig, parameters: int) -> float:
     branch (paper, section 3).
     """
     attention = config.attention
-    branches = attention.branches if isinstance(attention, LatentConfig) else 1
+    branches = attention.num_branches if isinstance(attention, LatentConfig) else 1
     widths = attention.num_heads * (attention.query_dim + attention.value_dim)
     scores = 6 * branches * config.context_length / 2 * widths
     return 6 * parameters + config.num_layers * scores
@@ -144,7 +144,8 @@ def describe_cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int) -
     line = f"cache: {held:,} bytes per device ({batch} x {capacity} positions)"
     a = config.attention
     if isinstance(a, LatentConfig) and a.num_latents > 1:
-        width = (a.latent_dim + a.rope_dim) * jnp.dtype(config.execution.dtype).itemsize
+        width = a.latent_dim + a.base_dim + a.rope_dim
+        width *= jnp.dtype(config.execution.dtype).itemsize
         mla = rows * capacity // ways["context"] * width * config.num_layers
         line += f"; MLA would hold {mla:,}, {mla / held:.2f} times as much"
     return line
@@ -152,13 +153,16 @@ def describe_cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int) -
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; see `command.run` for the exit codes."""
-    parser = Parser("mlra_jax.costs", "What each device caches, for every variant and split.")
+    parser = Parser(
+        "mlra_jax.costs",
+        "What each device caches, by variant, neighbour and split.",
+    )
     parser.add_argument("--tokens", type=int, default=131072, help="context length")
     parser.add_argument("--batch", type=int, default=1, help="rows")
     flags = parser.parse_args(argv)
     if flags.tokens < 8 or flags.batch < 1:
         parser.error("--tokens must be at least 8 and --batch at least 1")
-    return run(parser, lambda: print(table(VARIANTS, flags.tokens, flags.batch)))
+    return run(parser, lambda: print(table((*VARIANTS, *NEIGHBOURS), flags.tokens, flags.batch)))
 
 
 if __name__ == "__main__":

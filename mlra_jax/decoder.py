@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import sharding
-from mlra_jax.attention import MODULES
+from mlra_jax.attention import mechanism
 from mlra_jax.attention.base import Attention
-from mlra_jax.attention.parted import PartedLatentAttention, part_columns
-from mlra_jax.config import LatentConfig, ModelConfig
+from mlra_jax.attention.latent import LatentAttention
+from mlra_jax.attention.parted import part_columns, parted
+from mlra_jax.config import ModelConfig
 from mlra_jax.layers import Projection, RMSNorm, SummedProjection
 from mlra_jax.model import Block, Embedding, Model, positions
 
@@ -134,14 +135,22 @@ class Decoder:
           (logits `[B, V]` after each row's last new token, which mean nothing where there is none;
           the cache).
         """
+        x_BTD, cache = self._read(tokens_BT, counts_B, cache, over)
+        return self._after(x_BTD, counts_B), cache
+
+    def read(self, tokens_BT: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
+        """As `extend` by T tokens of each row, but `hidden` of all of them, `[B, T, D]`."""
+        x_BTD, cache = self._read(tokens_BT, jnp.int32(tokens_BT.shape[1]), cache, None)
+        return self._form().final_norm(x_BTD), cache
+
+    def _read(self, tokens_BT, counts_B, cache, over):
         form, layers = self._form(), []
         x_BTD = form.embed(tokens_BT)
         positions_BT = cache.lengths[:, None] + positions(tokens_BT)
         for block, layer in zip(form.layers, cache.layers, strict=True):
             x_BTD, layer = block.extend(x_BTD, positions_BT, layer, cache.lengths, over)
             layers.append(layer)
-        cache = kv.Cache(tuple(layers), cache.lengths + counts_B.astype(jnp.int32))
-        return self._after(x_BTD, counts_B), cache
+        return x_BTD, kv.Cache(tuple(layers), cache.lengths + counts_B.astype(jnp.int32))
 
     def _after(self, x_BTD, counts_B):
         """The logits `[B, V]` after the last of the first `counts[b]` tokens."""
@@ -215,7 +224,7 @@ def abstract_decoder(
 
 def abstract_cache(config: ModelConfig, mesh: Mesh, batch: int, capacity: int) -> kv.Cache:
     """A cache of sharded shapes, to compile for; `capacity` is from `cache.round_capacity`."""
-    module, tensor = _mechanism(config), sharding.size(mesh, sharding.TENSOR)
+    module, tensor = mechanism(config.attention), sharding.size(mesh, sharding.TENSOR)
     layer = {
         name: jax.ShapeDtypeStruct(
             shape, config.execution.dtype, sharding=sharding.named(mesh, *module.cache_axes[name])
@@ -230,7 +239,8 @@ class _Form(nnx.Module):
     """The structure of the weights."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        attention = PartedLatentAttention if _parted(config, mesh) else _mechanism(config)
+        attention = mechanism(config.attention)
+        attention = parted(attention) if _parted(config, mesh) else attention
         attention = _decoding(attention, _joined_names(config, mesh))
         block = functools.partial(Block, config, mesh=mesh, rngs=rngs)
         self.embed = Embedding(config, mesh=mesh, rngs=rngs)
@@ -240,19 +250,17 @@ class _Form(nnx.Module):
         self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
 
 
-def _mechanism(config: ModelConfig) -> type[Attention]:
-    return MODULES[type(config.attention)]
-
-
 def _joined_names(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
     """The projections that are one matrix: what splits weights wants those it splits apart."""
+    names = mechanism(config.attention).input_names(config.attention)
     if mesh.size == mesh.shape["data"]:
-        return _mechanism(config).input_names(config.attention)
-    return ("q_down", "k_rope") if _parted(config, mesh) else ()
+        return names
+    split = ("kv_down", "gate")
+    return tuple(name for name in names if name not in split) if _parted(config, mesh) else ()
 
 
 def _parted(config: ModelConfig, mesh: Mesh) -> bool:
-    latent = isinstance(config.attention, LatentConfig)
+    latent = issubclass(mechanism(config.attention), LatentAttention)
     return latent and sharding.size(mesh, sharding.MODEL) > 1
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlra_jax import remat, sharding
-from mlra_jax.attention import MODULES
+from mlra_jax.attention import mechanism
 from mlra_jax.config import ModelConfig
 from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param, weigh
 
@@ -29,7 +29,7 @@ class Block(nnx.Module):
         mlp: type[nnx.Module] = SwiGLU,
     ):
         self.mesh = mesh
-        attention = attention or MODULES[type(config.attention)]
+        attention = attention or mechanism(config.attention)
         self.attention_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
         self.attention = attention(config, mesh=mesh, rngs=rngs)
         self.mlp_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)

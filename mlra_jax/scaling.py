@@ -13,7 +13,7 @@ SIZES = {
 }
 """Of presets whose name ends so: for one GPU, about 0.1 and 0.3 billion parameters."""
 _COUNTS = ("num_heads", "num_kv_heads")
-_WIDTHS = ("head_dim", "nope_dim", "rope_dim", "latent_dim")
+_WIDTHS = ("head_dim", "nope_dim", "rope_dim", "latent_dim", "base_dim")
 _STEP = 64
 """The MLP's and the query latent's width are multiples of this, as hardware likes them."""
 _WIDE, _NARROW = Fraction(1), Fraction(1, 2)
@@ -54,7 +54,7 @@ def scale_attention(
     for factor, of in ((many, _COUNTS), (wide, _WIDTHS)):
         for name in names & set(of):
             value = getattr(attention, name)
-            if name == "num_kv_heads" and value == 1:
+            if value == 0 or (name == "num_kv_heads" and value == 1):
                 continue
             sizes[name] = _whole(name, value * factor, embed_dim, num_heads)
     if "q_latent_dim" in names:

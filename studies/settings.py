@@ -9,19 +9,22 @@ import jax
 from ml_collections import ConfigDict
 
 from mlra_jax import model as models
-from mlra_jax.config import PRESETS, VARIANTS, Execution, ModelConfig, preset
+from mlra_jax.config import NEIGHBOURS, PRESETS, VARIANTS, Execution, ModelConfig, preset
 from mlra_jax.settings_tree import ConfigError, at_least, build, closest, require
 from mlra_jax.sharding import make_mesh
 from mlra_jax.training.settings import DataSettings, Experiment, OptimizerSettings
 
-_WIDTHS = ("head_dim", "latent_dim", "q_latent_dim", "nope_dim", "rope_dim")
+_WIDTHS = ("head_dim", "latent_dim", "base_dim", "q_latent_dim", "nope_dim", "rope_dim")
 _MLP_STEP = 8
 GATED = tuple(name for name in PRESETS if name.endswith("_gated"))
 ABLATIONS = tuple(
     name for name in PRESETS if name.endswith(("_no_scale", "_double_heads"))
 ) + tuple(f"{name}_normal_initialization" for name in ("gqa", "mla", "mlra_4"))
-ALL = (*VARIANTS, *GATED, *ABLATIONS)
-CHANGES = ("_gated", "_no_scale", "_double_heads", "_normal_initialization")
+ALL = (*VARIANTS, *GATED, *ABLATIONS, *NEIGHBOURS)
+CHANGES = (
+    *("_base", "_head_gated", "_branch_gated", "_gated"),
+    *("_no_scale", "_double_heads", "_normal_initialization"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Study:
     """`global_batch` is that of one run."""
     optimizer: OptimizerSettings
     variants: str = "all"
-    """Presets, joined by commas; `all` is the eleven variants, the gated ones and the ablations."""
+    """Presets, joined by commas; `all` is the eleven variants, the gated ones, the ablations and
+    the neighbours."""
     reference: str = "mla"
     """The preset to which all are compared."""
     seeds: int = 3
@@ -77,8 +81,8 @@ class Study:
 
     def experiment(self, name: str, seed: int) -> Experiment:
         """The run of a variant and seed. Raises ConfigError for an unknown preset."""
-        if name not in PRESETS:
-            raise ConfigError(f"variants: unknown preset {name!r}; {closest(name, PRESETS)}")
+        if name not in (known := (*PRESETS, *NEIGHBOURS)):
+            raise ConfigError(f"variants: unknown preset {name!r}; {closest(name, known)}")
         return Experiment(
             model=self.model(name),
             data=self.data,
@@ -118,6 +122,7 @@ class Study:
         values = dataclasses.asdict(self)
         for name in ("variants", "reference", "seeds", "side_by_side"):
             del values[name]
+        del values["data"]["cache_bytes"]
         return json.loads(json.dumps(values))
 
     def to_config_dict(self) -> ConfigDict:

@@ -140,7 +140,15 @@ REFUSED = {
         ("num_heads", True, "num_heads=True is not a whole number"),
         ("branches", 5, r"latent_dim=48 does not divide into 5 latent heads \(groups=1 x branc"),
     ],
-    "gla_2": [("num_heads", 9, "num_heads=9 does not divide into groups=2")],
+    "gla_2": [
+        ("num_heads", 9, "num_heads=9 does not divide into groups=2"),
+        ("num_kv_heads", 3, "num_kv_heads=3 must divide num_heads=8 and be a multiple of groups=2"),
+        ("num_kv_heads", 1, "num_kv_heads=1 must divide"),
+        ("base_dim", -1, "base_dim=-1 must be at least 0"),
+        ("branch_gated", True, "branch_gated needs branches to choose from"),
+        ("expanded", True, "expanded needs num_kv_heads, groups=1, branches=1 and base_dim=0"),
+    ],
+    "mlra_2_gated": [("head_gated", True, "gated and head_gated exclude each other")],
     "gqa": [
         ("num_heads", 6, "num_heads=6 does not divide into num_kv_heads=4"),
         ("head_dim", 7, "head_dim=7 must be even"),

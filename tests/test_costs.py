@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from mlra_jax import costs, sharding
-from mlra_jax.attention import MODULES
-from mlra_jax.config import VARIANTS, ConfigError, Execution, preset
+from mlra_jax.attention import mechanism
+from mlra_jax.config import NEIGHBOURS, VARIANTS, ConfigError, Execution, preset
 
 # Values a token, layer and device in units of d_h at 1, 2, 4 and 8 ways by tensor: the paper's
 # table 1 for the latent family, the definitions for the others.
@@ -22,12 +22,19 @@ PUBLISHED = {
     "mha": (48, 24, 12, 6),
     "mqa": (2, 2, 2, 2),
 }
+# A base of 2 d_h on every device, beside four latents of half a d_h; keys of 1.5 and values of 1.
+NEIGHBOURING = {
+    "mlra_4_base": (4.5, 3.5, 3, 3),
+    "mlra_4_head_gated": (4.5, 2.5, 1.5, 1.5),
+    "mlra_4_branch_gated": (4.5, 2.5, 1.5, 1.5),
+    "gqla": (10, 5, 2.5, 2.5),
+}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_values_per_device_are_the_papers(name):
+@pytest.mark.parametrize("name", [*PUBLISHED, *NEIGHBOURING])
+def test_values_per_device_are_the_papers_and_the_definitions(name):
     config = preset(name)
-    for tensor, widths in zip((1, 2, 4, 8), PUBLISHED[name], strict=True):
+    for tensor, widths in zip((1, 2, 4, 8), WIDTHS[name], strict=True):
         values = costs.cache_values_per_device(config, batch=1, capacity=8, tensor=tensor)
         assert values == 8 * 128 * widths
 
@@ -45,20 +52,25 @@ def test_context_shares_of_the_published_models():
 
 
 # The same of every variant, and of those that the paper's table leaves out.
-WIDTHS = PUBLISHED | {
-    "gqa": (12, 6, 4, 4),  # 6 key heads over 4 devices: two on each
-    "gta": (6.5, 3.5, 2.5, 2.5),
-    "mfa": (4, 4, 4, 4),
-    # Rank 2 of keys and of values; every device has the factors that all heads share.
-    "tpa": tuple(2 * 2 * (24 / tensor + 128) / 128 for tensor in (1, 2, 4, 8)),
-}
+WIDTHS = (
+    PUBLISHED
+    | NEIGHBOURING
+    | {
+        "gqa": (12, 6, 4, 4),  # 6 key heads over 4 devices: two on each
+        "gta": (6.5, 3.5, 2.5, 2.5),
+        "mfa": (4, 4, 4, 4),
+        # Rank 2 of keys and of values; every device has the factors that all heads share.
+        "tpa": tuple(2 * 2 * (24 / tensor + 128) / 128 for tensor in (1, 2, 4, 8)),
+    }
+)
+NAMES = (*VARIANTS, *NEIGHBOURS)
 TENSOR = (1, 2, 4, 8, 1, 1, 1, 2, 4)
 CONTEXT = (1, 1, 1, 1, 2, 4, 8, 2, 2)
 
 
 def test_every_cell_of_the_table():
     tokens, batch = 65536, 3
-    heading, *lines = costs.table(VARIANTS, tokens=tokens, batch=batch).splitlines()
+    heading, *lines = costs.table(NAMES, tokens=tokens, batch=batch).splitlines()
     assert heading.startswith(f"Cache per device in GiB, {batch} x {tokens} tokens, bfloat16")
     assert lines[2].split() == [
         "ways",
@@ -72,7 +84,7 @@ def test_every_cell_of_the_table():
     ]
     assert tuple(zip(TENSOR, CONTEXT, strict=True)) == costs.SPLITS
     rows = {line[:20].strip(): re.findall(r"(\S+) \((\S+)\)", line) for line in lines[3:]}
-    assert rows.keys() == set(VARIANTS) == WIDTHS.keys()
+    assert rows.keys() == set(NAMES) == WIDTHS.keys()
     for name, cells in rows.items():
         for (gib, width), tensor, context in zip(cells, TENSOR, CONTEXT, strict=True):
             want = WIDTHS[name][(1, 2, 4, 8).index(tensor)] / context
@@ -95,10 +107,10 @@ def test_bytes_are_those_of_all_layers_in_the_compute_dtype(dtype, width):
     assert held == 2 * 24 * (128 + 64) * 5 * width
 
 
-@pytest.mark.parametrize("name", tiny.ATTENTIONS)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_what_is_counted_is_what_the_arrays_hold(name):
     config, mesh = tiny.config(name, 2), sharding.make_mesh(data=2, tensor=2, context=2)
-    module = MODULES[type(config.attention)]
+    module = mechanism(config.attention)
     shapes = module.cache_shapes(config.attention, 4, 16, 2)
     held = sum(
         math.prod(sharding.named(mesh, *module.cache_axes[n]).shard_shape(shape)) * 4
@@ -111,10 +123,10 @@ def test_what_is_counted_is_what_the_arrays_hold(name):
 def test_the_command_prints_the_table_that_was_asked_for(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["costs", "--tokens=4096", "--batch=3"])
     costs.main()
-    assert capsys.readouterr().out == costs.table(VARIANTS, tokens=4096, batch=3) + "\n"
+    assert capsys.readouterr().out == costs.table(NAMES, tokens=4096, batch=3) + "\n"
     monkeypatch.setattr("sys.argv", ["costs"])
     costs.main()
-    assert capsys.readouterr().out == costs.table(VARIANTS, tokens=131072, batch=1) + "\n"
+    assert capsys.readouterr().out == costs.table(NAMES, tokens=131072, batch=1) + "\n"
     for flag in ("--tokens=7", "--batch=0"):
         monkeypatch.setattr("sys.argv", ["costs", flag])
         with pytest.raises(SystemExit) as end:

@@ -8,6 +8,7 @@ import pytest
 
 from mlra_jax.__main__ import main as list_commands
 from mlra_jax.config import (
+    NEIGHBOURS,
     PRESETS,
     ConfigError,
     GroupedConfig,
@@ -88,6 +89,26 @@ def test_parameter_counts(name):
     layer = attention_parameters(base) + 3 * D * MLP_WIDTHS[base] + 2 * D
     assert counted == VOCAB * D + LAYERS * layer + D
     assert abs(counted / 2.9e9 - 1) < 0.02
+
+
+def test_neighbours_are_as_large():
+    # MLRA-4's: a base of 256 for four latents of 64, each with up-projections for 24 heads; one
+    # sigmoid a head; a number a branch and head. Of MLA's, up-projections for 4 heads only.
+    mlra_4, mla = attention_parameters("mlra_4"), attention_parameters("mla")
+    by_hand = {
+        "mlra_4_base": mlra_4 + (4 * 64 + 256 - 4 * 128) * 24 * 256,
+        "mlra_4_head_gated": mlra_4 + D * 24,
+        "mlra_4_branch_gated": mlra_4 + D * 4 * 24,
+        "gqla": mla - 20 * 512 * 256,
+    }
+    assert set(by_hand) == set(NEIGHBOURS)
+    wanted = LAYERS * (mlra_4 + 3 * D * MLP_WIDTHS["mlra_4"])
+    for name, attention in by_hand.items():
+        config = preset(name)
+        counted = sum(x.size for x in jax.tree.leaves(structure(config, make_mesh())[1]))
+        layers = LAYERS * (attention + 3 * D * config.mlp_dim)
+        assert counted == VOCAB * D + layers + LAYERS * 2 * D + D
+        assert abs(layers - wanted) <= LAYERS * 3 * D * 4, "half a step of the MLP's width"
 
 
 def test_every_published_model_and_ablation_has_a_preset():
@@ -176,7 +197,7 @@ def test_presets_and_configs_are_listed_with_their_sizes(capsys, monkeypatch):
     monkeypatch.chdir(root)
     assert list_commands(["presets"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(PRESETS) < rows.keys() and "mlra_4_small" in rows and "tpa_medium" in rows
+    assert {*PRESETS, *NEIGHBOURS} < rows.keys() and "mlra_4_small" in rows and "tpa_medium" in rows
     # 4.5 d_h a token and layer, 24 layers, 2 bytes.
     assert "2,873,220,096       5.35 GiB      27.00 KiB" in rows["mlra_4"]
     assert list_commands(["configs"]) == 0

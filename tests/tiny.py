@@ -32,6 +32,15 @@ LATENT |= {
     "mlra_2_gated": dataclasses.replace(LATENT["mlra_2"], gated=True),
     "mlra_4_no_scale": dataclasses.replace(LATENT["mlra_4"], scaled=False),
 }
+NEIGHBOURS = {
+    # Latents wider than a head's keys, and narrower ones.
+    "mlra_2_base": dataclasses.replace(LATENT["mlra_2"], base_dim=16),
+    "mlra_4_base_gated": dataclasses.replace(
+        LATENT["mlra_4"], latent_dim=32, base_dim=16, head_gated=True, branch_gated=True
+    ),
+    "gqla": dataclasses.replace(LATENT["mla"], num_kv_heads=4),
+    "gqla_expanded": dataclasses.replace(LATENT["mla"], num_kv_heads=4, expanded=True),
+}
 K = 12
 OTHERS = {
     "mha": GroupedConfig(8, 8, K),
@@ -43,17 +52,18 @@ OTHERS = {
     "tpa": TensorProductConfig(8, K, 3, 5),
 }
 ATTENTIONS: dict[str, AttentionConfig] = LATENT | OTHERS
+ALL = ATTENTIONS | NEIGHBOURS
 
 
 def config(attention: AttentionConfig | str, num_layers: int = 1, **changes) -> ModelConfig:
-    """A model of this attention, or of the one that has this name in `ATTENTIONS`.
+    """A model of this attention, or of the one that has this name in `ALL`.
 
     `changes` are to fields of `ModelConfig` and of `Execution`.
     """
     names = [f.name for f in dataclasses.fields(Execution) if f.name in changes]
     how = {name: changes.pop(name) for name in names}
     sizes = dict(
-        attention=ATTENTIONS[attention] if isinstance(attention, str) else attention,
+        attention=ALL[attention] if isinstance(attention, str) else attention,
         vocab_size=VOCAB,
         num_layers=num_layers,
         embed_dim=40,

@@ -28,8 +28,9 @@ from mlra_jax.analysis.subject import (
 )
 from mlra_jax.command import Parser, run
 from mlra_jax.config import LatentConfig
+from mlra_jax.data.journal import one_tokenizer
 from mlra_jax.data.pipeline import make_validation_batches
-from mlra_jax.data.sources import load_source
+from mlra_jax.data.sources import load_source, token_files
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.files import whole_figure, whole_file
 
@@ -53,7 +54,8 @@ def read(
         `overlap`: `[R, R]`, the attention that two branches of a head have in common (1: the
           same), mean over heads.
         `key_spectrum`, `value_spectrum`: latent family, `[L, C]`: singular values of each latent's
-          up-projections of all its heads, the largest 1.
+          up-projections of all its heads, the largest 1; not of a base.
+        `groups`: latent family, that many latents are a branch's.
     """
     x_BTD, found = subject.embed(tokens_BT), []
     for layer in range(min(layers or subject.config.num_layers, subject.config.num_layers)):
@@ -99,7 +101,8 @@ def _spectra(attention) -> dict[str, list]:
         values_LC = np.linalg.svd(flat_LCE, compute_uv=False)
         return (values_LC / values_LC[:, :1]).tolist()
 
-    return {"key_spectrum": spectrum(attention.k_up), "value_spectrum": spectrum(attention.v_up)}
+    found = {"key_spectrum": spectrum(attention.k_up), "value_spectrum": spectrum(attention.v_up)}
+    return found | {"groups": a.groups}
 
 
 def effective_rank(spectrum: Sequence[float]) -> float:
@@ -120,10 +123,9 @@ def table(layers: Sequence[dict[str, Any]]) -> str:
             others = [x for i, x in enumerate(layer["overlap"][r]) if i != r]
             values.append(np.mean(others) if others else None)
             for what in ("key_spectrum", "value_spectrum"):
-                latents = np.array_split(layer[what], R)[r] if what in layer else []
-                values.append(
-                    np.mean([effective_rank(x) for x in latents]) if what in layer else None
-                )
+                G = layer.get("groups", 0)
+                latents = layer.get(what, [])[r * G : (r + 1) * G]
+                values.append(np.mean([effective_rank(x) for x in latents]) if latents else None)
             cells = [f"{number:11}{r:11}", *("-" if x is None else f"{x:.2f}" for x in values)]
             lines.append("".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
@@ -182,6 +184,8 @@ def text_tokens(subject: Subject, source: str, rows: int, length: int) -> np.nda
 
     Raises FileNotFoundError, ValueError, ConnectionError as `load_source` and `get_tokenizer`.
     """
+    files = token_files(source)
+    one_tokenizer(files, subject.tokenizer, "the checkpoint's", "give text, or files of that one")
     tokenizer = None if source.endswith(".bin") else get_tokenizer(subject.tokenizer or "gpt2")
     vocab_size = subject.config.vocab_size
     loaded = load_source(source, tokenizer=tokenizer, vocab_size=vocab_size)

@@ -188,7 +188,7 @@ def _see(block, x_BTD, move, length):
     by_part = [jnp.minimum(weights, softmax(x, move.pads_B)).sum(-1) for x in parts]
     return Seen(
         *map(cut, parts),
-        _real(attention._sum(o_BTPV), move.pads_B, length, (0,)),
+        _real(attention._sum(y, o_BTPV), move.pads_B, length, (0,)),
         tuple(_real(x, move.pads_B, length, (1,)).mean((0, 2)) for x in by_part),
         block._rest(x_BTD, attention.result(y, o_BTPV)),
     )

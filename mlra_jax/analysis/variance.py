@@ -35,7 +35,7 @@ from mlra_jax.analysis.subject import (
     softmax,
     weighted,
 )
-from mlra_jax.attention import MODULES
+from mlra_jax.attention import mechanism
 from mlra_jax.checkpoints import finished_steps, open_checkpoint
 from mlra_jax.command import Parser, run
 from mlra_jax.config import (
@@ -69,7 +69,9 @@ def predicted(config: ModelConfig, length: int) -> Moments:
             queries = Q * INIT_STDDEV**2 * calibrated(Q)
             keys = values = C * INIT_STDDEV**2 * calibrated(C)
             cached = {"latents": calibrated(C), "k_rope": dense}
-            branches, factor = a.branches, 1 / a.branches if a.scaled else 1.0
+            if a.base_dim:
+                cached["base"] = calibrated(a.base_dim)
+            branches, factor = a.num_branches, 1 / a.num_branches if a.scaled else 1.0
         case TensorProductConfig():
             A = lambda rank: D * 2 / ((a.num_heads + D) * rank)
             B = lambda rank: D * 2 / ((rank + D) * a.head_dim)
@@ -118,7 +120,7 @@ def _moments(attention, x_BTD):
     if q.shape[-1] > R:
         arrays |= {"keys, NoPE": k[..., :-R], "scores, NoPE": parts.nope[..., *seen]}
     arrays |= {"keys, RoPE": k[..., -R:], "scores, RoPE": parts.rope[..., *seen], "values": v}
-    arrays |= {"branch outputs": o_BTPV, "head outputs": attention._sum(o_BTPV)}
+    arrays |= {"branch outputs": o_BTPV, "head outputs": attention._sum(y, o_BTPV)}
     cached = attention.prefill(x_BTD, positions_BT)[1]
     arrays |= {f"cached {name}": array for name, array in cached.items()}
     return {name: (array.astype(jnp.float32) ** 2).mean() for name, array in arrays.items()}
@@ -132,7 +134,7 @@ def at_initialisation(
     Only the attention is made, so that the published sizes fit anywhere.
     """
     key = jax.random.key(seed)
-    attention = MODULES[type(config.attention)](
+    attention = mechanism(config.attention)(
         dataclasses.replace(config, dtype="float32"), mesh=sharding.make_mesh(), rngs=nnx.Rngs(key)
     )
     x_BTD = jax.random.normal(jax.random.fold_in(key, 1), (rows, length, config.embed_dim))

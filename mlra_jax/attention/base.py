@@ -22,7 +22,7 @@ from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.kernels import target
 from mlra_jax.kernels.chunk_attention import WIDEST, chunk_attention
 from mlra_jax.kernels.grouped_decode import grouped_decode
-from mlra_jax.layers import Projection, output_init
+from mlra_jax.layers import Projection, output_init, rotate
 
 Entries = dict[str, jax.Array]
 OVER = ("blocks", "cudnn")
@@ -38,6 +38,8 @@ class Attention(nnx.Module):
     """The projections whose input is the block's; the gate is one more, where there is one."""
     cache_axes: ClassVar[dict[str, tuple[str | None, ...]]]
     """Logical axes of what is cached, by name, beginning with "batch" and "cache_length"."""
+    rotated: ClassVar[str] = "k_rope"
+    """What is cached that turns with the position, in its last `config.rope_dim` values."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         a = config.attention
@@ -52,8 +54,8 @@ class Attention(nnx.Module):
     def _add_outputs(self, config: ModelConfig, project: Callable[..., Projection]) -> None:
         a = config.attention
         D, H, V = config.embed_dim, a.num_heads, a.value_dim
-        if a.gated:
-            self.gate = project((D, H, V), ("embed", "heads", "head_dim"))
+        if width := gate_width(a):
+            self.gate = project((D, H, width), ("embed", "heads", "head_dim"))
         self.out = project(
             (H, V, D), ("heads", "head_dim", "embed"), num_in=2, init=output_init(config)
         )
@@ -66,7 +68,7 @@ class Attention(nnx.Module):
         """As `__call__`, and what decoding needs to keep: `[B, T, ...]` arrays by name."""
         y = self.inputs(x_BTD)
         kept = self._kept(y, positions_BT)
-        o_BTHV = self._whole(self._queries(y, positions_BT), kept)
+        o_BTHV = self._whole(y, self._queries(y, positions_BT), kept)
         return self._output(y, o_BTHV), self._entries(kept)
 
     def decode(
@@ -88,7 +90,7 @@ class Attention(nnx.Module):
             cache_axes=self.cache_axes,
             mesh=self.mesh,
         )
-        o_BTHV = self._answer(o_BTHV)
+        o_BTHV = self._answer(of_cache(y), o_BTHV)
         beyond = [(0, x_BTD.shape[0] - rows)] + [(0, 0)] * (o_BTHV.ndim - 1)
         return self._output(y, jnp.pad(o_BTHV, beyond)), cache
 
@@ -123,7 +125,7 @@ class Attention(nnx.Module):
             within=within,
             weights=weights,
         )
-        return self._output(y, self._answer_chunk(o_BTHV)), cache
+        return self._output(y, self._answer_chunk(y, o_BTHV)), cache
 
     def extends_over(self) -> str:
         """The way of `OVER` that serves the mesh's devices."""
@@ -132,21 +134,23 @@ class Attention(nnx.Module):
         return "cudnn" if gpu and sixteen_bits and self._key_width() <= WIDEST else "blocks"
 
     def _in_plain(self, queries, cache, lengths_BT, *weights):
-        plain = functools.partial(grouped_decode, implementation="reference", scale=self.scale)
-        return self._by_group(plain(*self._grouped(queries, cache, *weights), lengths_BT))
+        def attend(*grouped):
+            how = dict(implementation="reference", scale=self.scale)
+            return grouped_decode(*grouped, lengths_BT, **how)
+
+        return self._attend_grouped(attend, queries, cache, *weights)
 
     def _to_earlier(self, queries, cache, ends_BT, *weights):
-        grouped = self._grouped(queries, cache, *weights)
-        return self._by_group(chunk_attention(*grouped, ends_BT[:, 0], scale=self.scale))
+        attend = lambda *grouped: chunk_attention(*grouped, ends_BT[:, 0], scale=self.scale)
+        return self._attend_grouped(attend, queries, cache, *weights)
 
     def _to_themselves(self, queries, new, *weights):
-        return self._by_group(
-            chunk_attention(*self._grouped(queries, new, *weights), scale=self.scale)
-        )
+        attend = functools.partial(chunk_attention, scale=self.scale)
+        return self._attend_grouped(attend, queries, new, *weights)
 
-    def _by_group(self, found):
-        """(o_BThV, lse_BTh) from what was found for each of `_grouped`'s queries."""
-        return tuple(map(self._ungrouped, found))
+    def _attend_grouped(self, attend, queries, entries, *weights):
+        """(o_BThV, lse_BTh) of one device by `attend(q_BTJGK, k_BSJK, v_BSJV)`."""
+        return tuple(map(self._ungrouped, attend(*self._grouped(queries, entries, *weights))))
 
     def operands(
         self, y: dict[str, jax.Array], positions_BT: jax.Array, key_positions_BT: jax.Array
@@ -166,7 +170,7 @@ class Attention(nnx.Module):
 
     def result(self, y: dict[str, jax.Array], o_BTPV: jax.Array) -> jax.Array:
         """`[B, T, D]` from what the softmaxes of `operands` gave."""
-        return self._output(y, self._sum(o_BTPV))
+        return self._output(y, self._sum(y, o_BTPV))
 
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
@@ -175,7 +179,21 @@ class Attention(nnx.Module):
     @classmethod
     def input_names(cls, a: AttentionConfig) -> tuple[str, ...]:
         """The projections that read the block's input."""
-        return (*cls.reads, "gate") if a.gated else cls.reads
+        return (*cls.reads, "gate") if gate_width(a) else cls.reads
+
+    @classmethod
+    def moved(cls, config: ModelConfig, cache: Entries, slots_BS: jax.Array) -> Entries:
+        """A layer's cache with what was in slot `slots[b, s]` of row `b` in slot `s`.
+
+        Rotary keys are turned by so much: a token's position is its slot.
+        """
+        taken = {n: jax.vmap(lambda x, slots: x[slots])(x, slots_BS) for n, x in cache.items()}
+        keys, S = taken[cls.rotated], slots_BS.shape[1]
+        by_head_BSJK = keys.reshape(*keys.shape[:2], -1, keys.shape[-1])
+        fixed, turning = jnp.split(by_head_BSJK, [-config.attention.rope_dim], axis=-1)
+        turned = rotate(turning, jnp.arange(S, dtype=jnp.int32) - slots_BS, config.rope_base)
+        taken[cls.rotated] = jnp.concatenate([fixed, turned], axis=-1).reshape(keys.shape)
+        return taken
 
     @classmethod
     @abc.abstractmethod
@@ -199,15 +217,15 @@ class Attention(nnx.Module):
     def _kept(self, y: dict[str, jax.Array], positions_BT: jax.Array) -> Any:
         """What attention needs of each token, however the mesh repeats it."""
 
-    def _whole(self, q_BTHK: jax.Array, kept: Any) -> jax.Array:
+    def _whole(self, y: dict[str, jax.Array], q_BTHK: jax.Array, kept: Any) -> jax.Array:
         """`[B, T, H, V]`: causal attention of the sequence to itself."""
-        return self._sum(self._to_itself(*self._operands(q_BTHK, kept)))
+        return self._sum(y, self._to_itself(*self._operands(q_BTHK, kept)))
 
     @abc.abstractmethod
     def _operands(self, q_BTHK: jax.Array, kept: Any) -> Operands:
         """What `operands` gives."""
 
-    def _sum(self, o_BTPV: jax.Array) -> jax.Array:
+    def _sum(self, y: dict[str, jax.Array], o_BTPV: jax.Array) -> jax.Array:
         """`[B, T, H, V]`: each head's output, the sum of its branches where it has several."""
         return o_BTPV
 
@@ -217,7 +235,10 @@ class Attention(nnx.Module):
 
     @abc.abstractmethod
     def _attend(self, queries: Any, cache: Entries, lengths_BT: jax.Array):
-        """(o_BThV, lse_BTh) of one device's heads over its share of the cache."""
+        """(o_BThV, lse_BTh) of one device's heads over its share of the cache.
+
+        Where heads attend in latents of several widths, each of the two is a tuple.
+        """
 
     def _to_itself(self, q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array) -> jax.Array:
         """Causal attention, `[B, T, H, V]`; key/value heads that divide over the mesh."""
@@ -246,7 +267,7 @@ class Attention(nnx.Module):
         """The queries as the cache is asked them."""
         return q_BTHK
 
-    def _answer(self, o_BTHV: jax.Array) -> jax.Array:
+    def _answer(self, y: dict[str, jax.Array], o_BTHV: Any) -> jax.Array:
         """`[B, T, H, V]` from what `_attend` found."""
         return o_BTHV
 
@@ -254,9 +275,9 @@ class Attention(nnx.Module):
         """(the queries as `_grouped` takes them, the weights that it needs)."""
         return self._ask(q_BTHK), ()
 
-    def _answer_chunk(self, o_BTHV: jax.Array) -> jax.Array:
+    def _answer_chunk(self, y: dict[str, jax.Array], o_BTHV: Any) -> jax.Array:
         """`[B, T, H, V]` from what was found for the queries of `_ask_chunk`."""
-        return self._answer(o_BTHV)
+        return self._answer(y, o_BTHV)
 
     def _output(self, y: dict[str, jax.Array], o_BTHV: jax.Array) -> jax.Array:
         o_BTHV = self._by_head(o_BTHV)
@@ -266,3 +287,8 @@ class Attention(nnx.Module):
 
     def _by_head(self, x_BTHK: jax.Array) -> jax.Array:
         return sharding.constrain(x_BTHK, self.mesh, "batch", "length", "heads", "head_dim")
+
+
+def gate_width(a: AttentionConfig) -> int:
+    """Sigmoids for each head's output: one for each of its values, one for all, or none."""
+    return a.value_dim if a.gated else int(getattr(a, "head_gated", False))

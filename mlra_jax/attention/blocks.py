@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.kernels.softmax import merge_partials
+from mlra_jax.kernels.softmax import join
 
 _SCORES = 1 << 26
 """Of one block, as far as a block has at least 64 positions and at most 512."""
@@ -36,17 +36,17 @@ def in_blocks(attend: Attend, positions: Callable[[Any], int]) -> Attend:
         def attend_to(start, count):
             part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count, 1), cache)
             o_BThV, lse_BTh = attend(queries, part, lengths_BT - start, *weights)
-            return o_BThV.astype(jnp.float32), lse_BTh
+            return jax.tree.map(lambda x: x.astype(jnp.float32), o_BThV), lse_BTh
 
-        def join(n, joined):
-            parts = zip(joined, attend_to(first + n * size, size), strict=True)
-            return merge_partials(*map(jnp.stack, parts))
+        def join_next(n, joined):
+            return join(joined, attend_to(first + n * size, size))
 
         # Rows that are already full count on beyond the last slot.
         seen = jnp.minimum(jnp.max(lengths_BT), slots)
         blocks = jnp.maximum(-(-(seen - first) // size), 0)
-        o_BThV, lse_BTh = jax.lax.fori_loop(0, blocks, join, attend_to(0, first))
-        return o_BThV.astype(jax.tree.leaves(queries)[0].dtype), lse_BTh
+        o_BThV, lse_BTh = jax.lax.fori_loop(0, blocks, join_next, attend_to(0, first))
+        dtype = jax.tree.leaves(queries)[0].dtype
+        return jax.tree.map(lambda x: x.astype(dtype), o_BThV), lse_BTh
 
     return attend_in_blocks
 

@@ -16,6 +16,7 @@ class GroupedAttention(Attention):
         "k": ("batch", "cache_length", "cache_latent", None),
         "v": ("batch", "cache_length", "cache_latent", None),
     }
+    rotated = "k"
 
     def _add_parameters(self, config, project, rngs):
         a: GroupedConfig = config.attention

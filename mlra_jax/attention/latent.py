@@ -1,34 +1,22 @@
 """The latent family: MLA, GLA-2, GLA-4, MLRA-2 and MLRA-4 (paper, section 3).
 
-The keys and values of a token are up-projections of a few latent heads. Latent `r * G + g` serves
-the query heads of group `g` in branch `r`; each branch has its own softmax and the branch outputs
-are summed. Up-projections are stored by branch head `p = r * H + h`, so that head `h` of branch `r`
-reads latent `p // (H / G)` and any even split of `p` over devices follows the latents.
-
-A decode step makes no keys and values. The up-projections are absorbed into the query and the
-output (paper, section 3.3), so that each latent head is a multi-query attention whose value is the
-first part of its key.
+The keys and values of a token are up-projections of a few latent heads (`from_latents.py`). A
+decode step makes none of them. The up-projections are absorbed into the query and the output
+(paper, section 3.3), so that each latent head is a multi-query attention whose value is the first
+part of its key.
 """
-
-import functools
-import math
 
 import jax.numpy as jnp
 
 from mlra_jax import sharding
 from mlra_jax.attention import heads
-from mlra_jax.attention.base import Attention
+from mlra_jax.attention.from_latents import FromLatents, up_projected
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
-from mlra_jax.layers import RMSNorm, rotate, weigh
-
-JOINED_BRANCHES = True
-"""Whether, in whole sequences, the branches of a head are one product and not one each. The other
-way reads and writes more, but needs no transposition; `benchmarks.train_step` can take it."""
+from mlra_jax.layers import weigh
 
 
-class LatentAttention(Attention):
-    reads = ("q_down", "kv_down", "k_rope")
+class LatentAttention(FromLatents):
     cache_axes = {
         "latents": ("batch", "cache_length", "cache_latent", None),
         "k_rope": ("batch", "cache_length", None),
@@ -38,21 +26,6 @@ class LatentAttention(Attention):
         heads.held_copies(config.attention.num_latents, sharding.size(mesh, sharding.TENSOR))
         super().__init__(config, mesh=mesh, rngs=rngs)
 
-    def _add_parameters(self, config, project, rngs):
-        a: LatentConfig = config.attention
-        D, H, C, P = config.embed_dim, a.num_heads, a.latent_head_dim, a.branches * a.num_heads
-        factor = lambda width: math.sqrt(D / width) if a.scaled else 1.0
-        self.branch_factor = 1 / math.sqrt(a.branches) if a.scaled else 1.0
-        norm = functools.partial(RMSNorm, config=config, rngs=rngs)
-        self.q_down = project((D, a.q_latent_dim), ("embed", "q_latent"))
-        self.q_norm = norm(a.q_latent_dim, factor=factor(a.q_latent_dim))
-        self.q_up = project((a.q_latent_dim, H, a.query_dim), ("q_latent", "heads", "head_dim"))
-        self.kv_down = project((D, a.latent_dim), ("embed", "latent"))
-        self.kv_norm = norm(C, blocks=a.num_latents, factor=factor(C))
-        self.k_rope = project((D, a.rope_dim), ("embed", "rope"))
-        up = ((P, C, a.nope_dim), ("latent_heads", "latent_dim", "head_dim"))
-        self.k_up, self.v_up = project(*up), project(*up)
-
     @classmethod
     def cache_shapes(cls, a, batch, capacity, tensor):
         held = heads.held_copies(a.num_latents, tensor)
@@ -61,55 +34,25 @@ class LatentAttention(Attention):
             "k_rope": (batch, capacity, a.rope_dim),
         }
 
-    def _queries(self, y, positions_BT):
-        """`[nope | rotary]` in the last dimension."""
-        q_BTHK = self._by_head(self.q_up(self.q_norm(self._down(y))))
-        q_nope, q_rope = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
-        return jnp.concatenate([q_nope, rotate(q_rope, positions_BT, self.rope_base)], axis=-1)
+    def _per_head(self, projection):
+        """An up-projection's kernel with one matrix for each branch head."""
+        kernel = projection.kernel[...]
+        shared = self.config.num_heads // self.config.kv_heads
+        return kernel if shared == 1 else jnp.repeat(kernel, shared, axis=0)
 
-    def _down(self, y):
-        return heads.gathered(y["q_down"], "q_latent", self.mesh)
+    def _whole(self, y, q_BTHK, kept):
+        if absorbs(self.config):
+            return self._whole_absorbed(y, q_BTHK, kept["latents"], kept["k_rope"])
+        return super()._whole(y, q_BTHK, kept)
 
-    def _kept(self, y, positions_BT):
-        a, (B, T) = self.config, y["kv_down"].shape[:2]
-        down_BTE = sharding.constrain(y["kv_down"], self.mesh, "batch", "length", "latent")
-        down_BTLC = down_BTE.reshape(B, T, a.num_latents, a.latent_head_dim)
-        fewer = a.num_latents % sharding.size(self.mesh, sharding.TENSOR)
-        axes = ("batch", "length", None if fewer else "cache_latent", None)
-        down_BTLC = sharding.constrain(down_BTLC, self.mesh, *axes)
-        c_BTLC = self.kv_norm(down_BTLC.reshape(B, T, -1)).reshape(down_BTLC.shape)
-        k_rope_BTR = rotate(y["k_rope"][:, :, None], positions_BT, self.rope_base)[:, :, 0]
-        return sharding.constrain(c_BTLC, self.mesh, *axes), k_rope_BTR
-
-    def _whole(self, q_BTHK, kept):
-        absorbed = absorbs(self.config)
-        return self._whole_absorbed(q_BTHK, *kept) if absorbed else super()._whole(q_BTHK, kept)
-
-    def _operands(self, q_BTHK, kept):
-        a, (c_BTLC, k_rope_BTR) = self.config, kept
-        B, T = c_BTLC.shape[:2]
-        q_BTPK = self._by_branch_head(jnp.tile(q_BTHK, (1, 1, a.branches, 1)))
-        rope_BTPR = jnp.broadcast_to(
-            k_rope_BTR[:, :, None], (B, T, a.branches * a.num_heads, a.rope_dim)
-        )
-        k_BTPK = self._by_branch_head(
-            jnp.concatenate([self._up(c_BTLC, self.k_up.kernel[...]), rope_BTPR], axis=-1)
-        )
-        return q_BTPK, k_BTPK, self._by_branch_head(self._up(c_BTLC, self.v_up.kernel[...]))
-
-    def _whole_absorbed(self, q_BTHK, c_BTLC, k_rope_BTR):
+    def _whole_absorbed(self, y, q_BTHK, c_BTLC, k_rope_BTR):
         """The same without a key or value of any branch head: each latent is a key/value head."""
         a, (B, T, H, _) = self.config, q_BTHK.shape
-        # As in `_ask`; the branches of a head are columns of one product.
+        # As in `_ask_latents`; the branches of a head are columns of one product.
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
-        k_up_bHCK = self.k_up.kernel[...].reshape(a.branches, H, -1, a.nope_dim)
-        if JOINED_BRANCHES:
-            q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
-        else:
-            q_nope_BTPK = jnp.tile(q_nope_BTHK, (1, 1, a.branches, 1))
-            q_BTPC = weigh(q_nope_BTPK, self.k_up.kernel[...], "btpk,pck->btpc")
-            q_BTbHC = q_BTPC.reshape(B, T, a.branches, H, -1)
+        k_up_bHCK = self._per_head(self.k_up).reshape(a.branches, H, -1, a.nope_dim)
+        q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
         rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
         q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
         k_BTJX = heads.repeat_for_mesh(heads.with_shared(c_BTLC, k_rope_BTR), self.mesh)
@@ -118,22 +61,24 @@ class LatentAttention(Attention):
             k_BTJX,
             heads.repeat_for_mesh(c_BTLC, self.mesh),
         )
-        return self._joined(z_BTPC)
+        return self._joined(y, z_BTPC)
 
     def _entries(self, kept):
-        c_BTLC, k_rope_BTR = kept
         tensor = sharding.size(self.mesh, sharding.TENSOR)
         copies = heads.held_copies(self.config.num_latents, tensor) // self.config.num_latents
-        return {"latents": jnp.repeat(c_BTLC, copies, axis=2), "k_rope": k_rope_BTR}
+        return kept | {"latents": jnp.repeat(kept["latents"], copies, axis=2)}
 
     def _ask(self, q_BTHK):
+        return self._ask_latents(q_BTHK)
+
+    def _ask_latents(self, q_BTHK):
         """Queries of the latents themselves, by branch head, and the rotary queries."""
         # Every device needs all heads' queries for its latents: gathered once, before the split.
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
         q_BTPK = jnp.tile(q_BTHK, (1, 1, self.config.branches, 1))
         q_nope_BTPK, q_rope_BTPR = jnp.split(q_BTPK, [self.config.nope_dim], axis=-1)
         q_nope_BTPK = self._by_branch_head(q_nope_BTPK)
-        q_BTPC = weigh(q_nope_BTPK, self.k_up.kernel[...], "btpk,pck->btpc")
+        q_BTPC = weigh(q_nope_BTPK, self._per_head(self.k_up), "btpk,pck->btpc")
         return self._by_branch_head(q_BTPC), q_rope_BTPR
 
     def _attend(self, queries, cache, lengths_BT):
@@ -156,20 +101,20 @@ class LatentAttention(Attention):
     def _ask_chunk(self, q_BTHK):
         """Where latents are wider than keys, a chunk attends to keys and values made of them."""
         if absorbs(self.config):
-            return self._ask(q_BTHK), ()
+            return self._ask_latents(q_BTHK), ()
         q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
-        up = (self.k_up.kernel[...], self.v_up.kernel[...])
+        up = (self._per_head(self.k_up), self._per_head(self.v_up))
         return jnp.tile(q_BTHK, (1, 1, self.config.branches, 1)), up
 
-    def _answer_chunk(self, o_BTPX):
+    def _answer_chunk(self, y, o_BTPX):
         if absorbs(self.config):
-            return self._answer(o_BTPX)
-        return self._sum(self._by_branch_head(o_BTPX))
+            return self._from_latents(y, o_BTPX)
+        return self._sum(y, self._by_branch_head(o_BTPX))
 
     def _grouped(self, queries, entries, *up):
         latents_BSLC, k_rope_BSR = entries["latents"], entries["k_rope"]
         if up:
-            k_BSPK, v_BSPK = (self._up(latents_BSLC, kernel_PCK) for kernel_PCK in up)
+            k_BSPK, v_BSPK = (up_projected(latents_BSLC, kernel_PCK) for kernel_PCK in up)
             return queries[:, :, :, None], heads.with_shared(k_BSPK, k_rope_BSR), v_BSPK
         (B, T), q_BTPX = queries[0].shape[:2], jnp.concatenate(queries, axis=-1)
         q_BTLHX = q_BTPX.reshape(B, T, latents_BSLC.shape[2], -1, q_BTPX.shape[-1])
@@ -179,42 +124,21 @@ class LatentAttention(Attention):
         a = self.config
         return a.latent_head_dim + a.rope_dim if absorbs(a) else a.query_dim
 
-    def _answer(self, z_BTPC):
-        o_BTPK = weigh(z_BTPC, self.v_up.kernel[...], "btpc,pck->btpk")
-        return self._sum(self._by_branch_head(o_BTPK))
+    def _answer(self, y, z_BTPC):
+        return self._from_latents(y, z_BTPC)
 
-    def _up(self, c_BTLC, kernel_PCK):
-        """Keys or values of every branch head from its latent head."""
-        B, T, L, C = c_BTLC.shape
-        kernel_LHCK = kernel_PCK.reshape(L, -1, C, kernel_PCK.shape[-1])
-        return weigh(c_BTLC, kernel_LHCK, "btlc,lhck->btlhk").reshape(B, T, len(kernel_PCK), -1)
+    def _from_latents(self, y, z_BTPC):
+        o_BTPK = weigh(z_BTPC, self._per_head(self.v_up), "btpc,pck->btpk")
+        return self._sum(y, self._by_branch_head(o_BTPK))
 
-    def _by_branch_head(self, x_BTPK):
-        return sharding.constrain(x_BTPK, self.mesh, "batch", "length", "latent_heads", "head_dim")
-
-    def _sum(self, o_BTPK):
-        """Of the branches, with the factor that keeps its variance."""
-        (B, T, _, K), (ways, heads) = o_BTPK.shape, self._parts()
-        o_BTwbHK = o_BTPK.reshape(B, T, ways, -1, heads, K)
-        return self._by_part(o_BTwbHK.sum(3) * self.branch_factor)
-
-    def _joined(self, z_BTPC):
-        """As `_answer`, the sum over branches being that of one product."""
-        if not JOINED_BRANCHES:
-            return self._answer(z_BTPC)
+    def _joined(self, y, z_BTPC):
+        """As `_from_latents`, the sum over branches being that of one product."""
         (B, T, _, C), (ways, heads) = z_BTPC.shape, self._parts()
-        v_up_wbHCK = self.v_up.kernel[...].reshape(ways, -1, heads, C, self.config.value_dim)
-        z_BTwbHC = z_BTPC.reshape(B, T, ways, -1, heads, C)
+        v_up_PCK = self._per_head(self.v_up)
+        v_up_wbHCK = v_up_PCK.reshape(ways, -1, heads, C, self.config.value_dim)
+        z_BTwbHC = self._chosen(y, z_BTPC).reshape(B, T, ways, -1, heads, C)
         o_BTwHK = weigh(z_BTwbHC, v_up_wbHCK, "btwrhc,wrhck->btwhk")
         return self._by_part(o_BTwHK * self.branch_factor)
-
-    def _parts(self):
-        """The branch heads are so many parts, of which each adds up branches of so many heads."""
-        return 1, self.config.num_heads
-
-    def _by_part(self, o_BTwHK):
-        B, T, ways, heads, K = o_BTwHK.shape
-        return o_BTwHK.reshape(B, T, ways * heads, K)
 
 
 def absorbs(a: LatentConfig) -> bool:

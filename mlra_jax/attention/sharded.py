@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mlra_jax import cache as kv
 from mlra_jax import remat, sharding
 from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
-from mlra_jax.kernels.softmax import merge, merge_partials
+from mlra_jax.kernels.softmax import join, merge
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -60,7 +60,8 @@ def decode_step(
 
     Args:
       attend: `(queries, cache, lengths_BT, *weights) -> (o_BThV, lse_BTh)` of one device: its share
-        of the heads over its share of the positions, query `t` seeing those before `lengths[b, t]`.
+        of the heads over its share of the positions, query `t` seeing those before `lengths[b, t]`;
+        each of the two may be a tuple, for heads in latents of several widths.
       queries: of the T new tokens, a tree of `[B, T, H, ...]`.
       new: their cache entries, `[B, T, ...]`; cache: `[B, S, ...]`, both by name.
       lengths_B: int32, the slots that each row fills.
@@ -70,7 +71,7 @@ def decode_step(
       weights: what attention needs besides, split by head in the first dimension.
 
     Returns:
-      `[B, T, H, V]` split by head over the mesh, and the cache.
+      `[B, T, H, V]`, or a tuple of them, split by head over the mesh, and the cache.
     """
     # A device attends for all heads of its `tensor` share, whatever its `context` share.
     asked = sharding.spec("batch", "length", "cache_latent", None)
@@ -91,12 +92,11 @@ def decode_step(
             before = attend(queries, cache, ends_BT, *weights)
             o_BThV, lse_BTh = within(queries, new, *weights)
             # Every device of the context axis has the new tokens: each counts its part of them.
-            lse_BTh = lse_BTh - math.log(shares)
-            o_BThV, lse_BTh = merge_partials(
-                jnp.stack([before[0], o_BThV]), jnp.stack([before[1], lse_BTh])
-            )
+            lse_BTh = jax.tree.map(lambda x: x - math.log(shares), lse_BTh)
+            o_BThV, lse_BTh = join(before, (o_BThV, lse_BTh))
         if shares > 1:
-            o_BThV = merge(o_BThV, lse_BTh, sharding.CONTEXT, dim=2)
+            over_shares = functools.partial(merge, axis_name=sharding.CONTEXT, dim=2)
+            o_BThV = jax.tree.map(over_shares, o_BThV, lse_BTh)
         return o_BThV, cache
 
     return jax.shard_map(

@@ -25,6 +25,7 @@ class TensorProductAttention(Attention):
         "v_a": ("batch", "cache_length", "cache_latent", None),
         "v_b": ("batch", "cache_length", None, None),
     }
+    rotated = "k_b"
 
     def _add_parameters(self, config, project, rngs):
         a: TensorProductConfig = config.attention

@@ -2,5 +2,15 @@
 
 from mlra_jax.cache.contiguous import from_prompt, write
 from mlra_jax.cache.layout import Cache, bounds, round_capacity, shares
+from mlra_jax.cache.policy import Policy, parse_policy
 
-__all__ = ["Cache", "bounds", "from_prompt", "round_capacity", "shares", "write"]
+__all__ = [
+    "Cache",
+    "Policy",
+    "bounds",
+    "from_prompt",
+    "parse_policy",
+    "round_capacity",
+    "shares",
+    "write",
+]

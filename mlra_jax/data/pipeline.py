@@ -217,5 +217,6 @@ def _rows(global_batch: int, process_index: int, process_count: int) -> slice:
 
 
 def _read(windows: Windows, indices) -> Batch:
+    windows.expect(map(int, indices))
     tokens = np.stack([windows[int(index)] for index in indices])
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import sharding
@@ -30,6 +31,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_token: int | None = None,
     cache_length: int | None = None,
+    cache_policy: str | None = None,
     tokens_per_call: int | None = None,
 ) -> list[list[int]]:
     """Continues each prompt; token lists in, lists of new tokens out.
@@ -44,6 +46,8 @@ def generate(
         prompt draws what it draws alone with this seed, in `[seed]`.
       stop_token: ends its row; not part of the result.
       cache_length: slots of the cache; by default what the prompts and new tokens need.
+      cache_policy: `window:SLOTS` or `ladder:SLOTS` (`cache.policy`), a cache of so many slots for
+        prompts and texts of any length, of which it keeps a part; None keeps all.
       tokens_per_call: how many tokens of each row one program makes; changes no token. By default
         1; over several GPUs 8, as their host takes longer to start a step than they to compute it.
 
@@ -60,6 +64,7 @@ def generate(
         sampling=_sampling(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
         cache_length=cache_length,
+        cache_policy=cache_policy,
         stop_token=stop_token,
         tokens_per_call=tokens_per_call,
     )
@@ -89,6 +94,7 @@ class Stream:
         sampling: Sampling | Sequence[Sampling] | None = None,
         seed: int | Sequence[int] = 0,
         cache_length: int | None = None,
+        cache_policy: str | None = None,
         stop_token: int | None = None,
         tokens_per_call: int | None = None,
         on_chunk: Callable[[int], None] | None = None,
@@ -110,7 +116,10 @@ class Stream:
             )
         # The last token is never read again, so it needs no slot.
         needed = int(self.lengths_B.max()) + max_new_tokens - 1
-        if cache_length is None:
+        self.policy = _policy(cache_policy, cache_length, model.mesh)
+        if self.policy is not None:
+            cache_length = self.policy.slots
+        elif cache_length is None:
             cache_length = max(-(-needed // _CACHE_BUCKET) * _CACHE_BUCKET, tokens_BT.shape[1])
         elif needed > cache_length:
             raise ValueError(
@@ -122,7 +131,14 @@ class Stream:
         self.tokens_per_call = tokens_per_call or (8 if several else 1)
         self.on_chunk = on_chunk
         self.chunk = min(_CHUNK_WIDTH, max(_CHUNK_TOKENS * ways // len(prompts), 1))
-        self.tokens_BT = tokens_BT[:, :cache_length]
+        if self.policy is not None:
+            self.chunk = min(self.chunk, self.policy.dropped)
+            if self.tokens_per_call > self.policy.dropped:
+                raise ValueError(
+                    f"tokens_per_call={self.tokens_per_call} and cache policy {cache_policy!r} do "
+                    f"not go together: at most {self.policy.dropped}, or more slots"
+                )
+        self.tokens_BT = tokens_BT if self.policy else tokens_BT[:, :cache_length]
         self.capacity = kv.round_capacity(cache_length, model.mesh)
         self.draws = draws(sampling or Sampling(), seed, len(prompts), stop_token)
 
@@ -143,6 +159,7 @@ class Stream:
         yield np.asarray(tokens_B)
         waiting: jax.Array | None = None
         for n in range(1, self.max_new_tokens, self.tokens_per_call):
+            cache = self._with_room(cache, self.tokens_per_call, self.tokens_per_call)
             if self.tokens_per_call == 1:
                 logits_BV, cache = programs.step(self.model, cache, tokens_B)
                 made = tokens_B = draw(logits_BV, tokens_B, n=np.int32(n))
@@ -169,13 +186,16 @@ class Stream:
     def _prefilled(self) -> tuple[jax.Array, kv.Cache]:
         """(logits `[B, V]` after each prompt, the cache)."""
         model, width, (B, T) = self.model, self.chunk, self.tokens_BT.shape
+        self._filled_B = np.zeros_like(self.lengths_B)
         if width >= T:
+            self._filled_B += self.lengths_B
             return programs.prefill(model, self.tokens_BT, self.lengths_B, capacity=self.capacity)
         logits_BV, cache = programs.empty(model, batch=B, capacity=self.capacity)
         for start in range(0, int(self.lengths_B.max()), width):
             before_BV, tokens_BT = logits_BV, np.zeros((B, width), np.int32)
             part = self.tokens_BT[:, start : start + width]
             tokens_BT[:, : part.shape[1]] = part
+            cache = self._with_room(cache, width, np.clip(self.lengths_B - start, 0, width))
             logits_BV, cache = programs.extend(
                 model, before_BV, cache, tokens_BT, self.lengths_B, np.int32(start)
             )
@@ -183,6 +203,34 @@ class Stream:
                 jax.block_until_ready(before_BV)
                 self.on_chunk(start)
         return logits_BV, cache
+
+    def _with_room(self, cache: kv.Cache, new: int, grows_B: np.ndarray | int) -> kv.Cache:
+        """The cache with room for `new` tokens in each row, of which `grows_B` will stay.
+
+        Rows are known here to fill at most so many slots: they end on the devices.
+        """
+        if self.policy is None:
+            return cache
+        full_B = self._filled_B + new > self.capacity
+        if full_B.any():
+            cache = programs.make_room(self.model, cache, policy=self.policy, new=new)
+            self._filled_B = self._filled_B - self.policy.dropped * full_B
+        self._filled_B = self._filled_B + grows_B
+        return cache
+
+
+def _policy(text: str | None, cache_length: int | None, mesh: Mesh) -> kv.Policy | None:
+    if text is None:
+        return None
+    policy = kv.parse_policy(text)
+    if cache_length is not None:
+        raise ValueError(f"cache policy {text!r} says how many slots: leave cache_length out")
+    if (context := sharding.size(mesh, sharding.CONTEXT)) > 1:
+        raise ValueError(
+            f"cache policy {text!r} keeps rows whole and context={context} cuts them: use a mesh "
+            "with context=1"
+        )
+    return policy
 
 
 def _sampling(rows: int, **settings) -> list[Sampling]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax import sharding
-from mlra_jax.cache import Cache
+from mlra_jax.attention import mechanism
+from mlra_jax.cache import Cache, Policy
 from mlra_jax.decoder import Decoder, abstract_cache
 from mlra_jax.generation.sampling import Draws, sample
 
@@ -50,6 +51,21 @@ def extend(
     new_BV, cache = decoder.extend(tokens_BT, counts_B, cache, over)
     logits_BV = jnp.where((counts_B > 0)[:, None], new_BV, logits_BV)
     return _everywhere(logits_BV, decoder), cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("policy", "new"))
+def make_room(decoder: Decoder, cache: Cache, *, policy: Policy, new: int) -> Cache:
+    """The cache with room for `new` tokens in each row; rows that have it stay as they are."""
+    full_B = cache.lengths + new > cache.capacity
+    stay_S = jnp.arange(cache.capacity, dtype=jnp.int32)
+    attention, layers = mechanism(decoder.config.attention), []
+    for number, layer in enumerate(cache.layers):
+        kept = policy.kept(number, len(cache.layers))
+        # What lies behind them is hidden by the lengths.
+        slots_S = stay_S.at[: len(kept)].set(kept)
+        slots_BS = jnp.where(full_B[:, None], slots_S, stay_S)
+        layers.append(attention.moved(decoder.config, layer, slots_BS))
+    return Cache(tuple(layers), cache.lengths - policy.dropped * full_B)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

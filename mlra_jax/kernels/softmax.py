@@ -1,5 +1,7 @@
 """Softmax attention's numerics: over what a query sees, and joined from parts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -52,6 +54,18 @@ def merge_partials(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array
     merged = (weight[..., None] * out.astype(jnp.float32)).sum(axis=0)
     merged = merged / _divisor(total)[..., None]
     return merged.astype(out.dtype), top + jnp.log(total)
+
+
+def join(these: tuple[Any, Any], those: tuple[Any, Any]) -> tuple[Any, Any]:
+    """`merge_partials` of two parts `(out, lse)`, of arrays or of alike trees of them."""
+    structure = jax.tree.structure(these[0])
+    leaves = zip(*map(jax.tree.leaves, (*these, *those)), strict=True)
+    joined = [
+        merge_partials(jnp.stack([out, other]), jnp.stack([lse, other_lse]))
+        for out, lse, other, other_lse in leaves
+    ]
+    out, lse = (structure.unflatten(x) for x in zip(*joined, strict=True))
+    return out, lse
 
 
 def merge(out: jax.Array, lse: jax.Array, axis_name: str | tuple[str, ...], dim: int) -> jax.Array:

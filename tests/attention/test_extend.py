@@ -12,7 +12,7 @@ from flax import nnx
 from tiny import random_model, relative_error
 
 from mlra_jax import cache as kv
-from mlra_jax.attention import MODULES, base, blocks
+from mlra_jax.attention import base, blocks, mechanism
 from mlra_jax.config import GroupedConfig, preset
 from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.generation import programs
@@ -78,6 +78,8 @@ def chunked_error(attention, over: str, sizes: dict[str, int], steps: int = 0) -
         ("mfa", "cudnn", dict(data=2, fsdp=2), 0),
         ("tpa", "cudnn", dict(tensor=2, context=2), 0),
         (UNEVEN, "cudnn", dict(tensor=4, context=2), 0),
+        ("mlra_4_base_gated", "cudnn", dict(tensor=2, context=2), STEPS),
+        ("mlra_2_base", "blocks", {}, 0),
     ],
 )
 def test_chunks_give_what_a_whole_pass_gives(attention, over, sizes, steps, small):
@@ -138,7 +140,7 @@ def test_what_serves_a_mesh(monkeypatch):
 
 
 def attention_of(config):
-    cls = MODULES[type(config.attention)]
+    cls = mechanism(config.attention)
     return nnx.eval_shape(lambda: cls(config, mesh=make_mesh(), rngs=nnx.Rngs(0)))
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import tiny
 from decoding import decoding_error
 from flax import nnx
 from tiny import LATENT as MEMBERS
-from tiny import SIZES
+from tiny import NEIGHBOURS, SIZES
 
 from mlra_jax import model as models
 from mlra_jax.attention import latent, sharded
@@ -36,6 +38,31 @@ def test_decoding_where_only_the_latents_are_split(member, mesh):
 @pytest.mark.parametrize("member", ["mla", "mlra_4"])
 def test_decoding_a_single_prompt(member):
     assert decoding_error(MEMBERS[member], 2, 2, lengths=(7,)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "member, mesh",
+    [
+        ("mlra_2_base", (1, 1)),
+        ("mlra_2_base", (4, 2)),
+        ("mlra_4_base_gated", (2, 2)),
+        ("gqla", (4, 1)),
+        ("gqla_expanded", (4, 2)),
+    ],
+)
+def test_decoding_the_neighbours(member, mesh):
+    assert decoding_error(NEIGHBOURS[member], *mesh, queries=2) < 1e-5
+
+
+def test_the_page_on_neighbours_decodes_the_same_weights_in_both_ways():
+    page = (Path(__file__).parents[2] / "docs/neighbours.md").read_text()
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)
+    model = tiny.random_model(tiny.config(NEIGHBOURS["gqla"]), make_mesh())
+    tokens = np.arange(6, dtype=np.int32)[None]
+    other = names["other_way"](model)
+    assert "k" in other.prefill(tokens, np.array([6]), 8)[1].layers[0]
+    assert tiny.relative_error(other(tokens), model(tokens)) < 1e-5
 
 
 def test_decoding_through_several_layers_two_tokens_at_a_time():
@@ -76,17 +103,9 @@ def materialised(member):
 
 
 @pytest.mark.parametrize(
-    "member, sizes, joined",
-    [
-        ("mlra_4", dict(data=2, tensor=4), True),
-        ("mlra_2", dict(tensor=8), True),
-        ("mlra_2", dict(tensor=2), False),
-    ],
+    "member, sizes", [("mlra_4", dict(data=2, tensor=4)), ("mlra_2", dict(tensor=8))]
 )
-def test_trained_in_absorbed_form_as_with_keys_and_values_of_all_heads(
-    monkeypatch, member, sizes, joined
-):
-    monkeypatch.setattr(latent, "JOINED_BRANCHES", joined)
+def test_trained_in_absorbed_form_as_with_keys_and_values_of_all_heads(member, sizes):
     config = tiny.config(dataclasses.replace(MEMBERS[member], **WIDTHS))
     assert latent.absorbs(config.attention)
     gradients, logits = whole_and_gradients(config, make_mesh(**sizes))

@@ -47,14 +47,26 @@ def latent(a: LatentConfig, w, x_TD):
     C = a.latent_dim // L
     chunks, scales = np.split(x_TD @ w["kv_down"], L, -1), np.split(w["kv_norm"], L)
     c = [norm(chunk, scale, factor(C)) for chunk, scale in zip(chunks, scales, strict=True)]
-    out = np.zeros((len(x_TD), H, a.nope_dim))
+    kv = a.num_kv_heads or H
+    out = np.zeros((a.branches + 1, len(x_TD), H, a.nope_dim))
     for h in range(H):
         q = np.concatenate([q_nope[:, h], q_rope[:, h]], -1)
+
+        def attended(latent, k_up, v_up, q=q):
+            return softmax_attention(q, np.concatenate([latent @ k_up, k_rope], -1), latent @ v_up)
+
         for r in range(a.branches):
+            up = r * kv + h // (H // kv)
             latent = c[r * a.groups + h // (H // a.groups)]
-            k = np.concatenate([latent @ w["k_up"][r * H + h], k_rope], -1)
-            out[:, h] += softmax_attention(q, k, latent @ w["v_up"][r * H + h])
-    return out / (np.sqrt(a.branches) if a.scaled else 1.0)
+            out[r, :, h] = attended(latent, w["k_up"][up], w["v_up"][up])
+        if a.base_dim:
+            base = norm(x_TD @ w["base_down"], w["base_norm"], factor(a.base_dim))
+            out[-1, :, h] = attended(base, w["base_k_up"][h], w["base_v_up"][h])
+    branches = a.branches + (a.base_dim > 0)
+    if a.branch_gated:
+        odds = np.exp(np.einsum("td,drh->rth", x_TD, w["branch_gate"]))
+        out = out[:branches] * (branches * odds / odds.sum(0))[..., None]
+    return out.sum(0) / (np.sqrt(branches) if a.scaled else 1.0)
 
 
 def by_head(q_THK, k_TJK, v_TJV):
@@ -122,7 +134,7 @@ def decoder(config, weights, tokens_T):
     return norm(x_TD, weights["final_norm", "scale"]) @ table.T
 
 
-@pytest.mark.parametrize("name", [*tiny.ATTENTIONS, "gla_2_gated", "uneven"])
+@pytest.mark.parametrize("name", [*tiny.ALL, "gla_2_gated", "uneven"])
 def test_logits_are_those_of_the_definitions(name):
     extra = {
         "gla_2_gated": LatentConfig(groups=2, branches=1, gated=True, **tiny.SIZES),

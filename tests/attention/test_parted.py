@@ -43,7 +43,7 @@ def exchanges(name: str, mesh, layers: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
-@pytest.mark.parametrize("name", ["mlra_4", "mlra_2_gated", "gla_4"])
+@pytest.mark.parametrize("name", ["mlra_4", "mlra_2_gated", "gla_4", "mlra_4_base_gated"])
 def test_a_layer_exchanges_twice(name, tensor):
     mesh = make_mesh(tensor=tensor)
     one, three = (exchanges(name, mesh, layers) for layers in (1, 3))

@@ -20,7 +20,7 @@ from tiny import ATTENTIONS, random_model, relative_error
 from tiny import OTHERS as VARIANTS
 
 from mlra_jax import model as models
-from mlra_jax.attention import MODULES
+from mlra_jax.attention import mechanism
 from mlra_jax.attention.heads import HeldHeads
 from mlra_jax.config import VARIANTS as PUBLISHED
 from mlra_jax.config import (
@@ -114,7 +114,7 @@ def test_a_device_keeps_no_more_key_heads_than_its_query_heads_can_touch(
 )
 def test_values_cached_per_token_and_device(name, tensor, values):
     attention = preset(name).attention
-    module = MODULES[type(attention)]
+    module = mechanism(attention)
     shapes = module.cache_shapes(attention, 1, 1, tensor)
     per_device = 0
     for entry, shape in shapes.items():
@@ -124,14 +124,14 @@ def test_values_cached_per_token_and_device(name, tensor, values):
     assert per_device == values
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_cache_shapes_are_those_of_the_prefill(name):
     config, mesh = tiny.config(name), make_mesh(tensor=4)
     tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
     prefill = lambda decoder, *prompts: decoder.prefill(*prompts, 8)
     logits, cache = jax.eval_shape(prefill, abstract_decoder(config, mesh), tokens, lengths)
-    module = MODULES[type(config.attention)]
+    module = mechanism(config.attention)
     shapes = module.cache_shapes(config.attention, 2, 8, 4)
     assert {n: x.shape for n, x in cache.layers[0].items()} == shapes
     assert shapes.keys() == module.cache_axes.keys()
@@ -140,8 +140,8 @@ def test_cache_shapes_are_those_of_the_prefill(name):
 
 @pytest.mark.parametrize(
     "attention",
-    [*VARIANTS.values(), *UNEVEN.values()],
-    ids=[*VARIANTS, *(f"uneven_{name}" for name in UNEVEN)],
+    [*VARIANTS.values(), *UNEVEN.values(), tiny.NEIGHBOURS["gqla_expanded"]],
+    ids=[*VARIANTS, *(f"uneven_{name}" for name in UNEVEN), "gqla_expanded"],
 )
 def test_a_step_moves_neither_cache_nor_weights_between_devices(attention):
     B, T, S = 2, 1, 512
@@ -222,6 +222,6 @@ def test_heads_that_do_not_divide_over_the_mesh_are_refused_in_one_line(name):
         with pytest.raises(ConfigError, match=f"heads={heads} .* does not divide") as error:
             models.structure(tiny.config(dataclasses.replace(attention, **changes)), mesh)
         assert "\n" not in str(error.value)
-    module = MODULES[type(VARIANTS[name])]
+    module = mechanism(VARIANTS[name])
     with pytest.raises(ConfigError, match="8 .*heads do not divide over tensor=3"):
         module.cache_shapes(VARIANTS[name], 1, 1, 3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mlra_jax.config import PRESETS, VARIANTS, preset
+from mlra_jax.config import NEIGHBOURS, PRESETS, VARIANTS, preset
 from mlra_jax.data import token_file
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.sharding import make_mesh
@@ -50,7 +50,8 @@ def result(name: str, seed: int, loss: float) -> dict:
 
 
 def test_all_variants_gates_and_ablations_are_trained():
-    assert set(VARIANTS) < set(ALL) <= set(PRESETS)
+    assert set(VARIANTS) < set(ALL) <= {*PRESETS, *NEIGHBOURS}
+    assert [changed(name) for name in NEIGHBOURS] == ["mlra_4"] * 3 + [None]
     assert {changed(name) for name in GATED} == {"gqa", "mla", "gla_2", "mlra_2", "mlra_4"}
     endings = {name.removeprefix(changed(name)) for name in ABLATIONS}
     assert endings == {"_no_scale", "_double_heads", "_normal_initialization"}
@@ -60,7 +61,7 @@ def test_models_are_the_published_ones_shrunk_and_equally_large():
     whole = Study.from_dict(small.get_config().to_dict())
     aim = parameters(whole.model("mha"))
     assert aim == 4096 * 384 + 384 + 6 * (2 * 384 + 4 * 384**2 + 3 * 384 * 1024)
-    for name in ("mqa", "gta", "tpa", "mlra_4", "gqa_gated", "mla_double_heads"):
+    for name in ("mqa", "gta", "tpa", "mlra_4", "gqa_gated", "mla_double_heads", *NEIGHBOURS):
         model = whole.model(name)
         assert model.mlp_dim % 8 == 0
         assert abs(parameters(model) - aim) <= 4 * 3 * 384 * 6, "half a step of the MLP's width"
