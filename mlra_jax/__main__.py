@@ -18,6 +18,7 @@ from mlra_jax.training.settings import Experiment
 COMMANDS = {
     "mlra-train": ("mlra_jax.training", "train a model, or go on with it"),
     "mlra-profile": ("mlra_jax.profile", "what the devices do in a run's steps"),
+    "mlra-report": ("mlra_jax.report", "runs beside each other: settings, numbers, loss curves"),
     "mlra-decode": ("mlra_jax.generation", "continue text from a checkpoint"),
     "mlra-convert": ("mlra_jax.convert", "released weights to a checkpoint"),
     "mlra-export": ("mlra_jax.export", "a checkpoint to .safetensors as released"),

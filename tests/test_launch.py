@@ -1,4 +1,4 @@
-"""The recipes of launch/: linted, valid, explained, and run with stand-ins for clusters' commands."""
+"""The recipes of launch/: linted, valid, explained, run with stand-ins for clusters' commands."""
 
 import json
 import os
