@@ -16,9 +16,10 @@ from ml_collections import ConfigDict, config_flags
 
 from mlra_jax.command import Parser, Switch, claim_gpu_memory, run, use_cpu
 from mlra_jax.settings_tree import closest, flatten, meant
-from mlra_jax.training import reference
+from mlra_jax.training import reference, watchers
 from mlra_jax.training.loop import train
 from mlra_jax.training.settings import Experiment
+from mlra_jax.training.tracing import Span
 
 GPU_MEMORY = 0.95
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--coordinator", help="HOST:PORT of process 0, to join processes that JAX cannot detect")
     add("--num_processes", type=int, help="with --coordinator: how many")
     add("--process_id", type=int, help="with --coordinator: which one this is")
+    add("--profile_steps", metavar="A-B", help="steps to trace, as 20-22, into WORKDIR/profile")
+    add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too")
     flags, overrides = parser.parse_known_args(argv)
     if not flags.workdir:
         parser.error("--workdir is empty")
@@ -51,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     def work():
         experiment = prepared(settings)
         _join_processes(flags)
-        train(experiment, flags.workdir, say=lambda line: print(line, flush=True))
+        span = Span.of(flags.profile_steps) if flags.profile_steps else None
+        if flags.wandb:
+            watchers.imported()
+        say = lambda line: print(line, flush=True)
+        train(experiment, flags.workdir, say, profile_steps=span, wandb=flags.wandb)
 
     return run(parser, work, "the same command goes on from the last checkpoint")
 

@@ -18,9 +18,10 @@ from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
 from mlra_jax.data.sources import describe
 from mlra_jax.settings_tree import ConfigError
-from mlra_jax.training import record, start
+from mlra_jax.training import record, start, watchers
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
 from mlra_jax.training.fitting import compile_step
+from mlra_jax.training.hosts import by_host
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.progress import Progress, check_finite
 from mlra_jax.training.saver import Best, Saver, only_run
@@ -28,21 +29,31 @@ from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from mlra_jax.training.stopping import StopSignals
+from mlra_jax.training.tracing import Span, traced
 
 Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None] = print) -> None:
+def train(
+    experiment: Experiment,
+    workdir: str | Path,
+    say: Callable[[str], None] = print,
+    *,
+    profile_steps: Span | None = None,
+    wandb: str = "",
+) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
     Leaves in `workdir`: `checkpoints/`, `best/` if asked, `experiment.json`, `metrics.jsonl`,
-    `tensorboard/`, `loss_curve.png`. With several processes all must see it. SIGTERM and Ctrl-C
+    `tensorboard/`, `loss_curve.png`, `profile/` and `wandb/` if asked. With several processes all must see it. SIGTERM and Ctrl-C
     save and return. Losses, data order and checkpoints depend on the settings alone.
 
     Args:
       experiment: what to train.
       workdir: a folder, made if it does not exist.
-      say: prints one line of progress.
+      say: prints one line of progress; on a terminal, curves between them.
+      profile_steps: which are traced, into `workdir/profile`.
+      wandb: a project of Weights & Biases that is told all numbers; empty for none.
 
     Raises:
       ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
@@ -79,12 +90,13 @@ def train(experiment: Experiment, workdir: str | Path, say: Callable[[str], None
         else:
             for line in changes:
                 say(f"from here on: {line}")
-            writer = enter(_begin(workdir, experiment, step, say)) if first else None
+            writer = enter(_begin(workdir, experiment, step, say, wandb)) if first else None
             for line in describe(source, data.validation_tokens):
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
             compute = _compiled(experiment, mesh, state, batch, say)
+            compute = enter(traced(compute, step, profile_steps, workdir, say))
             progress = Progress(
                 steps=experiment.steps,
                 step=step,
@@ -172,7 +184,7 @@ class _Loop:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 check_finite(step, values)
             if log:
-                self.progress.log(values)
+                self.progress.log(values | by_host(self.progress.step_seconds))
             # What is written for a step is on the disk before its checkpoint, which is where a
             # killed run goes on.
             loss = self.check(state) if check else math.inf
@@ -260,11 +272,16 @@ def _restore(
 
 
 def _begin(
-    workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None]
+    workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None], wandb: str
 ) -> contextlib.closing[MetricsWriter]:
     """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
     record.write(workdir, experiment, step)
-    return contextlib.closing(MetricsWriter(workdir, step, say))
+    writer = MetricsWriter(workdir, step, say)
+    for watcher in watchers.for_terminal(workdir, say):
+        writer.tell(watcher)
+    if wandb:
+        writer.tell(watchers.WandB(wandb, workdir, experiment.to_config_dict().to_dict(), step))
+    return contextlib.closing(writer)
 
 
 def _compiled(

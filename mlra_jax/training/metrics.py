@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
@@ -17,6 +17,14 @@ from mlra_jax.files import naming, whole_figure, whole_file
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = METRICS_FILE + ".damaged"
 CURVE_FILE = "loss_curve.png"
+
+
+class Watcher(Protocol):
+    """Is told each line of metrics of a run, in order."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -45,6 +53,7 @@ class MetricsWriter:
         with whole_file(path) as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = path.open("a")
+        self._watchers: list[Watcher] = []
         self._board_folder = workdir / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
         # The library's usual writer has a thread, and waits for ever when that could not write.
@@ -64,8 +73,16 @@ class MetricsWriter:
             os.fsync(self._file.fileno())
         scalars = [summary.scalar(name, value) for name, value in values.items()]
         self._record(*(event_pb2.Event(step=step, summary=scalar) for scalar in scalars))
+        for watcher in self._watchers:
+            watcher.write(step, values)
+
+    def tell(self, watcher: Watcher) -> None:
+        """From now on `watcher` is told, too, and is closed with this."""
+        self._watchers.append(watcher)
 
     def close(self) -> None:
+        for watcher in self._watchers:
+            watcher.close()
         # Each write was flushed; what could not be is told already.
         with contextlib.suppress(OSError):
             self._file.close()

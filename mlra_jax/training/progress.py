@@ -49,6 +49,11 @@ class Progress:
         """That the steps of all starts took, validation and saving included."""
         return self._seconds_before + time.monotonic() - self._began
 
+    @property
+    def step_seconds(self) -> float:
+        """That each step since the last pause took."""
+        return (time.monotonic() - self._interval_began) / (self.step - self._interval_step)
+
     def count(self) -> int:
         """One more step is done; its number."""
         self.step += 1
