@@ -42,6 +42,7 @@ from benchmarks.profile import profile
 from mlra_jax import sharding
 from mlra_jax.cache import Cache, round_capacity
 from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
+from mlra_jax.files import whole_figure
 from mlra_jax.generation import Sampling, programs
 from mlra_jax.generation.sampling import draws
 
@@ -145,43 +146,52 @@ def line(row: dict) -> str:
     return text
 
 
-def figures(rows: list[dict], folder: Path) -> None:
-    """Time against context with its floor, and throughput against batch, one line a model."""
-    import matplotlib
+def figures(runs: list[dict], folder: Path) -> None:
+    """Time against context and throughput against batch, where two points make a line."""
+    import matplotlib.figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    rows = [row for run in runs for row in run["rows"]]
     rows = [row for row in rows if "error" not in row and row.get("tokens_per_call", 1) == 1]
-    where = lambda row: row.get("share") or row["mesh"]
-    for x, y, rest, title in (
-        ("context", "milliseconds", "batch", "milliseconds a decoding step"),
-        ("batch", "tokens_per_second", "context", "tokens a second"),
+    devices = ", ".join(dict.fromkeys(run["device"] for run in runs))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, x, y, rest, label in (
+        ("time", "context", "milliseconds", "batch", "time per decoding step (ms)"),
+        ("throughput", "batch", "tokens_per_second", "context", "tokens per second"),
     ):
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        lines = {(row["model"], where(row), row[rest]) for row in rows}
-        for i, key in enumerate(sorted(lines)):
-            mine = [row for row in rows if (row["model"], where(row), row[rest]) == key]
-            mine.sort(key=lambda row: row[x])
-            if len(mine) < 2:
-                continue
-            label = " ".join(filter(None, (key[0], key[1], f"{rest} {key[2]}")))
-            axes.plot([r[x] for r in mine], [r[y] for r in mine], f"C{i % 10}o-", label=label)
-            floors = [r["floor"] if x == "context" else 1e3 * r["batch"] / r["floor"] for r in mine]
-            axes.plot([r[x] for r in mine], floors, f"C{i % 10}:", linewidth=1)
+        lines: dict[str, list[dict]] = {}
+        for row in sorted(rows, key=lambda row: (row["model"], row[rest], row[x])):
+            where = f"one of {row['share']} devices" if row.get("share") else row["mesh"]
+            of_line = filter(None, (row["model"], where, f"{rest} {in_words(row[rest])}"))
+            lines.setdefault(", ".join(of_line), []).append(row)
+        lines = {key: mine for key, mine in lines.items() if len({r[x] for r in mine}) > 1}
+        if not lines:
+            continue
+        figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for i, (key, mine) in enumerate(lines.items()):
+            at = [r[x] for r in mine]
+            axes.plot(at, [r[y] for r in mine], f"C{i % 10}o-", label=key)
+            floors = [r["floor"] if name == "time" else 1e3 * r["batch"] / r["floor"] for r in mine]
+            axes.plot(at, floors, f"C{i % 10}:", linewidth=1)
+        axes.plot([], [], ":", color="gray", label="limit: reading weights and cache")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("context, tokens" if x == "context" else "batch, prompts")
-        ticks = sorted({row[x] for row in rows})
-        axes.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else str(t) for t in ticks])
-        axes.minorticks_off()
-        axes.set_ylabel(title)
-        axes.set_title("dotted: weights and cache over the read bandwidth")
-        if axes.lines:
-            axes.legend(fontsize="small")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"decode_{'time' if x == 'context' else 'throughput'}.png", dpi=110)
-        plt.close(figure)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_xlabel("context (tokens)" if name == "time" else "batch (prompts)")
+        ticks = sorted({r[x] for mine in lines.values() for r in mine})
+        axes.set_xticks(ticks, [in_words(t) for t in ticks])
+        axes.xaxis.minorticks_off()
+        axes.set_ylabel(label)
+        axes.set_title(f"Decoding steps, {devices}")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize="small")
+        whole_figure(folder / f"decode_{name}.png", figure, dpi=110)
+
+
+def in_words(number: int) -> str:
+    """2048 as 2K, as points are given."""
+    return f"{number // 1024}K" if number % 1024 == 0 else str(number)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,8 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     result = json.loads(flags.input.read_text()) if flags.input else run(flags)
     if flags.figures:
-        runs = result if isinstance(result, list) else [result]
-        figures([row for run in runs for row in run["rows"]], flags.figures)
+        figures(result if isinstance(result, list) else [result], flags.figures)
     return 0
 
 

@@ -8,7 +8,14 @@ import jax
 import numpy as np
 
 from mlra_jax.attention.heads import HeldHeads
-from mlra_jax.config import GroupedConfig, LatentConfig, ModelConfig, TiedConfig, preset
+from mlra_jax.config import (
+    ConfigError,
+    GroupedConfig,
+    LatentConfig,
+    ModelConfig,
+    TiedConfig,
+    preset,
+)
 
 _K = 1024
 _TINY = dict(num_layers=1, embed_dim=128, mlp_dim=256, vocab_size=512)
@@ -32,6 +39,8 @@ def share_of(config: ModelConfig, tensor: int, context: int = 1) -> ModelConfig:
     a, ways = config.attention, tensor * context
     part = lambda n: -(-n // ways)
     if isinstance(a, LatentConfig):
+        if a.base_dim or a.num_kv_heads:
+            raise ConfigError("no share of a model with base_dim or num_kv_heads is made")
         branch_heads, latents = a.branches * a.num_heads // ways, max(1, a.num_latents // tensor)
         branches = max(1, branch_heads // a.num_heads)
         share = dict(

@@ -18,9 +18,7 @@ def get_config(checkpoint: str = ""):
     found = open_checkpoint(checkpoint)
     return Experiment(
         model=dataclasses.replace(found.model, param_dtype="float32"),
-        data=DataSettings(
-            source="my_text.txt", tokenizer=found.tokenizer or "gpt2", global_batch=32
-        ),
+        data=DataSettings(source="my_text.txt", tokenizer=found.tokenizer or "", global_batch=32),
         optimizer=OptimizerSettings(peak_learning_rate=3e-5, warmup_steps=50),
         init_from=checkpoint,
         steps=1000,

@@ -14,11 +14,14 @@ from mlra_jax.model import structure
 from mlra_jax.scaling import SIZES
 from mlra_jax.training import reference
 from mlra_jax.training.settings import Experiment
+from mlra_jax.training.shipped import config_files, find_config
 
 COMMANDS = {
+    "mlra-jax": ("mlra_jax", "list commands, presets, configs and settings"),
     "mlra-train": ("mlra_jax.training", "train a model, or go on with it"),
     "mlra-profile": ("mlra_jax.profile", "what the devices do in a run's steps"),
     "mlra-report": ("mlra_jax.report", "runs beside each other: settings, numbers, loss curves"),
+    "mlra-plan": ("mlra_jax.plan", "memory and time on a slice that is not there"),
     "mlra-decode": ("mlra_jax.generation", "continue text from a checkpoint"),
     "mlra-convert": ("mlra_jax.convert", "released weights to a checkpoint"),
     "mlra-export": ("mlra_jax.export", "a checkpoint to .safetensors as released"),
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "files",
         nargs="*",
         metavar="FILE[:NAME]",
-        help="with configs: which; default: all of ./configs",
+        help="with configs: which; default: all of ./configs, or those of the package",
     )
     flags = parser.parse_args(argv)
     lists = {
@@ -86,10 +89,8 @@ def presets() -> Iterator[str]:
 def configs(given: list[str]) -> Iterator[str]:
     """Parameters of each experiment, and about what training needs on each of its devices."""
     use_cpu()
-    files = given or sorted(map(str, Path("configs").glob("*.py")))
-    if not files:
-        raise ValueError("there is no configs/*.py here: name a file")
-    for file in files:
+    here = sorted(map(str, Path("configs").glob("*.py")))
+    for file in given or here or map(str, config_files()):
         try:
             experiment = read_experiment(file)
         except ConfigError as error:
@@ -115,7 +116,7 @@ def configs(given: list[str]) -> Iterator[str]:
 
 def read_experiment(file: str) -> Experiment:
     """Of `FILE` or `FILE:NAME`; ConfigError if it makes none."""
-    path, _, name = file.partition(":")
+    path, _, name = find_config(file).partition(":")
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ConfigError(f"{path} has no get_config()")

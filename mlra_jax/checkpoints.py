@@ -15,7 +15,6 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,8 @@ import orbax.checkpoint as ocp
 from mlra_jax import checksums
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.settings_tree import flatten
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 FORMAT_VERSION = 1
 SUBFOLDER = "checkpoints"
@@ -40,7 +41,7 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """One finished step of a checkpoint folder."""
 
-    folder: Path
+    folder: AnyPath
     """The step's own folder, `<folder>/checkpoints/<step>`."""
     step: int
     model: ModelConfig
@@ -88,13 +89,13 @@ def describe(model: ModelConfig, tokenizer: str | None) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "model": model.to_dict(), "tokenizer": tokenizer}
 
 
-def writable_path(folder: str | Path) -> Path:
+def writable_path(folder: PathLike) -> AnyPath:
     """The absolute path of a folder in which a checkpoint can be written and found again.
 
     Raises CheckpointError if it has a character that file patterns are made of. Reading is not
     affected: a folder may be renamed afterwards.
     """
-    path = Path(folder).absolute()
+    path = paths.path(folder).absolute()
     found = next((c for c in _PATTERN_CHARACTERS if c in str(path)), None)
     if found:
         raise CheckpointError(
@@ -107,27 +108,30 @@ def writable_path(folder: str | Path) -> Path:
 class Manager(ocp.CheckpointManager):
     """Writes the checkpoints of a folder in the background; those before the last `keep` go.
 
-    A step counts, and older ones go, when it has been found readable. Creates the folder; removes
-    what an interrupted save left behind.
+    With `keep_every`, those of its multiples stay. A step counts, and older ones go, when it has
+    been found readable. Creates the folder; removes what an interrupted save left behind.
 
     Raises:
       CheckpointError: as `writable_path`, before anything is written.
     """
 
-    def __init__(self, folder: str | Path, keep: int | None = None):
+    def __init__(self, folder: PathLike, keep: int | None = None, keep_every: int = 0):
         path = writable_path(folder) / SUBFOLDER
         path.parent.mkdir(parents=True, exist_ok=True)
         self._arrays, self._step, self._failure = checksums.ArrayHandler(), -1, None
         registry = ocp.type_handlers.create_type_handler_registry(
             (jax.Array, self._arrays), (np.ndarray, self._arrays)
         )
+        policies = ocp.checkpoint_managers
+        stay = [policies.EveryNSteps(keep_every)] if keep_every else []
+        stay += [policies.LatestN(keep)] if keep else []
         tree = lambda: ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
         super().__init__(
             path,
             item_names=("model", "iterator", "progress"),
             item_handlers={"params": tree(), "optimizer": tree()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep) if keep else None,
+                preservation_policy=policies.AnyPreservationPolicy(stay) if keep else None,
                 cleanup_tmp_directories=True,
                 # In the background, a folder that cannot be made leaves threads that wait for it.
                 async_options=ocp.AsyncOptions(
@@ -155,16 +159,17 @@ class Manager(ocp.CheckpointManager):
     def _seal(self) -> None:
         """On process 0, when all is written and before the step has its name."""
         try:
-            name = f"{self._step}{ocp.path.step.TMP_DIR_SUFFIX}"
-            checksums.seal(Path(self.directory) / name)
+            # In a bucket nothing is renamed: a step has its name, and counts when it is marked.
+            suffix = "" if paths.in_bucket(self.directory) else ocp.path.step.TMP_DIR_SUFFIX
+            checksums.seal(paths.path(self.directory) / f"{self._step}{suffix}")
         except Exception as error:
             self._failure = error
             raise
 
 
-def make_manager(folder: str | Path, *, keep: int | None = None) -> Manager:
-    """`Manager(folder, keep)`."""
-    return Manager(folder, keep)
+def make_manager(folder: PathLike, *, keep: int | None = None, keep_every: int = 0) -> Manager:
+    """`Manager(folder, keep, keep_every)`."""
+    return Manager(folder, keep, keep_every)
 
 
 def save(
@@ -193,23 +198,23 @@ def save(
     manager.save(step, args=ocp.args.Composite(**items))
 
 
-def finished_steps(folder: str | Path) -> list[int]:
+def finished_steps(folder: PathLike) -> list[int]:
     """The steps of `folder` that were written completely, ascending; none if there is no folder."""
-    path = Path(folder) / SUBFOLDER
+    path = paths.path(folder) / SUBFOLDER
     return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
 
 
-def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
+def open_checkpoint(folder: PathLike, step: int | None = None) -> Checkpoint:
     """Opens the latest finished step of `folder`, or `step`.
 
     Raises:
       CheckpointError: nothing there, no finished step, a damaged description, or a format of a
         newer version.
     """
-    if not Path(folder).exists():
+    if not paths.path(folder).exists():
         raise CheckpointError(f"no checkpoint: {folder} does not exist")
     steps = finished_steps(folder)
-    if not steps and _is_release(Path(folder)):
+    if not steps and _is_release(paths.path(folder)):
         raise CheckpointError(
             f"{folder} has weights as they are released: convert them first, python -m "
             f"mlra_jax.convert --source={folder} --destination=DIR, and name that DIR"
@@ -219,7 +224,7 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no step {step}; it has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
-    path = Path(folder).absolute() / SUBFOLDER / str(step)
+    path = paths.path(folder).absolute() / SUBFOLDER / str(step)
     with _one_line(path, "model"):
         checksums.verify(path)
         described = json.loads((path / "model" / "metadata").read_text())
@@ -236,12 +241,12 @@ def open_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     return Checkpoint(folder=path, step=step, model=model, tokenizer=tokenizer)
 
 
-def _is_release(folder: Path) -> bool:
+def _is_release(folder: AnyPath) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
 
 
 def check_same_model(
-    checkpoint: Checkpoint, model: ModelConfig, tokenizer: str | None, workdir: str | Path
+    checkpoint: Checkpoint, model: ModelConfig, tokenizer: str | None, workdir: PathLike
 ) -> None:
     """Raises CheckpointError naming the first setting in which a workdir's model is another one.
 
@@ -263,7 +268,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _check_same_arrays(path: Path, stored: Any, abstract: Any) -> None:
+def _check_same_arrays(path: AnyPath, stored: Any, abstract: Any) -> None:
     """Orbax's own complaint runs over many lines; this one names the first array that differs."""
     have, want = (
         {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
@@ -281,7 +286,7 @@ def _check_same_arrays(path: Path, stored: Any, abstract: Any) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(folder: Path, item: str):
+def _one_line(folder: AnyPath, item: str):
     """Turns whatever the readers raise on a missing or damaged file into one line.
 
     The readers are many coroutines and threads; those that the first error leaves unfinished would
@@ -299,6 +304,11 @@ def _one_line(folder: Path, item: str):
     except Exception as e:
         damaged = True
         reason = f"{item} is damaged ({_reason(e)})"
+        if paths.is_refusal(e):
+            raise CheckpointError(
+                f"checkpoint {folder}: {item} cannot be read ({_reason(e)}); look after the rights "
+                "and the network"
+            ) from None
         if not (folder / item).exists():
             reason = f"{item} is missing"
         elif isinstance(e, checksums.DamageError):

@@ -10,13 +10,14 @@ import asyncio
 import json
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+
+from mlra_jax.storage.paths import AnyPath, files_below, kvstore
 
 CHECKSUMS_FILE = "checksums.json"
 # Holds the chunks and tables of OCDBT, with checksums of their own.
@@ -92,7 +93,7 @@ async def create_array(
     return await ts.open(ts.Spec(spec), open=True, assume_metadata=True, context=info.ts_context)
 
 
-def seal(step: Path) -> None:
+def seal(step: AnyPath) -> None:
     """Checks that the arrays of a step can be read, and writes the checksums of its other files.
 
     Raises:
@@ -105,15 +106,15 @@ def seal(step: Path) -> None:
     # Of the items; those beside them are times and marks, which Orbax writes last.
     small = (
         file
-        for file in step.glob("*/**/*")
-        if file.is_file() and file.parent.name != _CHECKED_FOLDER
+        for file in files_below(step)
+        if file.parent != step and file.parent.name != _CHECKED_FOLDER
     )
     sums = {str(file.relative_to(step)): zlib.crc32(file.read_bytes()) for file in small}
     text = json.dumps(sums, indent=1, sort_keys=True) + "\n"
     (step / CHECKSUMS_FILE).write_text(text)
 
 
-def verify(step: Path) -> None:
+def verify(step: AnyPath) -> None:
     """Compares the small files of a step with their checksums.
 
     Steps of earlier versions have none and pass; so do items that were deleted as a whole.
@@ -137,9 +138,9 @@ def verify(step: Path) -> None:
             raise DamageError(f"{name} has changed since it was written")
 
 
-def _check_stored(item: Path) -> None:
+def _check_stored(item: AnyPath) -> None:
     """That every chunk of every array is in the store, down to its last byte."""
-    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
+    store = {"driver": "ocdbt", "base": kvstore(item).to_json()}
     context = ts.Context()
     for leaf in jax.tree.leaves(ocp.PyTreeCheckpointHandler().metadata(item).tree):
         spec = {"driver": "zarr3", "kvstore": store | {"path": f"{leaf.name}/"}}

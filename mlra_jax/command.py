@@ -21,6 +21,8 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
+from mlra_jax.storage import paths
+
 _SECONDS_TO_END = 3.0
 
 
@@ -111,10 +113,18 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
             _end_in_time(1)
             raise
         return _fail(parser, message, 1)
-    except Exception:
+    except Exception as error:
+        if paths.is_refusal(error):
+            return _fail(parser, paths.one_line(error), 1)
         _end_in_time(1)
         raise
     return 0
+
+
+def end_now(parser: Parser, message: str) -> None:
+    """Ends the process at once as a failure of the work, whatever its main thread waits for."""
+    print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def use_cpu(devices: int | None = None) -> None:
@@ -215,10 +225,11 @@ def _keep_compiled(folder: str | None) -> None:
     if told or not jax.config.jax_enable_compilation_cache:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    path = Path(folder or home / "mlra_jax").absolute()
+    path = paths.path(folder or home / "mlra_jax").absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        if not paths.in_bucket(path):
+            tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         why = error.strerror or error
         print(f"{path} keeps no compiled programs: {why}", file=sys.stderr, flush=True)

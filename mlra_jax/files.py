@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -11,21 +12,24 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from mlra_jax.storage import paths
+from mlra_jax.storage.folders import EXISTS, is_there, whole_prefix
+from mlra_jax.storage.lock import BucketLock
+from mlra_jax.storage.paths import AnyPath, DestinationError, PathLike, in_bucket
 
 # Seconds between two signs of life of a lock's owner; so long another host's is watched for one;
 # so long the later of two hosts that lock at once has to write its name over the earlier's.
 _BEAT, _PATIENCE, _SETTLE = 5.0, 20.0, 0.5
 _LOCK_BYTES = 512
+# Seconds between two times that lines are put up to a bucket, where objects only come whole.
+_PUT_EVERY = 20.0
 
 LOCK_FILE = ".lock"
 """The lock of a folder that is written in place."""
-
-
-class DestinationError(ValueError):
-    """A folder that cannot be written as asked; one line with the remedy."""
 
 
 def reason(error: Exception) -> str:
@@ -163,10 +167,13 @@ class Lock:
         )
 
 
+AnyLock = Lock | BucketLock
+
+
 @contextlib.contextmanager
-def only_writer(path: Path, folder: Path) -> Iterator[Lock]:
-    """Holds a `Lock`. Raises as it does."""
-    lock = Lock(path, folder)
+def only_writer(path: AnyPath, folder: AnyPath) -> Iterator[AnyLock]:
+    """Holds a `Lock`, in a bucket a `BucketLock`. Raises as they do."""
+    lock = BucketLock(path, folder) if in_bucket(path) else Lock(path, folder)
     try:
         yield lock
     finally:
@@ -185,13 +192,19 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+def whole_file(path: PathLike, mode: str = "w") -> Iterator[IO]:
     """Gives a file beside `path` to write to, and renames it when all of it is on the disk.
 
     A file that is there is replaced. On an error it stays as it was and nothing else is left; a
-    full disk is reported with this path.
+    full disk is reported with this path. For a bucket it is in memory until it is put up.
     """
-    path = Path(path)
+    path = paths.path(path)
+    if in_bucket(path):
+        content = io.BytesIO() if "b" in mode else io.StringIO()
+        yield content
+        data = content.getvalue()
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return
     new = path.with_name(f".{path.name}.new")
     try:
         with naming(path):
@@ -205,18 +218,65 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
-def whole_figure(path: str | Path, figure: Any, dpi: int = 120) -> None:
+class Lines:
+    """Lines at the end of a text file: each is on the disk when `add` returns.
+
+    An object of a bucket can only be written as a whole: there they are put up every 20 seconds,
+    by `sync` and by `close`.
+
+    Args:
+      path: of the file, which is replaced.
+      lines: what it begins with, each with its newline.
+
+    Raises:
+      OSError: as writing does, with the file's name; also from the methods.
+    """
+
+    def __init__(self, path: AnyPath, lines: Iterable[str] = ()):
+        self._path, self._lines = path, list(lines)
+        self._file: IO[str] | None = None
+        self.sync()
+        if not in_bucket(path):
+            self._lines, self._file = [], path.open("a")
+
+    def add(self, line: str) -> None:
+        if self._file is None:
+            self._lines.append(line)
+            if time.monotonic() - self._put > _PUT_EVERY:
+                self.sync()
+            return
+        with naming(self._path):
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def sync(self) -> None:
+        """All lines are where others read them when this returns."""
+        if self._file is None:
+            with whole_file(self._path) as file:
+                file.writelines(self._lines)
+            self._put = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is None:
+            self.sync()
+        else:
+            self._file.close()
+
+
+def whole_figure(path: PathLike, figure: Any, dpi: int = 120) -> None:
     """Writes a Matplotlib figure as PNG, as `whole_file` does."""
     with whole_file(path, "wb") as file:
         figure.savefig(file, dpi=dpi, format="png")
 
 
 @contextlib.contextmanager
-def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
+def whole_folder(destination: AnyPath, nbytes: int) -> Iterator[AnyPath]:
     """Gives a folder beside `destination` to write into, and renames it when all went well.
 
     What an interrupted run left is removed by the next one; two runs at a time are refused. On an
-    error nothing is left. Everything is on disk before the rename.
+    error nothing is left. Everything is on disk before the rename. A bucket copies it, without a
+    download, what makes it whole last.
 
     Args:
       destination: must not exist; its parents are made.
@@ -227,6 +287,10 @@ def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
         too little room.
     """
     check_absent(destination)
+    if in_bucket(destination):
+        with whole_prefix(destination) as partial:
+            yield partial
+        return
     parent = destination.absolute().parent
     absent = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     partial = parent / f".{destination.name}.partial"
@@ -264,10 +328,10 @@ def whole_folder(destination: Path, nbytes: int) -> Iterator[Path]:
         raise
 
 
-def check_absent(destination: Path) -> None:
-    """Raises DestinationError if something is there."""
-    if os.path.lexists(destination):
-        raise DestinationError(f"{destination}: exists already; delete it or choose another")
+def check_absent(destination: AnyPath) -> None:
+    """Raises DestinationError if something is there; a copy that was interrupted does not count."""
+    if is_there(destination) if in_bucket(destination) else os.path.lexists(destination):
+        raise DestinationError(EXISTS.format(destination))
 
 
 def _kernel() -> str:

@@ -85,6 +85,16 @@ def compute_line(config: ModelConfig, why: str | None = None) -> str:
     )
 
 
+def beyond_training(config: ModelConfig, length: int) -> str:
+    """A line for people where so many tokens are more than the model was trained with, or ''."""
+    if length <= config.context_length:
+        return ""
+    return (
+        f"{length} tokens are beyond the {config.context_length} that the model was trained with: "
+        "expect what lies there to be worse"
+    )
+
+
 def tokenizer_of(model: Decoder, name: str | Path | None = None) -> tokenizers.Tokenizer:
     """The tokenizer that the model's checkpoint names (GPT-2's if none), or `name`.
 

@@ -23,6 +23,7 @@ from jax.profiler import ProfileData
 
 from mlra_jax import sharding
 from mlra_jax.command import Parser, run
+from mlra_jax.storage.paths import on_disk
 from mlra_jax.training.__main__ import prepared, read_settings
 from mlra_jax.training.feed import Feed, load_data
 from mlra_jax.training.fitting import compile_step
@@ -143,15 +144,16 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:NAME]", help="experiment, a file of configs/")
     add("--steps", type=int, default=3, help="how many are profiled")
-    add("--output", type=Path, default=Path("profile"), help="folder of the profile")
+    add("--output", default="profile", help="folder of the profile")
     flags, overrides = parser.parse_known_args(argv)
     if flags.steps < 1:
         parser.error("--steps must be at least 1")
     settings = read_settings(parser, flags.config, overrides)
 
     def work():
+        folder = on_disk(flags.output, "--output")
         say = lambda line: print(line, flush=True)
-        profile_steps(prepared(settings), flags.steps, flags.output, say)
+        profile_steps(prepared(settings), flags.steps, folder, say)
 
     return run(parser, work)
 

@@ -15,12 +15,13 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mlra_jax.command import Parser, run
 from mlra_jax.files import whole_file
 from mlra_jax.settings_tree import flatten
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 from mlra_jax.training import record, terminal
 from mlra_jax.training.metrics import METRICS_FILE, read_metrics
 
@@ -51,19 +52,19 @@ class Run:
         return round(logged[-1]["tokens"] / logged[-1]["step"]) if logged else 0
 
 
-def read(workdir: str | Path) -> Run:
+def read(workdir: PathLike) -> Run:
     """Raises ValueError, in one line, where there is no run or its settings cannot be read."""
-    file = Path(workdir) / METRICS_FILE
-    if not file.exists():
+    folder = paths.path(workdir)
+    if not (folder / METRICS_FILE).exists():
         raise ValueError(f"{workdir}: there is no {METRICS_FILE}; give the --workdir of a run")
-    settings = Path(workdir) / record.FILE
+    settings = folder / record.FILE
     try:
         found = flatten(json.loads(settings.read_text()))
     except FileNotFoundError:
         found = {}
     except (ValueError, AttributeError):
         raise ValueError(f"{settings} is damaged; delete it to see the rest") from None
-    return Run(str(workdir).rstrip("/"), found, read_metrics(workdir))
+    return Run(str(workdir).rstrip("/"), found, read_metrics(folder))
 
 
 def differing(runs: Sequence[Run]) -> Table:
@@ -173,7 +174,7 @@ def page(runs: Sequence[Run], png: bytes) -> str:
     return _PAGE.format(title=title, body="\n".join(parts))
 
 
-def write(runs: Sequence[Run], folder: Path) -> tuple[Path, Path]:
+def write(runs: Sequence[Run], folder: AnyPath) -> tuple[AnyPath, AnyPath]:
     """Writes `report.png` and `report.html`, each whole; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     png = figure(runs)
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         "mlra_jax.report", __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir of a training run")
-    parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the files")
+    parser.add_argument("--output", default="report", help="folder of the files")
     flags = parser.parse_args(argv)
     names = [name.rstrip("/") for name in flags.runs]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     def work():
         runs = [read(workdir) for workdir in flags.runs]
         print(text(runs), flush=True)
-        print(" and ".join(map(str, write(runs, flags.output))), flush=True)
+        print(" and ".join(map(str, write(runs, paths.path(flags.output)))), flush=True)
 
     return run(parser, work)
 

@@ -8,8 +8,10 @@ together, so that no device of a decoding mesh stores what another one stores.
 Nothing outside this file names a mesh axis.
 """
 
+import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +56,11 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over the first `data * fsdp * tensor * context` devices.
 
-    Raises ConfigError when a size is not positive or there are too few devices.
+    Where they are of several TPU slices (or hosts of GPUs), `data` crosses from one to the next, or
+    `fsdp` if `data` does not divide by their number; all other axes stay inside.
+
+    Raises ConfigError when a size is not positive, there are too few devices, or TPU slices are
+    used in part or crossed by neither axis.
     """
     sizes = (data, fsdp, tensor, context)
     for name, size in zip(MESH_AXES, sizes, strict=True):
@@ -69,11 +75,44 @@ def make_mesh(
             "make it smaller (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N "
             "gives N virtual devices)"
         )
-    if wanted == len(devices):
-        grid = mesh_utils.create_device_mesh(sizes, devices)
+    if (across := _across_slices(sizes, devices[:wanted])) != (1, 1):
+        inside = tuple(n // across[i] if i < len(across) else n for i, n in enumerate(sizes))
+        grid = _laid_out(
+            mesh_utils.create_hybrid_device_mesh, inside, (*across, 1, 1), devices[:wanted]
+        )
+    elif wanted == len(devices):
+        grid = _laid_out(mesh_utils.create_device_mesh, sizes, devices)
     else:
         grid = np.asarray(devices[:wanted]).reshape(sizes)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _across_slices(sizes: Sequence[int], devices: Sequence[jax.Device]) -> tuple[int, int]:
+    """How many slices `data` and `fsdp` cross; ones where there is one slice, or it cannot be."""
+    counts = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    slices, even = len(counts), len(set(counts.values())) == 1
+    for across in ((slices, 1), (1, slices)):
+        if even and not (sizes[0] % across[0] or sizes[1] % across[1]):
+            return across
+    if devices[0].platform != "tpu":  # Slow, but possible.
+        return 1, 1
+    if not even:
+        raise ConfigError(
+            f"the mesh's {len(devices)} devices are not the same number of each of {slices} "
+            f"slices: {dict(counts)}; use whole slices"
+        )
+    raise ConfigError(
+        f"the mesh data={sizes[0]} x fsdp={sizes[1]} cannot cross {slices} slices; make data "
+        f"(or else fsdp) a multiple of {slices}"
+    )
+
+
+def _laid_out(make: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+    """Axes along directions of the torus where that can be, else along parts of them."""
+    try:
+        return make(*arguments)
+    except NotImplementedError:
+        return make(*arguments, allow_split_physical_axes=True)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:

@@ -156,26 +156,29 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
     caches, tokens = by_cache.subplots(), by_tokens.subplots()
     places = {name: cache_values(study.model(name), _AT) for name in results}
     for i, (name, runs) in enumerate(results.items()):
-        style = dict(color=f"C{i % 10}", label=name)
+        style: dict = dict(color=f"C{i % 10}", label=name)
         mean, error = mean_and_error([*last_losses(runs).values()])
         values = places[name]
         if values is not None:
             # Those that cache as much stand side by side.
             beside = [other for other in places if places[other] == values]
             values *= 1.04 ** (beside.index(name) - (len(beside) - 1) / 2)
-            caches.errorbar(values, mean, None if math.isnan(error) else error, fmt="o", **style)
-            caches.annotate(
-                name, (values, mean), (3, 6), textcoords="offset points", fontsize=7, rotation=60
+            caches.errorbar(
+                values, mean, None if math.isnan(error) else error, fmt="osD^v"[i // 10], **style
             )
         curves = np.array([run["validation_loss"] for run in runs])
         seen = curves[0, :, 0] * runs[0]["tokens"] / curves[0, -1, 0]
         tokens.plot(seen, curves[:, :, 1].mean(0), "-" if i < 10 else "--", linewidth=1, **style)
+    by_cache.legend(loc="outside right upper", fontsize=7)
     caches.set(
         xlabel=f"cached values per token, layer and device, {_AT}-way",
-        ylabel="validation loss (nats per token)",
+        ylabel="validation loss (nats per token), mean and standard error over seeds",
         xscale="log",
     )
-    tokens.set(xlabel="tokens", ylabel="validation loss (nats per token)")
+    ticks = sorted({int(values) for values in places.values() if values is not None})
+    caches.set_xticks(ticks, ticks)
+    caches.minorticks_off()
+    tokens.set(xlabel="training tokens", ylabel="validation loss, mean over seeds (nats per token)")
     tokens.legend(fontsize=7, ncols=2)
     for axes, figure, file_name in (
         (caches, by_cache, "loss_by_cache.png"),

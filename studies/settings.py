@@ -122,6 +122,7 @@ class Study:
         values = dataclasses.asdict(self)
         for name in ("variants", "reference", "seeds", "side_by_side"):
             del values[name]
+        del values["data"]["cache_bytes"]
         return json.loads(json.dumps(values))
 
     def to_config_dict(self) -> ConfigDict:

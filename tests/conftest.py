@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Commands keep no compiled programs in the user's folder.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# gcsfs would ask Google over gRPC what kind of bucket the emulated one is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 # The ahead-of-time TPU compiler, in several test processes at once, on a machine without TPU.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
@@ -45,6 +47,25 @@ def released(tmp_path_factory):
         return made[name]
 
     return converted
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """A storage emulator for all tests of this process."""
+    from tests import bucket
+
+    with bucket.serve() as (emulated, environment):
+        os.environ.update(environment)
+        yield emulated
+
+
+@pytest.fixture
+def bucket(emulator):
+    """An empty bucket, `gs://bucket`, that works as it should until a test says otherwise."""
+    emulator.objects.clear()
+    emulator.requests.clear()
+    yield emulator
+    emulator.fault = lambda method, path: None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,6 +22,7 @@ from mlra_jax.__main__ import main as list_commands
 from mlra_jax.command import Parser, Switch, claim_gpu_memory, progress_bar, run
 from mlra_jax.config import preset
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line, reason
+from mlra_jax.extras import EXTRAS
 from mlra_jax.files import DestinationError
 from mlra_jax.sharding import make_mesh
 
@@ -170,8 +171,17 @@ def test_the_list_of_commands_is_that_of_the_console_scripts():
     assert code == 2 and "unknown flag --tokens" in err
 
 
+def test_the_extras_of_the_package_are_what_messages_advise():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    del extras["docs"]  # of the pages, by `make docs`
+    said = {name: libraries[0].partition(";")[0] for name, libraries in extras.items()}
+    assert said == EXTRAS and all(len(libraries) == 1 for libraries in extras.values())
+
+
 # Flags with which a command fails when it begins to work.
 FAILING = {
+    "mlra-jax": [],
     "mlra-train": [
         f"--config={ROOT}/configs/quickstart.py",
         f"--workdir={ROOT}/train.py",
@@ -183,6 +193,7 @@ FAILING = {
         "--config.virtual_cpu_devices=0",
     ],
     "mlra-report": ["/nowhere"],
+    "mlra-plan": [f"--config={ROOT}/configs/quickstart.py", "--topology=v0:2x2"],
     "mlra-decode": ["--checkpoint=/nowhere", "--prompt=x"],
     "mlra-convert": ["--source=/nowhere", "--destination=/nowhere/out"],
     "mlra-export": ["--checkpoint=/nowhere", "--destination=/nowhere/out"],
@@ -207,7 +218,7 @@ def test_every_command_ends_alike(script, monkeypatch):
     assert flags, "the flags are listed"
     # What stands alone is a run for the report.
     wrong = [["--nonsense=1"], *([["stray"]] if script != "mlra-report" else [])]
-    if script not in ("mlra-costs", "mlra-train", "mlra-profile"):
+    if script not in ("mlra-jax", "mlra-costs", "mlra-train", "mlra-profile", "mlra-plan"):
         wrong += [[], [*FAILING[script], f"{flags[0]}x=1"]]
     for arguments in wrong:
         if arguments in (["--nonsense=1"], ["stray"]):
@@ -215,7 +226,7 @@ def test_every_command_ends_alike(script, monkeypatch):
         code, out, err = ended(command.main, *arguments)
         assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith(prog), arguments
         assert "--help lists the flags" in err
-    if script != "mlra-costs":
+    if FAILING[script]:
         code, out, err = ended(command.main, *FAILING[script])
         said = [line for line in err.splitlines() if not line.startswith("loading")]
         assert code == 1 and out == "" and len(said) == 1 and said[0].startswith(prog)
@@ -225,9 +236,11 @@ def test_every_command_ends_alike(script, monkeypatch):
         raise AssertionError("the signal comes first")
 
     work = {
+        "mlra-jax": "commands",
         "mlra-train": "train",
         "mlra-profile": "profile_steps",
         "mlra-report": "read",
+        "mlra-plan": "run_plan",
         "mlra-decode": "decode",
         "mlra-convert": "convert",
         "mlra-export": "export",
@@ -367,6 +380,7 @@ def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_pa
         ([f"--config={file}", "--config.model.attention.x=1"], "unknown setting --config.model.at"),
         ([f"--config={file}", "--config.steps=x"], "invalid literal for int() with base 10: 'x'"),
         ([f"--config={file}:mlra_5"], "unknown preset 'mlra_5'; did you mean"),
+        (["--config=paper:mlra_5"], "configs/paper.py:mlra_5: unknown preset 'mlra_5'; did you"),
         ([f"--config={tmp_path}/absent.py"], "absent.py"),
         ([f"--config={tmp_path}/none.py"], "get_config() must return a ConfigDict"),
         ([f"--config={tmp_path}/broken.py"], "for a reason"),
@@ -376,28 +390,6 @@ def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_pa
         code, out, err = ended(training.main, *arguments, f"--workdir={tmp_path}")
         assert code == 2 and line in err and err.count("\n") == 1 and out == "", err
     assert ended(training.main, f"--config={file}", "--workdir=")[0] == 2
-
-
-def test_processes_join_where_the_flags_or_the_host_say_so(monkeypatch, tmp_path):
-    training = module("mlra_jax.training")
-    joined = []
-    monkeypatch.setattr(training, "train", lambda *_, **__: joined.append("train"))
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: joined.append(arguments))
-    flags = [f"--config={ROOT}/configs/paper.py", f"--workdir={tmp_path}"]
-    for hosts, arguments, wanted in (
-        (None, [], []),
-        ("one", [], []),
-        ("one,two", [], [()]),
-        ("one,two", ["--nodistributed"], []),
-        (None, ["--distributed"], [()]),
-        (None, ["--coordinator=h:1", "--num_processes=2", "--process_id=1"], [("h:1", 2, 1)]),
-    ):
-        joined.clear()
-        monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
-        if hosts:
-            monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
-        assert ended(training.main, *flags, *arguments)[0] == 0
-        assert joined == [*wanted, "train"]
 
 
 def handed(monkeypatch, script, work, *flags):
@@ -441,7 +433,7 @@ def handed(monkeypatch, script, work, *flags):
         (
             "mlra-evaluate", "evaluate", "--checkpoint=a --tokens=x,,y", ("a", ["x", "y"]),
             dict(
-                window=2048, max_tokens=100_000_000, output=None, mesh=make_mesh(), batch=None,
+                window=None, max_tokens=100_000_000, output=None, mesh=make_mesh(), batch=None,
                 dtype=None, step=None, token_format="header", allow_nonfinite=False,
             ),
         ),

@@ -6,6 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "mlra_jax"
 # From the ground up; a room imports rooms of lower floors only (CONTRIBUTING.md has the figure).
 FLOORS = (
+    {"extras"},
+    {"storage"},
     {"files", "settings_tree", "command", "checksums"},
     {"scaling", "execution"},
     {"config", "data", "kernels", "remat"},
@@ -15,7 +17,7 @@ FLOORS = (
     {"model", "costs"},
     {"convert", "decoder", "training"},
     {"loading", "saving", "generation", "export", "profile", "report"},
-    {"evaluate", "analysis"},
+    {"evaluate", "analysis", "plan"},
 )
 
 

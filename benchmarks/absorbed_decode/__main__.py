@@ -2,6 +2,7 @@
 
     python -m benchmarks.absorbed_decode                 checks, times, table, JSON, two figures
     python -m benchmarks.absorbed_decode --quick         correctness only, small sizes
+    python -m benchmarks.absorbed_decode --input=JSON    draws the figures of an earlier run
 
 A point is timed as a jitted loop whose step feeds its output to the next step as queries, over as
 many different caches as it takes to outgrow the L2 cache. Loops run for a few milliseconds with a
@@ -87,7 +88,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", help="only points whose group or name contains one of these, with commas between"
     )
+    parser.add_argument("--input", type=Path, help="JSON of an earlier run to draw")
     options = parser.parse_args(argv)
+    folder = Path(options.output)
+    if options.input:
+        folder.mkdir(parents=True, exist_ok=True)
+        figures(json.loads(options.input.read_text()), folder)
+        return 0
     device = jax.devices()[0]
     if not is_hopper(device):
         message = f"absorbed_decode: this benchmark needs a Hopper GPU, found {device.device_kind}"
@@ -112,12 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         print()
         print(describe(limit))
         print("\n".join(targets(rows, limit)))
-        folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
         content = dict(versions=versions, limits=limit, rows=rows)
         (folder / "absorbed_decode.json").write_text(json.dumps(content, indent=1) + "\n")
         if any(r["group"] == "paper" for r in rows):
-            figures(rows, limit, folder)
+            figures(content, folder)
     wrong = [r for r in rows if not r.get("error", 1) < _TOLERANCE]
     for row in wrong:
         print(f"WRONG {row['group']} {row['name']} {row['cache']}: {failure_of(row)}")

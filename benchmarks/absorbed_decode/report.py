@@ -1,8 +1,10 @@
 """The table, what the targets say, and the two figures."""
 
+import re
 from pathlib import Path
 
 from benchmarks.absorbed_decode.points import K
+from mlra_jax.files import whole_figure
 
 
 def failure_of(row: dict) -> str:
@@ -61,19 +63,21 @@ def targets(rows: list[dict], limit: dict) -> list[str]:
     return lines
 
 
-def figures(rows: list[dict], limit: dict, folder: Path) -> None:
-    import matplotlib
+def figures(content: dict, folder: Path) -> None:
+    """Time and bandwidth against context, one line a model, from the JSON of a run."""
+    import matplotlib.figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in rows if r["group"] == "paper" and "kernel_us" in r]
-    names = list(dict.fromkeys(r["name"] for r in rows))
+    rows = [r for r in content["rows"] if r["group"] == "paper" and "kernel_us" in r]
+    of_model: dict[str, list[dict]] = {}
+    for row in rows:
+        name = re.sub(r"(.*) (\d+)-way", r"\1, one of \2 devices", row["name"])
+        of_model.setdefault(name, []).append(row)
+    contexts = sorted({row["cache"] for row in rows})
     for kind in ("time", "bandwidth"):
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for i, name in enumerate(names):
-            mine = [r for r in rows if r["name"] == name]
-            x = [r["cache"] / K for r in mine]
+        figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, mine) in enumerate(of_model.items()):
+            x = [r["cache"] for r in mine]
             if kind == "time":
                 axes.plot(x, [r["kernel_us"] for r in mine], f"C{i}o-", label=name)
                 axes.plot(x, [r["floor_us"] for r in mine], f"C{i}:", linewidth=1)
@@ -81,16 +85,21 @@ def figures(rows: list[dict], limit: dict, folder: Path) -> None:
                 y = [r["bytes"] / r["kernel_us"] / 1e6 for r in mine]
                 axes.plot(x, y, f"C{i}o-", label=name)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(x, [f"{int(v)}K" if v < K else f"{int(v) // K}M" for v in x])
+        in_words = [f"{c // K}K" if c < K * K else f"{c // K // K}M" for c in contexts]
+        axes.set_xticks(contexts, in_words)
         axes.set_xlabel("context (tokens)")
         if kind == "time":
+            axes.plot([], [], ":", color="gray", label="bytes / read bandwidth")
             axes.set_yscale("log")
-            axes.set_ylabel("time per call (µs); dotted: bytes / read bandwidth")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_ylabel("time per call (µs)")
         else:
-            axes.axhline(limit["read"] / 1e12, color="gray", linestyle=":", label="read bandwidth")
+            read = content["limits"]["read"] / 1e12
+            axes.axhline(read, color="gray", linestyle=":", label="read bandwidth")
             axes.set_ylim(0)
             axes.set_ylabel("cache read (TB/s)")
-        axes.set_title("Absorbed decode, batch 1, one query token, one device's share")
+        device = content["versions"]["device"]
+        axes.set_title(f"Absorbed decoding on one {device}, batch 1, one query token")
+        axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(folder / f"absorbed_decode_{kind}.png", dpi=110)
-        plt.close(figure)
+        whole_figure(folder / f"absorbed_decode_{kind}.png", figure, dpi=110)

@@ -28,8 +28,9 @@ from mlra_jax.analysis.subject import (
 )
 from mlra_jax.command import Parser, run
 from mlra_jax.config import LatentConfig
+from mlra_jax.data.journal import one_tokenizer
 from mlra_jax.data.pipeline import make_validation_batches
-from mlra_jax.data.sources import load_source
+from mlra_jax.data.sources import load_source, token_files
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.files import whole_figure, whole_file
 
@@ -139,38 +140,42 @@ def save(name: str, layers: Sequence[dict[str, Any]], folder: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(13, 8), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
     R = len(layers[0]["entropy"])
-    for axes, what, label in zip(
-        panels,
-        ("entropy", "distance", "first"),
-        (
-            "entropy less that of a uniform look (nats)",
-            "tokens looked back",
-            "goes to the first token",
-        ),
-        strict=False,
+    for axes, what, title, unit in (
+        (panels[0], "entropy", "entropy less that of a uniform look", "nats"),
+        (panels[1], "distance", "distance looked back", "tokens"),
+        (panels[2], "first", "attention that goes to the first token", "part of all attention"),
     ):
         for r in range(R):
             by_head = np.array([layer[what][r] for layer in layers])
             axes.plot(by_head.mean(1), "-o", markersize=3, color=f"C{r}", label=f"branch {r}")
             axes.fill_between(range(len(layers)), *np.quantile(by_head, (0.1, 0.9), 1), alpha=0.15)
-        axes.set(xlabel="layer", title=label)
+        axes.set(xlabel="layer", ylabel=unit, title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].fill_between([], [], [], color="gray", alpha=0.3, label="10 to 90% of the heads")
     panels[0].legend(fontsize=8)
     overlap = np.mean([layer["overlap"] for layer in layers], 0)
     image = panels[3].imshow(overlap, vmin=0, vmax=1)
     panels[3].set(
-        title="attention in common, all layers",
+        title="attention in common, mean of all layers",
         xlabel="branch",
         ylabel="branch",
         xticks=range(R),
         yticks=range(R),
     )
-    figure.colorbar(image, ax=panels[3])
+    figure.colorbar(image, ax=panels[3], label="part in common")
     for axes, what in zip(panels[4:], ("key_spectrum", "value_spectrum"), strict=True):
         for number, layer in enumerate(layers):
-            for values in layer.get(what, ()):
-                axes.plot(values, color=f"C{number % 10}", linewidth=0.8)
-        axes.set(title=f"{what.replace('_', ' ')}, a color a layer", xlabel="singular value")
+            for r, values in enumerate(layer.get(what, ())):
+                label = "" if r else f"layer {number}"
+                axes.plot(values, color=f"C{number % 10}", linewidth=0.8, label=label)
+        axes.set(
+            title=f"up-projections of latents to {what.removesuffix('_spectrum')}s",
+            xlabel="number of the singular value",
+            ylabel="singular value, of the largest",
+        )
+        axes.set_visible(bool(axes.lines))
+    if panels[4].lines:
+        panels[4].legend(fontsize=7, ncols=2)
     whole_figure(folder / "branches.png", figure, dpi=110)
 
 
@@ -179,6 +184,8 @@ def text_tokens(subject: Subject, source: str, rows: int, length: int) -> np.nda
 
     Raises FileNotFoundError, ValueError, ConnectionError as `load_source` and `get_tokenizer`.
     """
+    files = token_files(source)
+    one_tokenizer(files, subject.tokenizer, "the checkpoint's", "give text, or files of that one")
     tokenizer = None if source.endswith(".bin") else get_tokenizer(subject.tokenizer or "gpt2")
     vocab_size = subject.config.vocab_size
     loaded = load_source(source, tokenizer=tokenizer, vocab_size=vocab_size)

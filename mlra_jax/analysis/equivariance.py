@@ -336,17 +336,20 @@ def save(reports: Sequence[dict[str, Any]], folder: Path) -> None:
     change.set(
         xlabel="added to all positions",
         ylabel="change of the logits (norm)",
-        title="solid float32, dashed bfloat16",
+        title="logits when positions move",
     )
     mass.set(
         xlabel="layer",
         ylabel="attention that stays in place",
         ylim=(0, 1.05),
-        title="by one part of the scores: solid NoPE, dashed RoPE",
+        title="scores with one of their parts alone",
     )
     mass.xaxis.get_major_locator().set_params(integer=True)
-    change.legend(fontsize=7)
-    for axes in (change, mass):
+    named = ((change, DTYPES, ("-", "--")), (mass, ("NoPE part", "RoPE part"), ("-o", "--o")))
+    for axes, names, styles in named:
+        for name, style in zip(names, styles, strict=True):
+            axes.plot([], [], style, color="gray", markersize=3, label=name)
+        axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     whole_figure(folder / "equivariance.png", figure)
 

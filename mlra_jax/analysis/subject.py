@@ -19,6 +19,8 @@ from mlra_jax.kernels.softmax import precision
 from mlra_jax.layers import RMSNorm
 from mlra_jax.model import Block, Embedding
 from mlra_jax.settings_tree import ConfigError
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ def parse(parser: Parser, argv: list[str] | None):
     return flags
 
 
-def output_folder(path: str | None) -> Path | None:
+def output_folder(path: str | None) -> AnyPath | None:
     """The folder of `--output`, made before anything is measured.
 
     Raises ConfigError where a file is in the way.
@@ -159,10 +161,11 @@ def output_folder(path: str | None) -> Path | None:
     if path is None:
         return None
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        folder = paths.path(path)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"--output={path} is a file or lies in one; name a folder") from None
-    return Path(path)
+    return folder
 
 
 def positive(text: str) -> int:

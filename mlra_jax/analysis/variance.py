@@ -232,7 +232,7 @@ def _panels(names):
 
 def _write(folder: Path, numbers: Any, figure, panels) -> None:
     for what, axes in panels.items():
-        axes.set(title=what, yscale="log")
+        axes.set(title=what, ylabel="second moment", yscale="log")
         axes.grid(alpha=0.3)
     next(iter(panels.values())).legend(fontsize=7)
     with whole_file(folder / "variance.json") as file:

@@ -3,7 +3,6 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,29 +10,41 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checkpoints, checksums
 from mlra_jax.command import progress_bar
-from mlra_jax.config import GPT2_VOCABULARY, ConfigError, ModelConfig
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.convert import chunks, lazy
 from mlra_jax.convert.errors import CheckpointFileError, in_one_line
 from mlra_jax.convert.expected import check_logits, read_expected
 from mlra_jax.convert.hub import find_source
 from mlra_jax.convert.lazy import cast
 from mlra_jax.convert.recognise import check_tensors, recognise
-from mlra_jax.convert.released import COMPUTE_DTYPE, EMBEDDING, HEAD, LAYER, Leaf, layout
+from mlra_jax.convert.released import (
+    COMPUTE_DTYPE,
+    EMBEDDING,
+    HEAD,
+    LAYER,
+    TOKENIZER,
+    Leaf,
+    layout,
+    usual_tokenizer,
+)
 from mlra_jax.convert.weights import Weights
+from mlra_jax.data.tokenizers import is_tokenizer_name
 from mlra_jax.execution import DTYPES, DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 _ROWS_AT_ONCE = 4 << 20
 
 
 def convert(
-    source: str | Path,
-    destination: str | Path,
+    source: PathLike,
+    destination: PathLike,
     *,
     variant: str | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mapping[str, int] | None = None,
-    expected: str | Path | None = None,
+    expected: PathLike | None = None,
     allow_nonfinite: bool = False,
     note: Callable[[str], object] = print,
     quiet: bool = False,
@@ -63,7 +74,7 @@ def convert(
       CheckpointFileError, CheckpointError, ConfigError: one line naming the fault and the file.
     """
     dtype = None if dtype is None else dtype_name(dtype)
-    destination = Path(destination)
+    destination = paths.path(destination)
     checkpoints.writable_path(destination)
     with in_one_line(destination):
         check_absent(destination)
@@ -74,6 +85,7 @@ def convert(
             config, notes = recognise(shapes, weights.config, variant, folder.name)
             stored, more = check_tensors(config, weights.specs)
             compute = _compute_dtype(weights.config)
+            tokenizer = _tokenizer(weights.config, config)
         except (CheckpointFileError, ConfigError) as error:
             raise CheckpointFileError(f"{folder}: {error}") from None
         config = dataclasses.replace(
@@ -91,7 +103,6 @@ def convert(
             in_one_line(destination),
             whole_folder(destination, total + (64 << 20)) as partial,
         ):
-            tokenizer = "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
             described = checkpoints.describe(config, tokenizer)
             with progress_bar("writing", total, quiet) as progress:
                 sums = _write(partial, arrays, described, progress)
@@ -108,6 +119,16 @@ def _compute_dtype(values: Mapping) -> str:
     if found not in DTYPES:
         raise CheckpointFileError(
             f"config.json: {COMPUTE_DTYPE}={found!r:.40} is none of {', '.join(DTYPES)}"
+        )
+    return found
+
+
+def _tokenizer(values: Mapping, config: ModelConfig) -> str | None:
+    found = values.get(TOKENIZER, usual_tokenizer(config))
+    if found is not None and not is_tokenizer_name(found):
+        raise CheckpointFileError(
+            f"config.json: {TOKENIZER}={found!r:.40} is no tokenizer's name (bytes, gpt2 or "
+            "tiktoken:CHECKSUM); take the line out if the weights came without it"
         )
     return found
 
@@ -189,7 +210,7 @@ def _check_tied(weights: Weights, dtype: np.dtype) -> None:
         weights.release()
 
 
-def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
+def _manager(folder: AnyPath, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
     registry = ocp.type_handlers.create_type_handler_registry((lazy.LazyArray, handler))
     return ocp.CheckpointManager(
         folder / checkpoints.SUBFOLDER,
@@ -202,7 +223,7 @@ def _manager(folder: Path, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
 
 
 def _write(
-    folder: Path,
+    folder: AnyPath,
     arrays: Mapping[str, lazy.LazyArray],
     described: Mapping,
     progress: Callable[[int], object],
@@ -217,7 +238,9 @@ def _write(
     return handler.checksums
 
 
-def _verify(folder: Path, sums: Mapping[str, list[int]], progress: Callable[[int], object]) -> None:
+def _verify(
+    folder: AnyPath, sums: Mapping[str, list[int]], progress: Callable[[int], object]
+) -> None:
     """Reads everything back from disk and compares it with what was to be written."""
     arrays = lazy.open_arrays(checkpoints.open_checkpoint(folder).folder / "params")
     for path, expected in sums.items():

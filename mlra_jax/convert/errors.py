@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from mlra_jax.files import DestinationError, reason
+from mlra_jax.storage.paths import AnyPath
 
 
 class CheckpointFileError(ValueError):
@@ -12,7 +12,7 @@ class CheckpointFileError(ValueError):
 
 
 @contextlib.contextmanager
-def in_one_line(destination: Path) -> Iterator[None]:
+def in_one_line(destination: AnyPath) -> Iterator[None]:
     """Whatever goes wrong inside, the array libraries' errors too, is a CheckpointFileError."""
     try:
         yield

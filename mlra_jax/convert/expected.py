@@ -2,7 +2,6 @@
 
 import dataclasses
 import zipfile
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +11,8 @@ from mlra_jax import checkpoints, sharding
 from mlra_jax.config import ModelConfig
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.model import structure
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 TOLERANCE = 1e-3
 """Of the difference's norm to the logits'. In float32 two programs agree to about 1e-5; logits of a
@@ -22,20 +23,20 @@ bfloat16 model are 1e-2 away."""
 class Expected:
     """What a file says that the model gives."""
 
-    path: Path
+    path: AnyPath
     tokens_BT: np.ndarray
     logits_BTV: np.ndarray
 
 
-def read_expected(path: str | Path, config: ModelConfig) -> Expected:
+def read_expected(path: PathLike, config: ModelConfig) -> Expected:
     """Reads `tokens` (whole numbers [B, T]) and `logits` ([B, T, V]) of an .npz file.
 
     Raises CheckpointFileError: no such file, other arrays, or not of this model's vocabulary.
     """
-    path = Path(path)
+    path = paths.path(path)
     try:
         # Never an object of Python's: reading one would run code.
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as data, np.load(data, allow_pickle=False) as file:
             tokens, logits = file["tokens"], file["logits"]
     except (OSError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile):
         raise CheckpointFileError(
@@ -54,7 +55,7 @@ def read_expected(path: str | Path, config: ModelConfig) -> Expected:
     return Expected(path, tokens.astype(np.int32), logits.astype(np.float64))
 
 
-def check_logits(folder: Path, expected: Expected) -> float:
+def check_logits(folder: AnyPath, expected: Expected) -> float:
     """How far the logits of the checkpoint in `folder`, computed in float32, are from those.
 
     Raises CheckpointFileError if it is more than `TOLERANCE`.

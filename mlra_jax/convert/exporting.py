@@ -4,7 +4,6 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import BinaryIO
 
 import ml_dtypes
@@ -20,23 +19,27 @@ from mlra_jax.convert.released import (
     EMBEDDING,
     HEAD,
     LAYER,
+    TOKENIZER,
     Layout,
     Part,
     Shape,
     base_name,
     layout,
     released_values,
+    usual_tokenizer,
 )
 from mlra_jax.convert.weights import SAFETENSORS_DTYPES
 from mlra_jax.execution import DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 SHARD_BYTES = 5_000_000_000
 
 
 def export(
-    checkpoint: str | Path,
-    destination: str | Path,
+    checkpoint: PathLike,
+    destination: PathLike,
     *,
     step: int | None = None,
     dtype: DTypeLike | None = None,
@@ -59,7 +62,7 @@ def export(
       CheckpointError, CheckpointFileError, ConfigError: one line naming the fault and the file.
     """
     dtype = None if dtype is None else dtype_name(dtype)
-    destination = Path(destination)
+    destination = paths.path(destination)
     with in_one_line(destination):
         check_absent(destination)
     opened = checkpoints.open_checkpoint(checkpoint, step)
@@ -87,7 +90,7 @@ def export(
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= dict.fromkeys(sizes, name)
             shapes = {tensor: released.tensors[tensor] for tensor in sizes}
-            with open(partial / name, "wb") as file:
+            with (partial / name).open("wb") as file:
                 _write_header(file, shapes, sizes, dtype)
                 for tensor, shape in shapes.items():
                     values = _gather(arrays, tensor, sources[tensor], shape, dtype)
@@ -100,6 +103,8 @@ def export(
         # Of the products, as torch_dtype is of the tensors; the released code knows one only.
         if opened.model.execution.dtype != Execution().dtype:
             values[COMPUTE_DTYPE] = opened.model.execution.dtype
+        if opened.tokenizer not in (None, usual_tokenizer(opened.model)):
+            values[TOKENIZER] = opened.tokenizer
         _write_json(partial / "config.json", values)
 
 
@@ -154,7 +159,7 @@ def _chunks(array: lazy.LazyArray, where: lazy.Slices) -> Iterator[tuple[lazy.Sl
         yield slices, inside
 
 
-def _check_arrays(folder: Path, arrays: Mapping[str, lazy.LazyArray], released: Layout) -> None:
+def _check_arrays(folder: AnyPath, arrays: Mapping[str, lazy.LazyArray], released: Layout) -> None:
     for path, leaf in released.leaves.items():
         shape = arrays[path].shape if path in arrays else None
         if shape != leaf.shape:
@@ -207,5 +212,5 @@ def _write_header(
     file.write(struct.pack("<Q", len(text)) + text)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: AnyPath, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.weights import WEIGHT_FILES
+from mlra_jax.extras import install_line
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 _REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<sub>(/[\w-][\w.-]*)*)/?")
 _FILES = ("config.json", *WEIGHT_FILES, "pytorch_model-*.bin", "model-*.safetensors")
 
 
-def find_source(source: str | Path) -> Path:
+def find_source(source: PathLike) -> AnyPath:
     """The local folder of `source`, after a download if it is `owner/name[/subfolder]`.
 
     Downloads are resumed and kept in the hub's cache by huggingface_hub, which is needed only here.
@@ -18,17 +21,18 @@ def find_source(source: str | Path) -> Path:
     Raises:
       CheckpointFileError: no such folder, huggingface_hub not installed, or no network.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    given = paths.path(source)
+    if given.is_dir():
+        return given
     named = _REPOSITORY.fullmatch(str(source))
-    if Path(source).exists() or not named:
+    if given.exists() or not named:
         raise CheckpointFileError(f"--source={source}: no such folder")
     try:
         import huggingface_hub
     except ImportError:
         raise CheckpointFileError(
-            f"--source={source}: no such folder; to fetch it from the Hugging Face hub, "
-            "pip install 'mlra-jax[hub]'"
+            f"--source={source}: no such folder; to fetch it from the Hugging Face hub: "
+            f"{install_line('hub')}"
         ) from None
     subfolder = named["sub"].strip("/")
     prefix = f"{subfolder}/" if subfolder else ""

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from mlra_jax import checksums
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.files import reason
 from mlra_jax.settings_tree import flatten
+from mlra_jax.storage.paths import AnyPath
 
 Slices = tuple[slice, ...]
 
@@ -114,7 +114,7 @@ class ChunkHandler(ocp.type_handlers.TypeHandler):
         return arrays
 
 
-def open_arrays(folder: Path) -> dict[str, LazyArray]:
+def open_arrays(folder: AnyPath) -> dict[str, LazyArray]:
     """The arrays of an Orbax item folder by dotted path, none of them read yet.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlra_jax.config import (
+    GPT2_VOCABULARY,
     ConfigError,
     GroupedConfig,
     LatentConfig,
@@ -31,6 +32,8 @@ HEAD = "lm_head.weight"
 LAYER = "transformer.h.{}."
 COMPUTE_DTYPE = "compute_dtype"
 """Our own key of config.json: the dtype of activations and products, where it is not bfloat16."""
+TOKENIZER = "tokenizer"
+"""Another: the tokenizer's name, where it is not `usual_tokenizer`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +249,11 @@ def base_name(config: ModelConfig) -> str:
         case MultiMatrixConfig():
             return "mfa"
     return "tpa"
+
+
+def usual_tokenizer(config: ModelConfig) -> str | None:
+    """That of released weights, whose config.json names none: by the size of the vocabulary."""
+    return "gpt2" if config.vocab_size == GPT2_VOCABULARY else None
 
 
 def released_values(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A folder of weights: config.json and one or several files, found, indexed and checked."""
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,9 @@ from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.torch_format.archive import map_file
 from mlra_jax.convert.torch_format.reader import TensorSpec, TorchFile
 from mlra_jax.data.file_kinds import HEAD_BYTES, kind
+from mlra_jax.storage import paths
+from mlra_jax.storage.blocks import RemoteBytes
+from mlra_jax.storage.paths import AnyPath, PathLike, in_bucket
 
 # The first that is there is read.
 WEIGHT_FILES = (
@@ -40,16 +44,39 @@ SAFETENSORS_DTYPES = {
 }
 
 
+class _RemoteTensors:
+    """The tensors of a .safetensors file in a bucket, whose header ends at byte `start`.
+
+    The library checks the header in a local file of the same size that has nothing else in it.
+    """
+
+    def __init__(self, source: RemoteBytes, start: int):
+        self._source, self._start = source, start
+
+    def opened(self):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(self._source[: self._start])
+            file.truncate(len(self._source))
+            file.flush()
+            return safetensors.safe_open(file.name, framework="np")
+
+    def read(self, name: str, spec: TensorSpec) -> np.ndarray:
+        header = json.loads(self._source[8 : self._start])
+        first, end = header[name]["data_offsets"]
+        data = self._source[self._start + first : self._start + end]
+        return np.frombuffer(data, spec.dtype).reshape(spec.shape)
+
+
 class SafetensorsFile:
     """One .safetensors file behind the interface of `TorchFile`. It carries no checksums."""
 
     size = 0
     inside = None
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self._path = path
         # Pipes, devices and large headers are refused, all of which the library opens.
-        with map_file(path) as mapped:
+        with contextlib.closing(map_file(path)) as mapped:
             header, first = int.from_bytes(mapped[:8], "little"), mapped[:HEAD_BYTES]
         if header > MAX_JSON_BYTES:
             found = kind(first)
@@ -58,6 +85,7 @@ class SafetensorsFile:
                 f"{path}: no safetensors file (a header of {header} bytes: {what})"
             )
         self._last: tuple[str, np.ndarray] | None = None
+        self._remote = _RemoteTensors(mapped, 8 + header) if in_bucket(path) else None
         with self._open() as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             self.specs: Mapping[str, TensorSpec] = {
@@ -69,6 +97,9 @@ class SafetensorsFile:
         """The tensor, copied; the last one is kept, since it is asked for chunk by chunk."""
         if self._last is None or self._last[0] != name:
             self._last = None
+            if self._remote:
+                self._last = name, self._remote.read(name, self.specs[name])
+                return self._last[1]
             # Opened anew, because the pages of the library's own map would add up in memory.
             with self._open() as file:
                 self._last = name, file.get_tensor(name)
@@ -88,6 +119,8 @@ class SafetensorsFile:
 
     def _open(self):
         try:
+            if self._remote:
+                return self._remote.opened()
             return safetensors.safe_open(self._path, framework="np")
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -116,8 +149,8 @@ class Weights:
       size: bytes that `verify` will read.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: PathLike):
+        self.folder = paths.path(folder)
         self.config: dict[str, Any] = read_json(self.folder / "config.json")
         first = next((n for n in WEIGHT_FILES if (self.folder / n).exists()), None)
         if first is None:
@@ -212,9 +245,9 @@ class Weights:
         self.close()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointFileError for anything else in it."""
-    with map_file(path) as mapped:
+    with contextlib.closing(map_file(path)) as mapped:
         if len(mapped) > MAX_JSON_BYTES:
             raise CheckpointFileError(f"{path}: {len(mapped)} bytes are too many for this file")
         data = mapped[:]
@@ -237,7 +270,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: AnyPath) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFileError(f"{path}: no weight_map in it")

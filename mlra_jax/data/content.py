@@ -10,36 +10,39 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
+
+from mlra_jax.storage.blocks import Cache, RemoteArray, RemoteBytes
+from mlra_jax.storage.paths import AnyPath, in_bucket
 
 BUDGET_BYTES = 128 << 20
 BLOCK_BYTES = 64 << 10
 _ROWS_AT_ONCE = 256
 
 
-def arrays_identity(arrays: Sequence[np.ndarray]) -> str:
-    """Of integers [count] each, in memory or mapped; their dtype does not count."""
+def arrays_identity(arrays: Sequence[np.ndarray | RemoteArray]) -> str:
+    """Of integers [count] each, in memory, mapped or remote; their dtype does not count."""
     digest = hashlib.sha256()
     total = sum(len(array) for array in arrays)
     for array in arrays:
         digest.update(b"%d\n" % len(array))
-        for start, stop in _spread(len(array), total, BUDGET_BYTES // 4, BLOCK_BYTES // 4):
+        ranges = list(_spread(len(array), total, BUDGET_BYTES // 4, BLOCK_BYTES // 4))
+        if isinstance(array, RemoteArray):
+            array.expect(ranges)
+        for start, stop in ranges:
             digest.update(np.asarray(array[start:stop], "<u4").tobytes())
     return digest.hexdigest()[:32]
 
 
-def files_identity(paths: Sequence[Path]) -> str:
+def files_identity(paths: Sequence[AnyPath]) -> str:
     """Of what is in the files, in this order; neither names nor times count."""
     digest = hashlib.sha256()
     sizes = [path.stat().st_size for path in paths]
     for path, size in zip(paths, sizes, strict=True):
         digest.update(b"%d\n" % size)
-        with open(path, "rb", buffering=0) as file:
-            for start, stop in _spread(size, sum(sizes), BUDGET_BYTES, BLOCK_BYTES):
-                file.seek(start)
-                digest.update(file.read(stop - start))
+        for part in _parts(path, list(_spread(size, sum(sizes), BUDGET_BYTES, BLOCK_BYTES))):
+            digest.update(part)
     return digest.hexdigest()[:32]
 
 
@@ -58,6 +61,18 @@ def rows_identity(read: Callable[[int, int], Sequence], count: int) -> str:
         if left < 0:
             break
     return digest.hexdigest()[:32]
+
+
+def _parts(path: AnyPath, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    if in_bucket(path):
+        source = RemoteBytes(path, Cache(BUDGET_BYTES))
+        source.expect(ranges)
+        yield from (source[start:stop] for start, stop in ranges)
+        return
+    with open(path, "rb", buffering=0) as file:
+        for start, stop in ranges:
+            file.seek(start)
+            yield file.read(stop - start)
 
 
 def _spread(size: int, total: int, budget: int, block: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mlra_jax.data.text_reader import (
@@ -21,6 +20,7 @@ from mlra_jax.data.text_reader import (
     read_pieces,
     read_text,
 )
+from mlra_jax.storage.paths import AnyPath
 
 Layout = Literal["text", "lines", "array", "objects"]
 _COMPRESSED = (".gz", ".zst", ".zstd")
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     text: str
 
 
-def read_documents(path: Path, text_key: str, start: int = 0) -> Iterator[Part]:
+def read_documents(path: AnyPath, text_key: str, start: int = 0) -> Iterator[Part]:
     """The documents of a file, in the layout that `layout` says.
 
     Args:
@@ -69,7 +69,7 @@ def read_documents(path: Path, text_key: str, start: int = 0) -> Iterator[Part]:
         yield Part(place, True, value)
 
 
-def layout(path: Path, text_key: str) -> Layout:
+def layout(path: AnyPath, text_key: str) -> Layout:
     """How the documents lie in a file.
 
     - `lines`: a JSON object a line. The first is one with the field, or the first two are objects,
@@ -116,7 +116,7 @@ def _parsed(values: Iterator[tuple[int, Any]], most: int) -> list[Any]:
     return found
 
 
-def _lines(path: Path, start: int = 0) -> Iterator[tuple[int, Any]]:
+def _lines(path: AnyPath, start: int = 0) -> Iterator[tuple[int, Any]]:
     """The places and values of lines that are not blank."""
     for place, line in read_lines(path, start):
         if line.strip():
@@ -129,7 +129,7 @@ def _lines(path: Path, start: int = 0) -> Iterator[tuple[int, Any]]:
             yield place, value
 
 
-def _values(path: Path, start: int, array: bool) -> Iterator[tuple[int, Any]]:
+def _values(path: AnyPath, start: int, array: bool) -> Iterator[tuple[int, Any]]:
     """The places and values of an array's elements, or of values one after the other."""
     cursor = _Cursor(path, start)
     if array and start == 0:
@@ -149,7 +149,7 @@ def _values(path: Path, start: int, array: bool) -> Iterator[tuple[int, Any]]:
 class _Cursor:
     """A place in a file of JSON, of which little more than one value is in memory."""
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: AnyPath, start: int):
         if start == 0 and head(path, 3) == codecs.BOM_UTF8:
             start = 3
         self.place = start
@@ -210,5 +210,5 @@ def _too_many_values(document: Any, signs: Sequence[Any]) -> bool:
     return len(document) > _LARGE_BYTES and sum(map(document.count, signs)) > _MOST_SIGNS
 
 
-def _fault(path: Path, place: int, what: str) -> ValueError:
+def _fault(path: AnyPath, place: int, what: str) -> ValueError:
     return ValueError(f"{path}, line {line_number(path, place)} at byte {place}: {what}")

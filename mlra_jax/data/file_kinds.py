@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mlra_jax.extras import install_line
+
 HEAD_BYTES = 512
 _SHORTEST = 100
 
@@ -19,7 +21,7 @@ class Kind(NamedTuple):
 
 
 GZIP = Kind("gzip data", "decompress it: gzip -d")
-ZSTD = Kind("Zstandard data", "pip install backports.zstd, or decompress it: zstd -d")
+ZSTD = Kind("Zstandard data", f"{install_line('zstd')}, or decompress it: zstd -d")
 TOKENS = Kind("a file of tokens", "give it a name that ends with .bin")
 OLD_TORCH = Kind("weights as PyTorch saved them before 1.6", "there is no text in it")
 PICKLE = Kind("a Python pickle", "it is a program and not run")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +16,9 @@ from mlra_jax.data import token_file
 from mlra_jax.data.content import files_identity, rows_identity
 from mlra_jax.data.documents import read_documents
 from mlra_jax.data.sources import PYDOC, pydoc_documents, text_files
+from mlra_jax.extras import install_line
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath
 
 HUB_PREFIX = "hf:"
 _ROWS_READ_AT_ONCE = 256
@@ -52,7 +54,7 @@ class Files:
 
     unit = "B"
 
-    def __init__(self, files: Sequence[Path], root: Path, text_key: str):
+    def __init__(self, files: Sequence[AnyPath], root: AnyPath, text_key: str):
         self._files = files
         self._text_key = text_key
         stats = [path.stat() for path in files]
@@ -105,14 +107,14 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
       source: a file of text, JSON lines or a JSON array, plain or compressed (see `documents`); a
         folder of these (read in order of path, hidden files left out); "pydoc", the language
         reference inside CPython; or "hf:NAME" or "hf:NAME:CONFIGURATION", a Hugging Face data set
-        (needs the `datasets` extra).
+        (needs the datasets library).
       text_key: the field of a JSON line, or the column of a data set, that holds the text.
       split: of a Hugging Face data set.
 
     Raises:
       FileNotFoundError: there is no such file or folder.
-      ValueError: nothing to read in it, the data set cannot be had, or the `datasets` extra is
-        missing.
+      ValueError: nothing to read in it, the data set cannot be had, or the datasets library
+        is missing.
     """
     if source == PYDOC:
         documents = pydoc_documents()
@@ -120,7 +122,7 @@ def open_input(source: str, *, text_key: str = "text", split: str = "train") -> 
         return Rows(lambda start, stop: documents[start:stop], len(documents), digest)
     if source.startswith(HUB_PREFIX):
         return _open_hub(source.removeprefix(HUB_PREFIX), text_key, split)
-    path = Path(source)
+    path = paths.path(source)
     if path.is_dir():
         files, root = text_files(path), path
     elif path.is_file():
@@ -143,7 +145,7 @@ def _open_hub(name: str, text_key: str, split: str) -> Input:
         import datasets
     except ImportError:
         raise ValueError(
-            "Hugging Face data sets need the extra: pip install 'mlra-jax[datasets]'"
+            f"{HUB_PREFIX}{name} needs the datasets library: {install_line('datasets')}"
         ) from None
     repository, _, configuration = name.partition(":")
     try:

@@ -168,9 +168,10 @@ def make_validation_batches(
 ) -> ValidationBatches:
     """The held-out windows, consecutive, in order, once each.
 
+    What is not listed is as in `make_train_iterator`.
+
     Args:
       max_tokens: stop before more targets than this (but after one window at least); None: all.
-      Everything else as in `make_train_iterator`.
 
     Returns:
       an iterable with a length, of `{"inputs", "targets": int32 [B/n, T], "weights": float32
@@ -216,5 +217,6 @@ def _rows(global_batch: int, process_index: int, process_count: int) -> slice:
 
 
 def _read(windows: Windows, indices) -> Batch:
+    windows.expect(map(int, indices))
     tokens = np.stack([windows[int(index)] for index in indices])
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}

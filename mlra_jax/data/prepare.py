@@ -23,20 +23,22 @@ from mlra_jax.data.inputs import HUB_PREFIX, Input, Piece, open_input
 from mlra_jax.data.journal import Journal
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.files import LOCK_FILE, only_writer
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike, in_bucket
 
 _BATCH_CHARACTERS = 1 << 18
 
 
 def prepare(
     source: Input,
-    destination: str | Path,
+    destination: PathLike,
     *,
     tokenizer: Tokenizer,
     name: str,
     shard_tokens: int = 100_000_000,
     validation_first_shard: bool = False,
     workers: int = 1,
-) -> list[Path]:
+) -> list[AnyPath]:
     """Writes the tokens of `source` as `NAME_train_000000.bin`, `NAME_train_000001.bin`, …
 
     Each document begins with end-of-text. Every shard but the last has `shard_tokens` tokens, so
@@ -70,7 +72,7 @@ def prepare(
         raise ValueError(f"workers must be positive, not {workers}")
     if not name or "/" in name or name.startswith("."):
         raise ValueError(f"{name!r} cannot begin a file name; give another --name")
-    destination = Path(destination)
+    destination = paths.path(destination)
     settings = {
         "input": source.identity,
         "tokenizer": tokenizer.name,
@@ -213,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         "--validation_first_shard", action="store_true", help="call the first shard NAME_val_…"
     )
     flags = parser.parse_args(argv)
-    name = flags.name or Path(flags.source.removeprefix(HUB_PREFIX).partition(":")[0]).stem
+    source = flags.source.removeprefix(HUB_PREFIX)
+    name = flags.name or Path(source if in_bucket(source) else source.partition(":")[0]).stem
 
     def work():
         shards = prepare(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import glob
 import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,7 +18,11 @@ from tqdm import tqdm
 from mlra_jax.data import token_file
 from mlra_jax.data.documents import layout
 from mlra_jax.data.text_reader import is_compressed, read_pieces
+from mlra_jax.data.token_file import Tokens
 from mlra_jax.data.tokenizers import Tokenizer
+from mlra_jax.storage import paths
+from mlra_jax.storage.blocks import CACHE_BYTES, Cache, RemoteArray
+from mlra_jax.storage.paths import AnyPath, files_below, in_bucket
 
 PYDOC = "pydoc"
 # Token files are checked up to this many tokens before a run starts (a fraction of a second), the
@@ -36,13 +39,13 @@ _FILES_NAMED = 4
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A run of consecutive tokens: integer array [tokens], in memory or memory-mapped.
+    """A run of consecutive tokens: integer array [tokens], in memory, memory-mapped or remote.
 
     `name` and `offset` (position of the first token in the file) are for messages.
     """
 
     name: str
-    tokens: np.ndarray
+    tokens: Tokens
     offset: int = 0
 
 
@@ -96,13 +99,23 @@ class Windows(Sequence):
         """Window `index`, int32 [context_length + 1]."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        place = bisect.bisect_right(self._ends, index)
-        first = index - (self._ends[place - 1] if place else 0)
-        segment = self._segments[place]
-        start = first * self._context_length
-        window = segment.tokens[start : start + self._context_length + 1]
+        segment, start = self._place(index)
+        window = np.asarray(segment.tokens[start : start + self._context_length + 1])
         _check_ids(segment, window, start, self._vocab_size)
         return window.astype(np.int32)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Begins to read these windows where that takes time, all at once."""
+        for index in indices:
+            segment, start = self._place(index)
+            if isinstance(segment.tokens, RemoteArray):
+                segment.tokens.expect([(start, start + self._context_length + 1)])
+
+    def _place(self, index: int) -> tuple[Segment, int]:
+        """The segment in which a window lies, and where there it begins."""
+        place = bisect.bisect_right(self._ends, index)
+        first = index - (self._ends[place - 1] if place else 0)
+        return self._segments[place], first * self._context_length
 
 
 def load_source(
@@ -113,6 +126,7 @@ def load_source(
     validation: str | None = None,
     validation_fraction: float = 0.05,
     token_format: str = "header",
+    cache_bytes: int = CACHE_BYTES,
 ) -> Source:
     """Opens what `spec` names and sets tokens aside for validation.
 
@@ -128,6 +142,7 @@ def load_source(
         train on; else the tail of the tokens is.
       validation_fraction: how much of the tokens that tail is, at most 10 million tokens.
       token_format: of all token files, see `token_file.read`.
+      cache_bytes: how much is kept of token files in a bucket, all together.
 
     Raises:
       FileNotFoundError: the spec names nothing.
@@ -139,7 +154,8 @@ def load_source(
     files = _expand(spec)
     files, held_out, note = _roles(files)
     notes = (note,) if note else ()
-    load = lambda files: _load(files, tokenizer, vocab_size, token_format)
+    cache = Cache(cache_bytes)
+    load = lambda files: _load(files, tokenizer, vocab_size, token_format, cache)
     train = load(files)
     if validation is not None:
         if held_out:
@@ -149,6 +165,11 @@ def load_source(
     if held_out:
         return Source(train, load(held_out), notes)
     return Source(*_hold_out(train, validation_fraction), notes)
+
+
+def token_files(spec: str) -> list[Path]:
+    """Those among the files that `spec` names; raises FileNotFoundError if it names nothing."""
+    return [path for path in _expand(spec) if path != PYDOC and token_file.is_named(path)]
 
 
 def describe(source: Source, validation_tokens: int | None = None) -> list[str]:
@@ -176,11 +197,14 @@ def fingerprint(segments: Sequence[Segment]) -> str:
     return f"{digest:08x}"
 
 
-def text_files(folder: Path) -> list[Path]:
+def text_files(folder: AnyPath) -> list[AnyPath]:
     """All files under `folder` but hidden ones, ordered by path, subfolders included.
 
     Links are followed; a folder that several ways lead to is read once.
     """
+    if in_bucket(folder):
+        below = lambda path: path.relative_to(folder).parts
+        return [path for path in files_below(folder) if not any(n[0] == "." for n in below(path))]
     found, seen = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
         status = os.stat(here)
@@ -200,10 +224,10 @@ def pydoc_documents() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _expand(spec: str) -> list[Path | str]:
+def _expand(spec: str) -> list[AnyPath | str]:
     if not str(spec):
         raise FileNotFoundError("no data: the source is empty")
-    whole = Path(spec)
+    whole = paths.path(spec)
     if spec == PYDOC:
         return [PYDOC]
     if whole.is_dir():
@@ -215,16 +239,15 @@ def _expand(spec: str) -> list[Path | str]:
         return [whole]
     if "," in spec:
         return [path for part in spec.split(",") if part.strip() for path in _expand(part.strip())]
-    matches = [Path(match) for match in sorted(glob.glob(spec, recursive=True))]
-    files = [path for path in matches if path.is_file()]
+    files = [path for path in paths.matching(spec) if path.is_file()]
     if not files:
         raise FileNotFoundError(f"no data: {spec} is neither a file nor a folder, nor matches any")
     return files
 
 
 def _roles(
-    files: Sequence[Path | str],
-) -> tuple[list[Path | str], list[Path | str], str | None]:
+    files: Sequence[AnyPath | str],
+) -> tuple[list[AnyPath | str], list[AnyPath | str], str | None]:
     """Files to train on, files to validate on, and a note where all names say validation."""
     words = [_words(path) for path in files]
     held_out = [_means_validation(each) for each in words]
@@ -241,12 +264,12 @@ def _roles(
     return list(files), [], note
 
 
-def _parted(files: Sequence[Path | str], held_out: Sequence[bool]):
+def _parted(files: Sequence[AnyPath | str], held_out: Sequence[bool]):
     pairs = list(zip(files, held_out, strict=True))
     return [path for path, held in pairs if not held], [path for path, held in pairs if held]
 
 
-def _words(path: Path | str) -> list[str]:
+def _words(path: AnyPath | str) -> list[str]:
     """The words of a token file's own name; of text, whose names are its authors', none."""
     if path == PYDOC or not token_file.is_named(path):
         return []
@@ -279,7 +302,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _load(
-    files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size: int, token_format: str
+    files: Sequence[AnyPath | str],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    token_format: str,
+    cache: Cache,
 ) -> tuple[Segment, ...]:
     """Token files as one segment each; all text together as one segment."""
     segments, texts = [], []
@@ -287,8 +314,10 @@ def _load(
         if path == PYDOC or not token_file.is_named(path):
             texts.append(path)
         else:
-            segments.append(Segment(str(path), token_file.read(path, token_format)))
+            segments.append(Segment(str(path), token_file.read(path, token_format, cache)))
     for segment in segments:
+        if isinstance(segment.tokens, RemoteArray):
+            continue  # Checked as they are read.
         first = segment.tokens[: _TOKENS_CHECKED_FIRST // len(segments)]
         for start in range(0, len(first), _TOKENS_CHECKED_AT_ONCE):
             part = first[start : start + _TOKENS_CHECKED_AT_ONCE]
@@ -298,7 +327,9 @@ def _load(
     return tuple(segments)
 
 
-def _encode(files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size: int) -> Segment:
+def _encode(
+    files: Sequence[AnyPath | str], tokenizer: Tokenizer | None, vocab_size: int
+) -> Segment:
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     if tokenizer is None:
         raise ValueError(f"{name} is text: give a tokenizer")
@@ -321,7 +352,7 @@ def _encode(files: Sequence[Path | str], tokenizer: Tokenizer | None, vocab_size
     return Segment(name, np.concatenate(arrays) if arrays else np.empty(0, dtype))
 
 
-def _pieces(path: Path | str) -> Iterator[tuple[bool, str]]:
+def _pieces(path: AnyPath | str) -> Iterator[tuple[bool, str]]:
     """The text of one file in pieces, each with whether a document begins there."""
     prepare = f"python -m mlra_jax.data.prepare --source={path} --destination=DIR"
     if path == PYDOC:

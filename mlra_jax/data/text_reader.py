@@ -11,9 +11,9 @@ import re
 import zlib
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 from mlra_jax.data import file_kinds
+from mlra_jax.storage.paths import AnyPath
 
 try:
     from compression import zstd  # Python 3.14
@@ -39,7 +39,7 @@ _OTHER_CUT = re.compile(r"(?=[ \t\r\n]\S)")
 _BLOCK_BYTES = 1 << 20
 
 
-def read_pieces(path: Path, start: int = 0) -> Iterator[tuple[int, str]]:
+def read_pieces(path: AnyPath, start: int = 0) -> Iterator[tuple[int, str]]:
     """Cuts a UTF-8 file into pieces of one to two million characters.
 
     They encode independently, unless a word, or a run of blanks, is itself longer than a million
@@ -67,7 +67,7 @@ def read_pieces(path: Path, start: int = 0) -> Iterator[tuple[int, str]]:
         yield offset, text
 
 
-def read_text(path: Path, start: int = 0, size: int = 0) -> Iterator[str]:
+def read_text(path: AnyPath, start: int = 0, size: int = 0) -> Iterator[str]:
     """What lies in a UTF-8 file from a byte on, about `size` bytes at a time, none of them empty.
 
     Raises:
@@ -89,7 +89,7 @@ def read_text(path: Path, start: int = 0, size: int = 0) -> Iterator[str]:
             yield text
 
 
-def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: AnyPath, start: int = 0) -> Iterator[tuple[int, bytes]]:
     r"""The lines of a file: only `\n`, `\r\n` and `\r` end one, and neither they nor a byte-order
     mark belong to it.
 
@@ -120,7 +120,7 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
             start += len(line)
 
 
-def line_number(path: Path, offset: int) -> int:
+def line_number(path: AnyPath, offset: int) -> int:
     """The number, from 1 on, of the line in which a byte of a file lies."""
     number, after_return = 1, False
     for block in read_blocks(path):
@@ -134,7 +134,7 @@ def line_number(path: Path, offset: int) -> int:
     return number
 
 
-def read_blocks(path: Path, start: int = 0, size: int = 0) -> Iterator[bytes]:
+def read_blocks(path: AnyPath, start: int = 0, size: int = 0) -> Iterator[bytes]:
     """The bytes that a file holds, from one on, `size` at a time.
 
     What is compressed by gzip or Zstandard is known by its first bytes and read decompressed.
@@ -143,7 +143,7 @@ def read_blocks(path: Path, start: int = 0, size: int = 0) -> Iterator[bytes]:
       ValueError: compressed data is damaged; or the file is no text but something known (a Parquet
         file, a PDF, …), which the message names with a way to get text of it.
     """
-    with open(path, "rb") as plain:
+    with path.open("rb") as plain:
         kind = file_kinds.in_place_of_text(plain.read(file_kinds.HEAD_BYTES))
         plain.seek(0)
         opened = _DECOMPRESSORS.get(kind)
@@ -166,18 +166,18 @@ def read_blocks(path: Path, start: int = 0, size: int = 0) -> Iterator[bytes]:
             raise ValueError(f"{path} is damaged {kind.what} ({reason}); get it again") from None
 
 
-def head(path: Path, size: int) -> bytes:
+def head(path: AnyPath, size: int) -> bytes:
     """The first `size` bytes that a file holds, or all of them. Raises as `read_blocks` does."""
     return next(read_blocks(path, 0, size), b"")
 
 
-def is_compressed(path: Path) -> bool:
+def is_compressed(path: AnyPath) -> bool:
     """Whether a file is read decompressed."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return file_kinds.kind(file.read(file_kinds.HEAD_BYTES)) in _DECOMPRESSORS
 
 
-def _mark_bytes(path: Path) -> int:
+def _mark_bytes(path: AnyPath) -> int:
     """The length of a file's byte-order mark."""
     return len(codecs.BOM_UTF8) if head(path, 3) == codecs.BOM_UTF8 else 0
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
 from mlra_jax.data import file_kinds
 from mlra_jax.files import whole_file
+from mlra_jax.storage import paths
+from mlra_jax.storage.blocks import Cache, RemoteArray, RemoteBytes
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 MAGIC = 20240520
 VERSION = 1
@@ -32,25 +34,31 @@ _OTHER_MAGICS = {
 }
 
 
-def is_named(path: Path) -> bool:
+def is_named(path: AnyPath) -> bool:
     """Whether a file is one of tokens by its name."""
     return path.suffix.lower() == ".bin"
 
 
-def read(path: str | Path, token_format: str = "header") -> np.ndarray:
-    """The tokens of one file, memory-mapped and read-only: uint16 or uint32 [tokens].
+Tokens = np.ndarray | RemoteArray
+"""Read-only integers [tokens], which slices and `np.asarray` read."""
+
+
+def read(path: PathLike, token_format: str = "header", cache: Cache | None = None) -> Tokens:
+    """The tokens of one file: uint16 or uint32 [tokens], memory-mapped, or of a bucket read by
+    ranges when they are asked for.
 
     Args:
       path: the file.
       token_format: `header`, where the file says itself what it is: as `write` makes it, or as
         llm.c writes GPT-2's (uint16) or Llama 3's tokens (uint32); `uint16` or `uint32` for
         little-endian tokens without a header, as nanoGPT's `prepare.py` writes them.
+      cache: what is kept of files in a bucket; by default one of its own.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is no token file of this format, or its size is not what its header says.
     """
-    path = Path(path)
+    path = paths.path(path)
     check_format(token_format)
     if not path.is_file():
         raise FileNotFoundError(f"no token file {path}")
@@ -73,7 +81,15 @@ def read(path: str | Path, token_format: str = "header") -> np.ndarray:
         )
     if count == 0:  # an empty map is not allowed
         return np.empty(0, dtype)
+    if paths.in_bucket(path):
+        return RemoteArray(RemoteBytes(path, cache or Cache()), dtype, offset, count)
     return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
+
+
+def read_all(files: Iterable[str], token_format: str) -> dict[str, Tokens]:
+    """Several files by name, of a bucket through one cache. Raises as `read` does."""
+    cache = Cache()
+    return {file: read(file, token_format, cache) for file in files}
 
 
 def check_format(token_format: str) -> None:
@@ -82,9 +98,9 @@ def check_format(token_format: str) -> None:
         raise ValueError(f"token_format={token_format!r} is none of {', '.join(FORMATS)}")
 
 
-def _read_header(path: Path, size: int) -> tuple[np.dtype, int]:
+def _read_header(path: AnyPath, size: int) -> tuple[np.dtype, int]:
     """The tokens' dtype and number that a file announces."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.read(HEADER_BYTES)
     magic, version, count = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
     if magic not in _MAGICS or size < HEADER_BYTES:
@@ -95,7 +111,7 @@ def _read_header(path: Path, size: int) -> tuple[np.dtype, int]:
     return np.dtype(dtype), count
 
 
-def _what_instead(path: Path, head: bytes, size: int, magic: int) -> str:
+def _what_instead(path: AnyPath, head: bytes, size: int, magic: int) -> str:
     kind = file_kinds.kind(head)
     if magic in _OTHER_MAGICS:
         return f"it is {_OTHER_MAGICS[magic]}"
@@ -120,9 +136,9 @@ def _is_text(head: bytes) -> bool:
     return all(c.isprintable() or c in "\t\r\n\f" for c in text)
 
 
-def _refuse_header(path: Path, token_format: str) -> None:
+def _refuse_header(path: AnyPath, token_format: str) -> None:
     """A header would be read as tokens, silently."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         kind = file_kinds.kind(file.read(file_kinds.HEAD_BYTES))
     if kind:
         remedy = "; leave token_format=header" if kind is file_kinds.TOKENS else ""
@@ -130,7 +146,7 @@ def _refuse_header(path: Path, token_format: str) -> None:
         raise ValueError(f"{path} is {what}, not {token_format} tokens{remedy}")
 
 
-def write(path: str | Path, chunks: np.ndarray | Iterable[np.ndarray]) -> int:
+def write(path: PathLike, chunks: np.ndarray | Iterable[np.ndarray]) -> int:
     """Writes one file whole or not at all, and returns the number of tokens in it.
 
     The tokens go to a temporary neighbour that is renamed once it is complete and on the disk.

@@ -6,14 +6,16 @@ import base64
 import binascii
 import codecs
 import hashlib
+import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import tiktoken
 
 from mlra_jax.data.text_reader import read_lines
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
 
 # GPT-2's way to cut text into words before byte pairs are merged (as in tiktoken's `gpt2`).
 _GPT2_PATTERN = (
@@ -21,6 +23,8 @@ _GPT2_PATTERN = (
 )
 # SHA-256 of GPT-2's ranks, written as a ranks file: tiktoken publishes it for `r50k_base`.
 _GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+# How the name of a ranks file's tokenizer begins; a checksum of the ranks follows.
+RANKS_PREFIX = "tiktoken:"
 _END_OF_TEXT = "<|endoftext|>"
 
 
@@ -127,7 +131,14 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def get_tokenizer(name: str | Path) -> Tokenizer:
+def is_tokenizer_name(name: object) -> bool:
+    """Whether a checkpoint may store it: a known name, or a checksum of ranks."""
+    return name in (ByteTokenizer.name, "gpt2") or (
+        isinstance(name, str) and re.fullmatch(f"{RANKS_PREFIX}[0-9a-f]{{16}}", name) is not None
+    )
+
+
+def get_tokenizer(name: PathLike) -> Tokenizer:
     """The tokenizer of a name or of a ranks file.
 
     Args:
@@ -144,15 +155,17 @@ def get_tokenizer(name: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if str(name) == "gpt2":
         return _fetch_gpt2()
-    if str(name).startswith("tiktoken:"):
+    if str(name).startswith(RANKS_PREFIX):
         raise FileNotFoundError(
-            f"tokenizer {name} came from a ranks file; name that file with --tokenizer=FILE"
+            f"tokenizer {name} came from a ranks file; name that file with --tokenizer=FILE (in "
+            "training --config.data.tokenizer=FILE)"
         )
-    if not Path(name).is_file():
+    file = paths.path(name)
+    if not file.is_file():
         raise FileNotFoundError(
             f"no tokenizer {str(name)!r}: give bytes, gpt2, or the path of a tiktoken ranks file"
         )
-    return _read_ranks_file(Path(name))
+    return _read_ranks_file(file)
 
 
 def _fetch_gpt2() -> Tokenizer:
@@ -167,7 +180,7 @@ def _fetch_gpt2() -> Tokenizer:
     return BytePairTokenizer("gpt2", encoding)
 
 
-def _read_ranks_file(path: Path) -> Tokenizer:
+def _read_ranks_file(path: AnyPath) -> Tokenizer:
     ranks: dict[bytes, int] = {}
     for number, (_, line) in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -188,7 +201,7 @@ def _read_ranks_file(path: Path) -> Tokenizer:
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
     digest = hashlib.sha256(b"".join(lines)).hexdigest()
     # The same ranks are the same tokenizer, wherever they came from.
-    name = "gpt2" if digest == _GPT2_RANKS_SHA256 else f"tiktoken:{digest[:16]}"
+    name = "gpt2" if digest == _GPT2_RANKS_SHA256 else f"{RANKS_PREFIX}{digest[:16]}"
     encoding = tiktoken.Encoding(
         name,
         pat_str=_GPT2_PATTERN,

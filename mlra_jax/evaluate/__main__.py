@@ -7,7 +7,7 @@ import sys
 
 from mlra_jax.command import Parser, Switch, run, use_cpu
 from mlra_jax.data import token_file
-from mlra_jax.evaluate.perplexity import MAX_TOKENS, WINDOW, evaluate, table
+from mlra_jax.evaluate.perplexity import MAX_TOKENS, evaluate, table
 from mlra_jax.sharding import parse_mesh
 
 
@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokens", required=True, help="token files, folders, patterns, with commas"
     )
-    parser.add_argument("--window", type=int, default=WINDOW, help="tokens the model sees at once")
+    parser.add_argument(
+        "--window", type=int, help="tokens the model sees at once (default: as in training)"
+    )
     parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, help="of each file")
     parser.add_argument("--output", help="JSON file; interrupted runs go on from beside it")
     parser.add_argument("--mesh", default="", help="devices along each axis, as in data=4")

@@ -1,6 +1,6 @@
 """A model class for the lm-evaluation-harness: `lm_eval` knows it as `mlra_jax`.
 
-Needs the optional extra `lm_eval`. The text goes to tokens and back here; the scores are those of
+Needs the library (`command.EXTRAS`). The text goes to tokens and back here; the scores are those of
 `mlra_jax.evaluate.scoring`.
 """
 

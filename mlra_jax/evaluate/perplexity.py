@@ -16,17 +16,21 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mlra_jax import checkpoints, sharding
+from mlra_jax.config import ModelConfig
 from mlra_jax.data import token_file
 from mlra_jax.data.content import arrays_identity
+from mlra_jax.data.journal import one_tokenizer
 from mlra_jax.data.sources import Segment, Windows
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import check_batch, token_scores
 from mlra_jax.evaluate.stored import check_same, checkpoint_identity
 from mlra_jax.execution import DTypeLike, dtype_name
 from mlra_jax.files import whole_file
-from mlra_jax.loading import compute_line, load_model
+from mlra_jax.loading import beyond_training, compute_line, load_model
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike, can_hold_files, files_below
 
-WINDOW, MAX_TOKENS = 2048, 100_000_000
+MAX_TOKENS = 100_000_000
 _ROWS_PER_DEVICE = 4
 _SECONDS_BETWEEN_SAVES = 20.0
 
@@ -68,6 +72,8 @@ def tallies(
     pending = None
     for first in range(done.windows, total, batch):
         indices = range(first, min(first + batch, total))
+        # Those of the next batch, too.
+        windows.expect(range(first, min(first + 2 * batch, total)))
         # The last batch is filled up with a window again, whose loss is not counted.
         tokens = np.stack([windows[min(first + row, total - 1)] for row in range(batch)])
         losses = token_scores(model, tokens[:, :-1], tokens[:, 1:])[0], len(indices)
@@ -92,12 +98,12 @@ def _add(done: Tally, log_probs_BT, rows: int) -> Tally:
 
 
 def evaluate(
-    checkpoint: str | Path,
-    tokens: Sequence[str | Path],
+    checkpoint: PathLike,
+    tokens: Sequence[PathLike],
     *,
-    window: int = WINDOW,
+    window: int | None = None,
     max_tokens: int = MAX_TOKENS,
-    output: str | Path | None = None,
+    output: PathLike | None = None,
     mesh: Mesh | None = None,
     batch: int | None = None,
     dtype: DTypeLike | None = None,
@@ -115,7 +121,7 @@ def evaluate(
     Args:
       checkpoint, step: folder of a training run or a conversion; its latest step by default.
       tokens: `.bin` files, each a set by itself, folders or patterns (`c4/**/*.bin`) of them.
-      window: tokens that the model sees at once.
+      window: tokens that the model sees at once; by default its `context_length`.
       max_tokens: of each set; whole windows only.
       output: JSON file for the result.
       mesh: the batch is split over `data` and `fsdp`, the model over the rest; one device.
@@ -134,10 +140,10 @@ def evaluate(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     dtype = None if dtype is None else dtype_name(dtype)
-    files = _expand(tokens)
-    _check(files, window, max_tokens)
     opened = checkpoints.open_checkpoint(checkpoint, step)
-    sets = {file: token_file.read(file, token_format) for file in files}
+    files = _files(tokens, opened.tokenizer)
+    window = _checked_window(window, max_tokens, opened.model)
+    sets = token_file.read_all(files, token_format)
     windows = _windows(sets, window, opened.model.vocab_size)
     settings = {
         "checkpoint": checkpoint_identity(opened.folder),
@@ -153,7 +159,7 @@ def evaluate(
     batch = batch or _ROWS_PER_DEVICE * sharding.size(mesh, sharding.BATCH)
     model = load_model(checkpoint, mesh, dtype, opened.step, allow_nonfinite)
     check_batch(model, batch)
-    _say_dtype(model, dtype, quiet)
+    _say_how(model.config, dtype, window, quiet)
     with store.kept():
         for file in files:
             total = min(len(windows[file]), max_tokens // window)
@@ -188,9 +194,9 @@ def table(result: Mapping[str, Any]) -> str:
 class _Store:
     """Partial sums beside the output, and the output itself; both replaced whole or not at all."""
 
-    def __init__(self, output: str | Path | None, settings: Mapping[str, Any]):
+    def __init__(self, output: PathLike | None, settings: Mapping[str, Any]):
         self.settings, self.tallies, self.saved = settings, {}, time.monotonic()
-        self.output = None if output is None else Path(output)
+        self.output = None if output is None else paths.path(output)
         self.result = None
         if self.output is None:
             return
@@ -226,7 +232,7 @@ class _Store:
         if self.output is not None and self.tallies:
             write_json(self.partial, {"settings": self.settings, "tallies": self.tallies})
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
+    def _read(self, path: AnyPath) -> dict[str, Any] | None:
         """What `path` says if it is of this evaluation, None if it is not there."""
         if not path.exists():
             return None
@@ -239,14 +245,14 @@ class _Store:
         return stored
 
 
-def check_output(output: str | Path | None) -> None:
+def check_output(output: PathLike | None) -> None:
     """Raises ValueError when no file can be written there; before the work, not after it."""
-    path = None if output is None else Path(output).absolute()
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    path = None if output is None else paths.path(output).absolute()
+    if path is not None and (path.is_dir() or not can_hold_files(path.parent)):
         raise ValueError(f"--output={output} is a folder, or its folder does not exist")
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: AnyPath, values: Mapping[str, Any]) -> None:
     """Writes one file whole or not at all."""
     with whole_file(path) as file:
         json.dump(values, file, indent=1)
@@ -271,39 +277,50 @@ def _shown(
             bar.update(tally.tokens - bar.n)
 
 
-def _say_dtype(model: Decoder, dtype: str | None, quiet: bool) -> None:
-    if not quiet:
-        print(compute_line(model.config, dtype and "as --dtype says"), file=sys.stderr, flush=True)
+def _say_how(config: ModelConfig, dtype: str | None, window: int, quiet: bool) -> None:
+    lines = compute_line(config, dtype and "as --dtype says"), beyond_training(config, window)
+    for line in () if quiet else filter(None, lines):
+        print(line, file=sys.stderr, flush=True)
 
 
-def _expand(tokens: Sequence[str | Path]) -> list[str]:
-    """The files that names and patterns say; the name of a file that is there is no pattern."""
+def _files(tokens: Sequence[PathLike], tokenizer: str | None) -> list[str]:
+    """The files that names and patterns say, each once, and none of another tokenizer.
+
+    The name of a file that is there is no pattern.
+    """
     files = []
     for name in map(str, tokens):
-        pattern = glob.escape(name) != name and not Path(name).exists()
-        found = sorted(glob.glob(name, recursive=True)) if pattern else [name]
-        found = [file for file in found if Path(file).is_file()] if pattern else found
-        if Path(name).is_dir():
-            found = sorted(map(str, Path(name).rglob("*.bin")))
+        path = paths.path(name)
+        pattern = glob.escape(name) != name and not path.exists()
+        found = [str(f) for f in paths.matching(name) if f.is_file()] if pattern else [name]
+        if path.is_dir():
+            found = [str(file) for file in files_below(path) if file.suffix == ".bin"]
         if not found:
             raise FileNotFoundError(f"--tokens={name} matches no file")
         files += found
+    if not files:
+        raise ValueError("no token file: give --tokens=FILE.bin")
+    if len(set(files)) < len(files):
+        raise ValueError(f"--tokens={','.join(files)} names a file twice")
+    one_tokenizer(
+        map(paths.path, files), tokenizer, "the checkpoint's", "prepare the text with that one"
+    )
     return files
 
 
-def _windows(sets: Mapping[str, np.ndarray], window: int, vocab_size: int) -> dict[str, Windows]:
+def _windows(
+    sets: Mapping[str, token_file.Tokens], window: int, vocab_size: int
+) -> dict[str, Windows]:
     return {
         file: Windows([Segment(file, tokens)], window, vocab_size, "evaluation")
         for file, tokens in sets.items()
     }
 
 
-def _check(files: Sequence[str], window: int, max_tokens: int) -> None:
-    if not files:
-        raise ValueError("no token file: give --tokens=FILE.bin")
-    if len(set(files)) < len(files):
-        raise ValueError(f"--tokens={','.join(files)} names a file twice")
+def _checked_window(window: int | None, max_tokens: int, config: ModelConfig) -> int:
+    window = config.context_length if window is None else window
     if window < 1 or max_tokens < window:
         raise ValueError(
             f"window={window} and max_tokens={max_tokens}: at least one window of one token"
         )
+    return window

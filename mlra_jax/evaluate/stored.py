@@ -5,26 +5,26 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mlra_jax.data.content import files_identity
+from mlra_jax.storage.paths import AnyPath, PathLike, files_below, on_disk
 
 
-def checkpoint_identity(folder: Path) -> str:
+def checkpoint_identity(folder: AnyPath) -> str:
     """Changes when another checkpoint is put in this place, not when this one is moved.
 
     Args:
       folder: of one step.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     names = [str(path.relative_to(folder)) for path in files]
     text = json.dumps([names, files_identity(files)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_same(
-    path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy: str
+    path: AnyPath, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy: str
 ) -> None:
     """Raises ValueError naming the first setting in which `path` is of another `what`."""
     for name, value in wanted.items():
@@ -50,8 +50,9 @@ class Answers:
       ValueError: the file is of another identity, or no such database.
     """
 
-    def __init__(self, cache: str | Path, identity: Mapping[str, Any]):
-        self.path = Path(f"{cache}_rank0.db")
+    def __init__(self, cache: PathLike, identity: Mapping[str, Any]):
+        # A database is written in places, an object only as a whole.
+        self.path = on_disk(f"{cache}_rank0.db", "--cache")
         if not self.path.absolute().parent.is_dir():
             raise ValueError(f"--cache={cache}: its folder does not exist")
         with self._one_line():

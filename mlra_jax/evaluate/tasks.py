@@ -6,12 +6,13 @@
 import difflib
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mlra_jax import command
 from mlra_jax.command import Parser, Switch
 from mlra_jax.evaluate.perplexity import check_output, write_json
+from mlra_jax.extras import install_line
+from mlra_jax.storage import paths
 
 PAPER_TASKS = (
     "arc_easy",
@@ -134,7 +135,7 @@ def _work(flags) -> None:
         from mlra_jax.evaluate.harness import HarnessModel
     except ImportError as error:
         raise ValueError(
-            f"needs the lm-evaluation-harness ({error}); pip install 'mlra-jax[lm_eval]'"
+            f"needs the lm-evaluation-harness ({error}): {install_line('lm_eval')}"
         ) from None
     check_output(flags.output)
     model = HarnessModel(
@@ -154,7 +155,7 @@ def _work(flags) -> None:
         include_path=flags.include_path,
     )
     if flags.output:
-        write_json(Path(flags.output), result)
+        write_json(paths.path(flags.output), result)
     print(table(result))
 
 

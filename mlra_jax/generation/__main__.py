@@ -8,7 +8,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from absl import logging
 from tqdm import tqdm
@@ -19,7 +18,9 @@ from mlra_jax.costs import describe_cache
 from mlra_jax.data import text_reader
 from mlra_jax.generation import Sampling, Stream
 from mlra_jax.generation.texts import Printer, Recorder, json_prompts
-from mlra_jax.loading import compute_line, load_model, tokenizer_of, with_tokenizer
+from mlra_jax.loading import beyond_training, compute_line, load_model, tokenizer_of, with_tokenizer
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, can_hold_files
 
 _MOST_PROMPTS, _MOST_CHARACTERS = 1 << 16, 64 << 20
 
@@ -67,8 +68,8 @@ def decode(flags: argparse.Namespace) -> None:
     mesh = sharding.parse_mesh(flags.mesh)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     prompts = read_prompts(flags.prompt, flags.prompt_file)
-    output = None if flags.output is None else Path(flags.output)
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+    output = None if flags.output is None else paths.path(flags.output)
+    if output is not None and (output.is_dir() or not can_hold_files(output.absolute().parent)):
         raise ValueError(f"--output={output} is a folder or in none: name a file to write")
     dtype, why = flags.dtype, None if flags.dtype is None else "as --dtype says"
     if dtype is None and sharding.platform(mesh) != "cpu":
@@ -101,6 +102,7 @@ def decode(flags: argparse.Namespace) -> None:
         f"loaded in {loading:.1f} s, {compute_line(model.config, why)}; compiling the prefill for "
         f"{mesh.size} {sharding.platform(mesh)} device(s) ..."
     )
+    _say(beyond_training(model.config, int(steps.lengths_B.max()) + flags.max_new_tokens))
 
     def make() -> Printer | Recorder:
         return Recorder(prompts, tokenizer, output) if output else Printer(prompts, tokenizer)
@@ -152,13 +154,13 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
         if not prompt:
             raise ValueError(f"prompt {i} is empty: give it at least one character")
     if file is not None:
-        prompts += _lines(Path(file))
+        prompts += _lines(paths.path(file))
     if not prompts:
         raise ValueError("nothing to continue: give --prompt=TEXT or --prompt_file=FILE")
     return prompts
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: AnyPath) -> list[str]:
     """The lines of a UTF-8 file that are not blank; of .jsonl, the prompts in them."""
     if not path.is_file():
         raise ValueError(f"--prompt_file={path} is not a file")
@@ -230,7 +232,8 @@ def follow(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

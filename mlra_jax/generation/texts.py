@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from mlra_jax.data.tokenizers import StreamDecoder, Tokenizer
 from mlra_jax.files import whole_file
+from mlra_jax.storage.paths import AnyPath
 
 
-def json_prompts(path: Path, lines: Iterator[tuple[int, str]]) -> list[str]:
+def json_prompts(path: AnyPath, lines: Iterator[tuple[int, str]]) -> list[str]:
     """The prompts of numbered lines, each a JSON string or an object with a `prompt`.
 
     Raises ValueError naming the line that is neither.
@@ -79,7 +79,7 @@ class Recorder:
     Text and tokens are the new ones. The file appears whole or not at all.
     """
 
-    def __init__(self, prompts: list[str], tokenizer: Tokenizer, path: Path):
+    def __init__(self, prompts: list[str], tokenizer: Tokenizer, path: AnyPath):
         self.prompts, self.tokenizer, self.path = prompts, tokenizer, path
         self.tokens: list[list[int]] = [[] for _ in prompts]
 

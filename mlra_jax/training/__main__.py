@@ -1,25 +1,28 @@
 """Train a model: `mlra-train --config=configs/NAME.py --workdir=DIR [--config.key=value ...]`.
 
+FILE may be one of your own; configs/NAME.py, or NAME alone, is found from any folder.
 Without `--config.key` every setting is that of the file; `DIR/experiment.json` keeps what was used.
 The same command goes on where the last checkpoint of DIR stands. On GPUs 95% of the memory are
 reserved; XLA_CLIENT_MEM_FRACTION in the environment says otherwise.
 """
 
-import os
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 
-import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from mlra_jax.command import Parser, Switch, claim_gpu_memory, run, use_cpu
+from mlra_jax.command import Parser, Switch, claim_gpu_memory, end_now, run, use_cpu
 from mlra_jax.settings_tree import closest, flatten, meant
-from mlra_jax.training import reference, watchers
+from mlra_jax.training import reference
+from mlra_jax.training.cluster import joined
 from mlra_jax.training.loop import train
+from mlra_jax.training.peers import JOIN_SECONDS
 from mlra_jax.training.settings import Experiment
+from mlra_jax.training.shipped import find_config
 from mlra_jax.training.tracing import Span
+from mlra_jax.training.watchers import Watching, check_wandb
 
 GPU_MEMORY = 0.95
 
@@ -38,12 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--distributed",
         action=Switch,
-        help="join the processes of a cluster that JAX detects (TPU pods, Slurm, ...); default: "
-        "where TPU_WORKER_HOSTNAMES names several hosts",
+        help="join the processes of a cluster that JAX detects; default: where TPU slices, GKE, "
+        "Slurm or Open MPI have set their variables for several",
     )
     add("--coordinator", help="HOST:PORT of process 0, to join processes that JAX cannot detect")
     add("--num_processes", type=int, help="with --coordinator: how many")
-    add("--process_id", type=int, help="with --coordinator: which one this is")
+    add("--process_id", type=int, help="with --coordinator: which one this is, from 0 on")
+    add("--join_seconds", type=float, default=JOIN_SECONDS, help="within which all must have come")
     add("--profile_steps", metavar="A-B", help="steps to trace, as 20-22, into WORKDIR/profile")
     add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too")
     flags, overrides = parser.parse_known_args(argv)
@@ -53,12 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         experiment = prepared(settings)
-        _join_processes(flags)
-        span = Span.of(flags.profile_steps) if flags.profile_steps else None
-        if flags.wandb:
-            watchers.imported()
+        watching = Watching(Span.of(flags.profile_steps), flags.wandb)
+        check_wandb(flags.wandb)
         say = lambda line: print(line, flush=True)
-        train(experiment, flags.workdir, say, profile_steps=span, wandb=flags.wandb)
+        with joined(flags, experiment, say, lambda line: end_now(parser, line)) as peers:
+            train(experiment, flags.workdir, say, peers, watching)
 
     return run(parser, work, "the same command goes on from the last checkpoint")
 
@@ -79,9 +82,10 @@ def read_settings(parser: Parser, file: str, overrides: list[str]) -> ConfigDict
 
     Args:
       parser: of the command.
-      file: `FILE` or `FILE:NAME`, which hands NAME to `get_config`.
+      file: `FILE` or `FILE:NAME`, which hands NAME to `get_config`; see `shipped.find_config`.
       overrides: what else stands on the command line.
     """
+    file = find_config(file)
     argv = [parser.prog, f"--config={file}", *overrides]
     values = absl_flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -131,15 +135,6 @@ def _unreadable(settings) -> str:
     except Exception as error:
         return f"--config cannot be read: {str(error).splitlines()[-1].strip()}"
     return "--config is no experiment: get_config() must return a ConfigDict"
-
-
-def _join_processes(flags) -> None:
-    """Before anything else touches a device."""
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if flags.coordinator:
-        jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
-    elif flags.distributed or (flags.distributed is None and pod):
-        jax.distributed.initialize()
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
+from mlra_jax.data.journal import one_tokenizer
 from mlra_jax.data.pipeline import (
     ORDERS,
     TrainIterator,
     make_train_iterator,
     make_validation_batches,
 )
-from mlra_jax.data.sources import Source, load_source
-from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.data.sources import Source, load_source, token_files
+from mlra_jax.data.tokenizers import RANKS_PREFIX, get_tokenizer
 from mlra_jax.training.settings import DataSettings
 
 Batch = dict[str, jax.Array]
@@ -27,15 +28,21 @@ def load_data(data: DataSettings, vocab_size: int) -> tuple[str, Source]:
     """The tokenizer's name and the tokens.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_source` and `get_tokenizer`.
+      FileNotFoundError, ValueError: as `load_source` and `get_tokenizer`; or token files that were
+        prepared with another tokenizer.
       ConnectionError: the source is text and its tokenizer cannot be fetched.
     """
-    tokenizer, name, unreachable = None, data.tokenizer, None
+    files = [path for spec in (data.source, data.validation) if spec for path in token_files(spec)]
+    prepared = None if data.tokenizer else one_tokenizer(files)
+    tokenizer, name, unreachable = None, data.tokenizer or prepared or "gpt2", None
     try:
-        tokenizer = get_tokenizer(data.tokenizer)
+        tokenizer = get_tokenizer(name)
         name = tokenizer.name
-    except ConnectionError as e:
+    except (ConnectionError, FileNotFoundError) as e:
+        if isinstance(e, FileNotFoundError) and not name.startswith(RANKS_PREFIX):
+            raise
         unreachable = e  # token files need no tokenizer
+    one_tokenizer(files, name, "data.tokenizer", "--config.data.tokenizer= takes the files' own")
     try:
         source = load_source(
             data.source,
@@ -44,9 +51,13 @@ def load_data(data: DataSettings, vocab_size: int) -> tuple[str, Source]:
             validation=data.validation or None,
             validation_fraction=data.validation_fraction,
             token_format=data.token_format,
+            cache_bytes=data.cache_bytes,
         )
     except ValueError as e:
         raise (unreachable if unreachable and "give a tokenizer" in str(e) else e) from None
+    if prepared:
+        note = f"tokenizer {name}, with which the token files were prepared"
+        source = dataclasses.replace(source, notes=(note, *source.notes))
     return name, source
 
 

@@ -13,7 +13,7 @@ from mlra_jax.training.settings import Experiment
 
 FASTEST_FIRST = ("none", "products", "attention", "block")
 """What `model.remat=auto` tries; each takes less memory and more time than the one before."""
-_SHARE = 0.9
+SHARE = 0.9
 """Of the memory, that a step may take: one piece is to be found for what is worked with."""
 
 
@@ -67,7 +67,7 @@ def compile_step(
             continue
         needed = bytes_needed(program)
         figures = f"{needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"
-        if last or needed <= _SHARE * limit:
+        if last or needed <= SHARE * limit:
             say(f"remat={remat}: {figures}")
             return program
         say(f"remat={remat} does not fit: {figures}")

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,108 +15,101 @@ from jax.sharding import Mesh
 from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
-from mlra_jax.data.sources import describe
+from mlra_jax.data.sources import Source, describe
 from mlra_jax.settings_tree import ConfigError
-from mlra_jax.training import record, start, watchers
-from mlra_jax.training.feed import Batch, Feed, TrainBatches, load_data
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike
+from mlra_jax.training import record, start
+from mlra_jax.training.feed import Batch, Feed, TrainBatches, ValidationBatches, load_data
 from mlra_jax.training.fitting import compile_step
+from mlra_jax.training.health import Health
 from mlra_jax.training.hosts import by_host
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
-from mlra_jax.training.progress import Progress, check_finite
+from mlra_jax.training.peers import Peers
+from mlra_jax.training.progress import Done, Progress
 from mlra_jax.training.saver import Best, Saver, only_run
 from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from mlra_jax.training.stopping import StopSignals
-from mlra_jax.training.tracing import Span, traced
+from mlra_jax.training.tracing import traced
+from mlra_jax.training.watch import Watch
+from mlra_jax.training.watchers import NOBODY, Watching, watchers_of
 
 Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train(
     experiment: Experiment,
-    workdir: str | Path,
+    workdir: PathLike,
     say: Callable[[str], None] = print,
-    *,
-    profile_steps: Span | None = None,
-    wandb: str = "",
+    peers: Peers | None = None,
+    watching: Watching = NOBODY,
 ) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
     Leaves in `workdir`: `checkpoints/`, `best/` if asked, `experiment.json`, `metrics.jsonl`,
-    `tensorboard/`, `loss_curve.png`, `profile/` and `wandb/` if asked. With several processes all must see it. SIGTERM and Ctrl-C
+    `tensorboard/`, `loss_curve.png`. With several processes all must see it. SIGTERM and Ctrl-C
     save and return. Losses, data order and checkpoints depend on the settings alone.
 
     Args:
       experiment: what to train.
       workdir: a folder, made if it does not exist.
-      say: prints one line of progress; on a terminal, curves between them.
-      profile_steps: which are traced, into `workdir/profile`.
-      wandb: a project of Weights & Biases that is told all numbers; empty for none.
+      say: prints one line of progress.
+      peers: the other processes, if there are some.
+      watching: what else is left of the run, and where else it is seen.
 
     Raises:
       ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
         workdir; nothing has been written then.
       DestinationError: another run writes the workdir.
-      TrainingError: a metric was not finite, or a file could not be written.
+      TrainingError: too many steps were not finite, or a file could not be written.
     """
     first = jax.process_index() == 0
     say = say if first else lambda line: None
     workdir = _checked_workdir(workdir)
     mesh = _checked_mesh(experiment.mesh)
-    model, data = experiment.model, experiment.data
-    abstract = abstract_state(experiment, mesh)
-    tokenizer, source = load_data(data, model.vocab_size)
-    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
-    held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
-
+    model, abstract = experiment.model, abstract_state(experiment, mesh)
+    tokenizer, source, batches, held_out = _opened(experiment, mesh)
     if experiment.init_from and not checkpoints.finished_steps(workdir):
         start.open_weights(experiment, tokenizer)  # Refused before the workdir is made.
     with contextlib.ExitStack() as until_the_end:
         enter = until_the_end.enter_context
         enter(contextlib.closing(batches))
         lock = enter(only_run(workdir))
-        state, step, seconds = _found(experiment, workdir, tokenizer, abstract, batches, say)
-        changes = record.changes(workdir, experiment) if step else []
+        state, done = _found(experiment, workdir, tokenizer, abstract, batches, say)
+        changes = record.changes(workdir, experiment) if done.step else []
         description = checkpoints.describe(model, tokenizer)
-        saver = enter(Saver(workdir, experiment.keep, description, lock))
+        saver = enter(Saver(workdir, experiment, description, lock))
         best = enter(Best(workdir, description)) if experiment.keep_best else None
         stop = enter(StopSignals())
-        if step >= experiment.steps:
-            say(f"{workdir} is already at step {step} of {experiment.steps}")
-            for line in changes:
-                say(f"not taken: {line}")
-        else:
-            for line in changes:
-                say(f"from here on: {line}")
-            writer = enter(_begin(workdir, experiment, step, say, wandb)) if first else None
-            for line in describe(source, data.validation_tokens):
+        if ended := done.step >= experiment.steps:
+            say(f"{workdir} is already at step {done.step} of {experiment.steps}")
+        for line in changes:
+            say(f"{'not taken' if ended else 'from here on'}: {line}")
+        if not ended:
+            writer = enter(_begin(workdir, experiment, done, watching, say)) if first else None
+            for line in describe(source, experiment.data.validation_tokens):
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
             compute = _compiled(experiment, mesh, state, batch, say)
-            compute = enter(traced(compute, step, profile_steps, workdir, say))
-            progress = Progress(
-                steps=experiment.steps,
-                step=step,
-                seconds=seconds,
-                tokens_per_step=experiment.tokens_per_step,
-                full_rate=_full_rate(model, mesh, state),
-                say=say,
-                writer=writer,
-            )
-            validate = make_validation_step(experiment, mesh)
+            compute = enter(traced(compute, done.step, watching.profile_steps, workdir, say))
+            rate = _full_rate(model, mesh, state)
+            progress = _progress(experiment, done, rate, say, writer)
             loop = _Loop(
                 due=_Due.of(experiment),
                 compute=compute,
                 batches=batches,
-                validate=lambda params: mean_loss(validate, params, held_out),
+                validate=_validation(experiment, mesh, held_out),
                 saver=saver,
                 best=best,
                 progress=progress,
+                health=Health(experiment.skip_budget, progress),
+                watch=enter(Watch(say, peers)),
                 stop=stop,
             )
-            if experiment.validate_first and step == 0:
+            if experiment.validate_first and done.step == 0:
                 loop.check(state)
                 progress.restart_interval()
             if loop.run(state, batch):
@@ -138,6 +130,13 @@ def mean_loss(
     return float(sums[0] / sums[1]), int(sums[1])
 
 
+def _validation(
+    experiment: Experiment, mesh: Mesh, held_out: ValidationBatches
+) -> Callable[[Any], tuple[float, int]]:
+    validate = make_validation_step(experiment, mesh)
+    return lambda params: mean_loss(validate, params, held_out)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Due:
     """After which steps something is done besides; after the last, everything."""
@@ -146,6 +145,7 @@ class _Due:
     log_every: int
     validate_every: int
     save_every: int
+    keep_every: int
 
     @classmethod
     def of(cls, experiment: Experiment) -> "_Due":
@@ -155,7 +155,7 @@ class _Due:
         """Whether to log, to validate, to save."""
         each = (self.log_every, self.validate_every, self.save_every)
         log, validate, save = (step == self.steps or step % every == 0 for every in each)
-        return log, validate, save
+        return log, validate, save or (self.keep_every > 0 and step % self.keep_every == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,35 +169,46 @@ class _Loop:
     saver: Saver
     best: Best | None
     progress: Progress
+    health: Health
+    watch: Watch
     stop: StopSignals
 
     def run(self, state: TrainState, batch: Batch) -> bool:
         """True if a signal ended it before the last step. `batch` is the first."""
+        owed = False
         while True:
+            self.watch.begin(self.progress.step + 1)
             state, metrics = self.compute(state, batch)
             step, position = self.progress.count(), self.batches.get_state()
+            self.health.note(step, position["next_batch"] - 1, metrics)
             self.saver.poll()
             last, stop = step == self.due.steps, self.stop.after(step)
             log, check, save = self.due.after(step)
-            save |= stop
+            save |= stop or owed
             if log or check or save:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                check_finite(step, values)
+                values, good = self.health.read()
+                # Weights that gave no finite loss take a good checkpoint's place at the end only.
+                owed = save and not (good or stop or last)
+                save &= not owed
+                self.watch.rests()
             if log:
                 self.progress.log(values | by_host(self.progress.step_seconds))
+                save |= good and self.saver.due()
             # What is written for a step is on the disk before its checkpoint, which is where a
             # killed run goes on.
             loss = self.check(state) if check else math.inf
             best = self.best if self.best and self.best.beaten_by(loss) else None
             if save or best:
                 with self.progress.timed("save_seconds"):
+                    self.progress.sync()
                     if best:
                         best.save(step, state.params, loss)
                     if save:
-                        self.saver.save(step, state, position, self.progress.seconds)
+                        self.saver.save(state, position, self.progress.done)
             if last or stop:
                 self.saver.finish()
                 return not last
+            self.watch.goes_on("waiting for input")
             with self.progress.timed("input_seconds"):
                 batch = next(self.batches)
             if log or check or save:
@@ -210,10 +221,8 @@ class _Loop:
         return loss
 
 
-def _checked_workdir(workdir: str | Path) -> Path:
-    if "://" in str(workdir):
-        raise ConfigError(f"workdir {workdir} is an address; mount the bucket and give its path")
-    path = Path(workdir).absolute()
+def _checked_workdir(workdir: PathLike) -> AnyPath:
+    path = paths.path(workdir).absolute()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"workdir {workdir} is a file; name a folder")
     return path
@@ -229,15 +238,26 @@ def _checked_mesh(settings: MeshSettings) -> Mesh:
     return mesh
 
 
+def _opened(
+    experiment: Experiment, mesh: Mesh
+) -> tuple[str, Source, TrainBatches, ValidationBatches]:
+    """(the tokenizer's name, the tokens, batches to train on, those to validate on)."""
+    model, data = experiment.model, experiment.data
+    tokenizer, source = load_data(data, model.vocab_size)
+    batches = Feed(mesh, data.global_batch, model).train(source, experiment.seed, data.order)
+    held_out = Feed(mesh, data.part_batch, model).validation(source, data.validation_tokens)
+    return tokenizer, source, batches, held_out
+
+
 def _found(
     experiment: Experiment,
-    workdir: Path,
+    workdir: AnyPath,
     tokenizer: str,
     abstract: TrainState,
     batches: TrainBatches,
     say: Callable[[str], None],
-) -> tuple[TrainState | None, int, float]:
-    """(state, step, seconds) to go on with: the workdir's, or another run's weights, or None."""
+) -> tuple[TrainState | None, Done]:
+    """What to go on with and what is done: the workdir's, or another run's weights, or None."""
     if checkpoints.finished_steps(workdir):
         found = checkpoints.open_checkpoint(workdir)
         if not (found.has("optimizer") and found.has("iterator") and found.has("progress")):
@@ -246,41 +266,45 @@ def _found(
                 f"with them, take another workdir and --config.init_from={found.folder.parents[1]}"
             )
         checkpoints.check_same_model(found, experiment.model, tokenizer, workdir)
-        state, step, seconds = _restore(found, abstract, batches)
-        say(f"resuming {workdir} from step {step}")
-        return state, step, seconds
+        state, done = _restore(found, abstract, batches)
+        say(f"resuming {workdir} from step {done.step}")
+        return state, done
     if experiment.init_from:
         found = start.open_weights(experiment, tokenizer)
         say(start.described(found, experiment))
-        return start.state_from(found, experiment, abstract), 0, 0.0
-    return None, 0, 0.0
+        return start.state_from(found, experiment, abstract), Done(began=time.time())
+    return None, Done(began=time.time())
 
 
 def _restore(
     found: Checkpoint, abstract: TrainState, batches: TrainBatches
-) -> tuple[TrainState, int, float]:
-    """The state of a checkpoint, its step and the seconds up to it; sets the data's place."""
-    progress = found.read_json("progress")
+) -> tuple[TrainState, Done]:
+    """The state of a checkpoint, and what was done up to it; sets the data's place."""
+    done = Done.of(found.read_json("progress"))
     batches.set_state(found.read_json("iterator"))
-    step = jax.jit(lambda: jnp.int32(progress["step"]), out_shardings=abstract.step.sharding)()
+    step = jax.jit(lambda: jnp.int32(done.step), out_shardings=abstract.step.sharding)()
     state = TrainState(
         step=step,
         params=found.restore("params", abstract.params),
         optimizer=found.restore("optimizer", abstract.optimizer),
     )
-    return state, found.step, progress["seconds"]
+    return state, done
 
 
 def _begin(
-    workdir: Path, experiment: Experiment, step: int, say: Callable[[str], None], wandb: str
+    workdir: AnyPath,
+    experiment: Experiment,
+    done: Done,
+    watching: Watching,
+    say: Callable[[str], None],
 ) -> contextlib.closing[MetricsWriter]:
-    """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
-    record.write(workdir, experiment, step)
-    writer = MetricsWriter(workdir, step, say)
-    for watcher in watchers.for_terminal(workdir, say):
+    """Writes down the settings; the metrics file goes on behind what is done and is closed at exit,
+    with all who are told the same."""
+    record.write(workdir, experiment, done.step)
+    writer = MetricsWriter(workdir, done.step, say)
+    settings = experiment.to_config_dict().to_dict()
+    for watcher in watchers_of(watching, workdir, settings, done.step, say):
         writer.tell(watcher)
-    if wandb:
-        writer.tell(watchers.WandB(wandb, workdir, experiment.to_config_dict().to_dict(), step))
     return contextlib.closing(writer)
 
 
@@ -299,15 +323,43 @@ def _compiled(
         f"{experiment.tokens_per_step:,} tokens a step, "
         f"compiled in {time.monotonic() - began:.0f} s"
     )
-    if sharding.platform(mesh) != "cpu":
-        return compute
-    # Many CPU devices share few threads: more than one step under way could starve another.
-    return lambda state, batch: jax.block_until_ready(compute(state, batch))
+    if sharding.platform(mesh) == "cpu":
+        # Many CPU devices share few threads: more than one step under way could starve another.
+        return lambda state, batch: jax.block_until_ready(compute(state, batch))
+    before: dict[str, jax.Array] = {}
+
+    def begin(state, batch):
+        """Begins a step when the one before the last is done: the devices never wait for the host,
+        which knows how long a step takes."""
+        nonlocal before
+        state, metrics = compute(state, batch)
+        jax.block_until_ready(before)
+        before = metrics
+        return state, metrics
+
+    return begin
 
 
 def _described(mesh: Mesh) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     return f"{axes or 'one device'} ({sharding.platform(mesh)})"
+
+
+def _progress(
+    experiment: Experiment,
+    done: Done,
+    full_rate: float | None,
+    say: Callable[[str], None],
+    writer: MetricsWriter | None,
+) -> Progress:
+    return Progress(
+        steps=experiment.steps,
+        done=done,
+        tokens_per_step=experiment.tokens_per_step,
+        full_rate=full_rate,
+        say=say,
+        writer=writer,
+    )
 
 
 def _full_rate(model: ModelConfig, mesh: Mesh, state: TrainState) -> float | None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any, Protocol
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from mlra_jax.files import naming, whole_figure, whole_file
+from mlra_jax.files import Lines, naming, whole_figure, whole_file
+from mlra_jax.storage import paths
+from mlra_jax.storage.paths import AnyPath, PathLike, files_below, in_bucket
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = METRICS_FILE + ".damaged"
@@ -30,6 +32,8 @@ class Watcher(Protocol):
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard files; a line is on the disk when `write` ends.
 
+    In a bucket, where files only come whole, it is there when `sync` ends, or some seconds later.
+
     Args:
       workdir: an existing folder.
       step: the step from which the run goes on; what was written after it by a run that was
@@ -37,27 +41,29 @@ class MetricsWriter:
       say: prints one note for each damaged line, which moves to `metrics.jsonl.damaged`.
     """
 
-    def __init__(self, workdir: Path, step: int, say: Callable[[str], None] = print):
+    def __init__(self, workdir: AnyPath, step: int, say: Callable[[str], None] = print):
         path = workdir / METRICS_FILE
         lines, damaged = _read_lines(path)
         if damaged:
             # Before the file is written anew, so that a kill between the two loses nothing.
             aside = path.with_name(DAMAGED_FILE)
-            with aside.open("ab") as file:
-                file.writelines(line + b"\n" for _, line in damaged)
-                file.flush()
-                os.fsync(file.fileno())
+            before = aside.read_bytes() if aside.exists() else b""
+            with whole_file(aside, "wb") as file:
+                file.write(before + b"".join(line + b"\n" for _, line in damaged))
             for number, _ in damaged:
                 say(f"{path}, line {number}: damaged; set aside in {aside.name}")
         kept = [line for line in lines if line["step"] <= step] if step else []
-        with whole_file(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        self._file = path.open("a")
+        self._lines = Lines(path, (json.dumps(line) + "\n" for line in kept))
         self._watchers: list[Watcher] = []
         self._board_folder = workdir / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
+        self._local = None
+        if in_bucket(workdir):
+            # The library's own way to a bucket holds a run up when that fails, and its end.
+            self._local = tempfile.TemporaryDirectory()
         # The library's usual writer has a thread, and waits for ever when that could not write.
-        self._board = event_file_writer.EventsWriter(str(self._board_folder / "events"))
+        folder = self._local.name if self._local else self._board_folder
+        self._board = event_file_writer.EventsWriter(f"{folder}/events")
         if step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._record(event_pb2.Event(step=step + 1, session_log=start))
@@ -67,10 +73,7 @@ class MetricsWriter:
 
         Raises OSError, with the file's name.
         """
-        with naming(self._file.name):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._lines.add(json.dumps({"step": step, **values}) + "\n")
         scalars = [summary.scalar(name, value) for name, value in values.items()]
         self._record(*(event_pb2.Event(step=step, summary=scalar) for scalar in scalars))
         for watcher in self._watchers:
@@ -80,13 +83,22 @@ class MetricsWriter:
         """From now on `watcher` is told, too, and is closed with this."""
         self._watchers.append(watcher)
 
+    def sync(self) -> None:
+        """All that was written is where others read it when this ends. Raises OSError."""
+        self._lines.sync()
+        for file in files_below(Path(self._local.name)) if self._local else ():
+            (self._board_folder / file.name).write_bytes(file.read_bytes())
+
     def close(self) -> None:
         for watcher in self._watchers:
             watcher.close()
         # Each write was flushed; what could not be is told already.
         with contextlib.suppress(OSError):
-            self._file.close()
+            self.sync()
+            self._lines.close()
             self._board.close()
+        if self._local:
+            self._local.cleanup()
 
     def _record(self, *events: event_pb2.Event) -> None:
         with naming(self._board_folder):
@@ -96,13 +108,13 @@ class MetricsWriter:
             self._board.flush()
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+def read_metrics(workdir: PathLike) -> list[dict[str, float]]:
     """The lines of `metrics.jsonl`; damaged ones, and a last one that a kill cut off, are left
     out."""
-    return _read_lines(Path(workdir) / METRICS_FILE)[0]
+    return _read_lines(paths.path(workdir) / METRICS_FILE)[0]
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, float]], list[tuple[int, bytes]]]:
+def _read_lines(path: AnyPath) -> tuple[list[dict[str, float]], list[tuple[int, bytes]]]:
     """The good lines, and the others with their numbers from 1 on.
 
     What follows the last newline was being written when the run was killed: neither of the two.
@@ -131,7 +143,7 @@ def _is_metrics(values: Any) -> bool:
     )
 
 
-def plot_losses(workdir: Path, vocab_size: int) -> Path:
+def plot_losses(workdir: AnyPath, vocab_size: int) -> AnyPath:
     """Draws training and validation loss over steps, with that of a uniform guess, as PNG."""
     import matplotlib.figure
 

@@ -1,17 +1,17 @@
 """What a run was trained with: `experiment.json`, and what of it a resumed run changes."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from mlra_jax.files import whole_file
 from mlra_jax.settings_tree import flatten
+from mlra_jax.storage.paths import AnyPath
 from mlra_jax.training.settings import Experiment
 
 FILE = "experiment.json"
 
 
-def changes(workdir: Path, experiment: Experiment) -> list[str]:
+def changes(workdir: AnyPath, experiment: Experiment) -> list[str]:
     """A line for each setting that is another one than in the run's record; none without record.
 
     Model, tokenizer, data, batch and seed are refused elsewhere if they differ.
@@ -38,7 +38,7 @@ def changes(workdir: Path, experiment: Experiment) -> list[str]:
     return lines
 
 
-def write(workdir: Path, experiment: Experiment, step: int) -> None:
+def write(workdir: AnyPath, experiment: Experiment, step: int) -> None:
     """Writes the settings down. Those of the steps before, if they are others, stay in
     `experiment.until_<step>.json`."""
     file, settings = workdir / FILE, json.dumps(_settings(experiment), indent=2) + "\n"

@@ -1,9 +1,10 @@
 """The checkpoints of a run, by one run at a time; which was the last good one, and the best one."""
 
 import contextlib
+import dataclasses
 import math
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mlra_jax import checkpoints
-from mlra_jax.files import LOCK_FILE, DestinationError, Lock, only_writer, reason
-from mlra_jax.training.progress import TrainingError
+from mlra_jax.files import LOCK_FILE, AnyLock, DestinationError, only_writer, reason
+from mlra_jax.storage.paths import AnyPath
+from mlra_jax.training.progress import Done, TrainingError
+from mlra_jax.training.settings import Experiment
 from mlra_jax.training.state import TrainState
 
 _MESSAGE_BYTES = 1024
@@ -27,14 +30,23 @@ class Saver:
 
     Args:
       workdir: their folder, made if it does not exist.
-      keep: how many stay.
+      experiment: which says how many stay, and after how many minutes one is due.
       description: the `model` item of each.
       lock: of the workdir, on process 0; it must be held at every save.
     """
 
-    def __init__(self, workdir: Path, keep: int, description: dict[str, Any], lock: Lock | None):
+    def __init__(
+        self,
+        workdir: AnyPath,
+        experiment: Experiment,
+        description: dict[str, Any],
+        lock: AnyLock | None,
+    ):
         self._workdir, self._description, self._lock = workdir, description, lock
-        self._manager = checkpoints.make_manager(workdir, keep=keep)
+        self._seconds, self._latest = 60 * experiment.save_minutes, time.monotonic()
+        self._manager = checkpoints.make_manager(
+            workdir, keep=experiment.keep, keep_every=experiment.keep_every
+        )
         self._writing: int | None = None
         self._failed = False
 
@@ -57,22 +69,31 @@ class Saver:
         if "\n" not in told:
             raise TrainingError(f"{told}; last good checkpoint: {self._last_good()}") from None
 
-    def save(self, step: int, state: TrainState, position: dict, seconds: float) -> None:
-        """Begins to write step `step`; its arrays may be donated when this returns."""
+    def save(self, state: TrainState, position: dict, done: Done) -> None:
+        """Begins to write step `done.step`; its arrays may be donated when this returns."""
         self.finish()
         if self._lock is not None:
             self._lock.check()
-        self._writing = step
+        self._writing, self._latest = done.step, time.monotonic()
         with self._told():
             checkpoints.save(
                 self._manager,
-                step,
+                done.step,
                 params=state.params,
                 optimizer=state.optimizer,
                 model=self._description,
                 iterator=position,
-                progress={"step": step, "seconds": seconds},
+                progress=dataclasses.asdict(done),
             )
+
+    def due(self) -> bool:
+        """Whether `save_minutes` have gone by since the last save: by the clock of process 0, the
+        same on all processes, each of which must ask."""
+        if not self._seconds:
+            return False
+        due = np.bool_(time.monotonic() - self._latest >= self._seconds)
+        several = jax.process_count() > 1
+        return bool(multihost_utils.broadcast_one_to_all(due) if several else due)
 
     def poll(self) -> None:
         """Raises TrainingError if a save in the background has failed; never waits."""
@@ -110,7 +131,7 @@ class Best:
     Only better ones take their place, also when the run is stopped and goes on.
     """
 
-    def __init__(self, workdir: Path, description: dict[str, Any]):
+    def __init__(self, workdir: AnyPath, description: dict[str, Any]):
         self._folder, self._description = workdir / BEST_FOLDER, description
         self._manager = checkpoints.make_manager(self._folder, keep=1)
         self._lowest = math.inf
@@ -141,7 +162,7 @@ class Best:
 
 
 @contextlib.contextmanager
-def only_run(workdir: Path) -> Iterator[Lock | None]:
+def only_run(workdir: AnyPath) -> Iterator[AnyLock | None]:
     """Keeps other runs out of a workdir, which is made; gives the lock on process 0.
 
     Raises:

@@ -48,19 +48,22 @@ class DataSettings:
     """In (0, 1); the part of a source without validation files that is held out."""
     validation_tokens: int = 10_485_760
     """Validate on this many tokens at most."""
-    tokenizer: str = "gpt2"
-    """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`)."""
+    tokenizer: str = ""
+    """`bytes`, `gpt2` or a ranks file (`mlra_jax.data.tokenizers`); empty: what token files were
+    prepared with, `gpt2` if nothing says."""
     token_format: str = "header"
     """Of token files: `header`, or `uint16` or `uint32` where they have none, as nanoGPT's."""
     global_batch: int = 480
     """Sequences of `model.context_length` tokens in one step, over all devices."""
     accumulate: int = 1
     """Parts in which a step's batch is computed, one after the other, to save memory."""
+    cache_bytes: int = 1 << 30
+    """Of token files in a bucket: how much of them each process keeps in memory."""
     order: str = "shuffled"
     """Of the windows: `shuffled`, anew each epoch, or `sequential`, as they stand in the files."""
 
     def __post_init__(self):
-        at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens")
+        at_least(1, self, "data.", "global_batch", "accumulate", "validation_tokens", "cache_bytes")
         check_kinds(self, "data.")
         require(bool(self.source), "data.source is empty; give a text file, a folder or .bin files")
         among(ORDERS, self, "order", "data.")
@@ -136,8 +139,17 @@ class Experiment:
     """Steps between two validations."""
     save_every: int = 1000
     """Steps between two checkpoints."""
+    save_minutes: float = 0.0
+    """In [0, inf); minutes after which a checkpoint is due besides, saved with the next line of
+    metrics. 0 is never."""
     keep: int = 2
     """Checkpoints that stay; older ones are deleted."""
+    keep_every: int = 0
+    """From 0 on; a checkpoint is saved at every multiple of so many steps, too, and stays. 0 is
+    none."""
+    skip_budget: int = 10
+    """From 0 on; how often in the whole run a step may be skipped because its loss or gradients are
+    not finite. One more ends the run."""
     loss_chunk: int = 512
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
     virtual_cpu_devices: int = 0
@@ -155,6 +167,7 @@ class Experiment:
             1, self, "", "steps", "log_every", "validate_every", "save_every", "keep", "loss_chunk"
         )
         at_least(0, self, "", "seed", "virtual_cpu_devices")
+        at_least(0, self, "", "save_minutes", "keep_every", "skip_budget")
         check_kinds(self, "")
         require(self.steps < 2**31, f"steps={self.steps} must lie in [1, 2**31)")
         require(self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")

@@ -109,7 +109,8 @@ def train_step(experiment: Experiment, mesh: Mesh):
     """The function `(state, batch) -> (state, metrics)` of one step.
 
     `metrics` has float32 scalars: `loss` (nats per token, before the update), `gradient_norm`
-    (before clipping) and `learning_rate`.
+    (before clipping) and `learning_rate`. A step whose loss or gradient norm is not finite changes
+    neither weights nor moments; only counters go on.
     """
     definition, _ = models.structure(experiment.model, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
@@ -141,12 +142,20 @@ def train_step(experiment: Experiment, mesh: Mesh):
     def step(state: TrainState, batch):
         compute = jax.value_and_grad(loss_of) if parts == 1 else accumulated
         loss, gradients = compute(state.params, batch)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
+            counter = lambda x: jnp.issubdtype(x.dtype, jnp.integer)
+            params, moments = jax.tree.map(
+                lambda new, old: new if counter(new) else jnp.where(finite, new, old),
+                (params, moments),
+                (state.params, state.optimizer),
+            )
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(gradients),
+            "gradient_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(step=state.step + 1, params=params, optimizer=moments), metrics

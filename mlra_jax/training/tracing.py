@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 
 from mlra_jax.settings_tree import ConfigError
+from mlra_jax.storage.paths import AnyPath, in_bucket
 
 FOLDER = "profile"
-"""In the workdir."""
+"""In the workdir; in the current folder where the workdir is in a bucket."""
 
 
 class Span(NamedTuple):
@@ -21,8 +22,10 @@ class Span(NamedTuple):
     last: int
 
     @classmethod
-    def of(cls, text: str) -> "Span":
-        """Of `20-22` or `20`. Raises ConfigError."""
+    def of(cls, text: str | None) -> "Span | None":
+        """Of `20-22` or `20`; None of None. Raises ConfigError."""
+        if text is None:
+            return None
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         span = cls(int(found[1]), int(found[2] or found[1])) if found else cls(0, 0)
         if not 1 <= span.first <= span.last:
@@ -32,7 +35,7 @@ class Span(NamedTuple):
 
 @contextlib.contextmanager
 def traced(
-    compute: Callable[..., Any], done: int, span: Span | None, workdir: Path, say: Callable
+    compute: Callable[..., Any], done: int, span: Span | None, workdir: AnyPath, say: Callable
 ) -> Iterator[Callable[..., Any]]:
     """Gives `compute`, a step of a run, which is traced in the steps of `span`.
 
@@ -50,7 +53,9 @@ def traced(
     if span is None:
         yield compute
         return
-    folder, step, tracing = workdir / FOLDER, done, False
+    # The profiler writes to disks only.
+    folder = Path(FOLDER) if in_bucket(workdir) else workdir / FOLDER
+    step, tracing = done, False
 
     def stop():
         nonlocal tracing

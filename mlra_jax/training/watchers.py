@@ -1,14 +1,46 @@
 """Who else is told the numbers of a run, beside its files: a terminal, Weights & Biases."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from mlra_jax.files import whole_file
 from mlra_jax.settings_tree import ConfigError
+from mlra_jax.storage.paths import AnyPath, in_bucket
 from mlra_jax.training import terminal
 from mlra_jax.training.metrics import Watcher, read_metrics
+from mlra_jax.training.tracing import Span
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """What is left of a run, and where it is seen, beside the files of every run."""
+
+    profile_steps: Span | None = None
+    """Traced into `workdir/profile`."""
+    wandb: str = ""
+    """A project of Weights & Biases that is told all numbers; empty for none."""
+
+
+NOBODY = Watching()
+
+
+def watchers_of(
+    watching: Watching,
+    workdir: AnyPath,
+    settings: Mapping[str, Any],
+    step: int,
+    say: Callable[[str], None],
+) -> list[Watcher]:
+    """Who is told the numbers of a run from `step` on. Raises ConfigError as `WandB` does."""
+    found: list[Watcher] = []
+    if sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf"):
+        found.append(LiveCurve(read_metrics(workdir), say))
+    if watching.wandb:
+        found.append(WandB(watching.wandb, workdir, settings, step))
+    return found
 
 
 class LiveCurve:
@@ -40,12 +72,6 @@ class LiveCurve:
                 self._curves[curve].append((step, values[name]))
 
 
-def for_terminal(workdir: Path, say: Callable[[str], None]) -> list[Watcher]:
-    """A curve where stdout is a terminal that has the characters for it."""
-    shown = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-    return [LiveCurve(read_metrics(workdir), say)] if shown else []
-
-
 class WandB:
     """A run of Weights & Biases that goes on when the workdir's does; WANDB_MODE=offline writes it
     to `workdir/wandb`.
@@ -60,25 +86,26 @@ class WandB:
       ConfigError: the package is missing, or the service refuses.
     """
 
-    def __init__(self, project: str, workdir: Path, settings: dict[str, Any], step: int):
-        wandb = imported()
+    def __init__(self, project: str, workdir: AnyPath, settings: Mapping[str, Any], step: int):
+        wandb = _imported()
         kept = workdir / "wandb.json"
         known = json.loads(kept.read_text())["id"] if step and kept.exists() else None
         try:
             self._run = wandb.init(
                 project=project,
-                dir=workdir,
+                dir=None if in_bucket(workdir) else workdir,
                 name=workdir.name,
                 id=known,
                 resume="allow" if known else None,
-                config=settings,
+                config=dict(settings),
             )
         except wandb.errors.Error as error:
             raise ConfigError(
                 f"--wandb={project}: {' '.join(str(error).split())}; WANDB_MODE=offline needs no "
                 "account"
             ) from None
-        kept.write_text(json.dumps({"id": self._run.id}) + "\n")
+        with whole_file(kept) as file:
+            file.write(json.dumps({"id": self._run.id}) + "\n")
         self._run.define_metric("*", step_metric="train_step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,8 +115,13 @@ class WandB:
         self._run.finish()
 
 
-def imported() -> Any:
-    """The package. Raises ConfigError where it is missing."""
+def check_wandb(project: str) -> None:
+    """Raises ConfigError where a project is named and the package is missing."""
+    if project:
+        _imported()
+
+
+def _imported() -> Any:
     try:
         import wandb
     except ImportError:

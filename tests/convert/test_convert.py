@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 import mlra_jax
 from mlra_jax import checkpoints
 from mlra_jax.checkpoints import CheckpointError
+from mlra_jax.command import install_line
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import CheckpointFileError, convert
 from mlra_jax.convert import __main__ as command
@@ -578,4 +579,4 @@ def test_hub(tmp_path, monkeypatch):
         tmp_path,
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refuse("pip install 'mlra-jax", "someone/models/mha", tmp_path)
+    refuse(f"hub: {re.escape(install_line('hub'))}$", "someone/models/mha", tmp_path)

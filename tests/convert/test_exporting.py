@@ -9,16 +9,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+import mlra_jax
 from mlra_jax import checkpoints
-from mlra_jax.config import NEIGHBOURS, ConfigError, LatentConfig, preset
+from mlra_jax.config import GPT2_VOCABULARY, NEIGHBOURS, ConfigError, LatentConfig, preset
 from mlra_jax.convert import CheckpointFileError, convert, exporting
 from mlra_jax.convert.exporting import export
 from mlra_jax.convert.lazy import LazyArray
-from mlra_jax.convert.released import base_name
+from mlra_jax.convert.released import base_name, usual_tokenizer
 from mlra_jax.convert.weights import Weights
 from mlra_jax.export import main
 
@@ -360,6 +362,38 @@ def test_the_dtype_of_the_products_comes_back(dtype, tmp_path):
         convert(out, again, quiet=True)
         config = checkpoints.open_checkpoint(again).model
         assert (config.execution.dtype, config.param_dtype) == (dtype, stored)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "bytes", "gpt2", "tiktoken:0123456789abcdef"])
+def test_the_tokenizer_comes_back(tokenizer, tmp_path):
+    convert(RELEASED / "gqa", tmp_path / "run", quiet=True)
+    assert checkpoints.open_checkpoint(tmp_path / "run").tokenizer is None
+    model = mlra_jax.load_trainable(tmp_path / "run")
+    with checkpoints.make_manager(tmp_path / "named") as manager:
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        described = checkpoints.describe(model.config, tokenizer)
+        checkpoints.save(manager, 0, params=params, model=described)
+    export(tmp_path / "named", tmp_path / "out", quiet=True)
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported.get("tokenizer", "absent") == (tokenizer or "absent")
+    convert(tmp_path / "out", tmp_path / "again", quiet=True)
+    assert checkpoints.open_checkpoint(tmp_path / "again").tokenizer == tokenizer
+
+
+def test_the_published_vocabulary_is_gpt2s_and_not_written_down():
+    large, small = (preset("gqa", vocab_size=size) for size in (GPT2_VOCABULARY, 264))
+    assert (usual_tokenizer(large), usual_tokenizer(small)) == ("gpt2", None)
+
+
+@pytest.mark.parametrize("value", ["byte", "tiktoken:x", 7, ["bytes"]])
+def test_what_is_no_tokenizer_is_refused(value, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(RELEASED / "gqa", source)
+    described = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(described | {"tokenizer": value}))
+    with pytest.raises(CheckpointFileError, match="config.json: tokenizer=.* is no tokenizer's na"):
+        convert(source, tmp_path / "never", quiet=True)
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("value", ["int8", None, ["float32"]])

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import struct
 import tarfile
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlra_jax.command import install_line
 from mlra_jax.data import documents, file_kinds, text_reader
 from mlra_jax.data.documents import layout, read_documents
 from mlra_jax.data.inputs import open_input
@@ -218,7 +220,8 @@ def test_zstandard_is_read_where_a_library_is_and_named_where_none_is(tmp_path, 
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(b"\x28\xb5\x2f\xfd" + b"stand-in")
     monkeypatch.setattr(text_reader, "_DECOMPRESSORS", {})
-    with pytest.raises(ValueError, match="a.jsonl.zst is Zstandard data: pip install backports.zs"):
+    advice = f"a.jsonl.zst is Zstandard data: {install_line('zstd')}, or decompress it: zstd -d"
+    with pytest.raises(ValueError, match=re.escape(advice)):
         list(read_documents(path, "text"))
     content = LINES.encode()
     opened = {file_kinds.ZSTD: lambda file: io.BytesIO(content)}

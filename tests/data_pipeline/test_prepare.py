@@ -3,6 +3,8 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlra_jax.command import install_line
 from mlra_jax.data import token_file
 from mlra_jax.data.inputs import Rows, open_input
+from mlra_jax.data.journal import one_tokenizer, tokenizer_of
 from mlra_jax.data.prepare import _in_order, main, prepare
 from mlra_jax.data.sources import load_source, pydoc_documents
 from mlra_jax.data.tokenizers import get_tokenizer
@@ -439,7 +443,9 @@ def test_a_data_set_of_the_hub_by_name_configuration_and_split(tmp_path, monkeyp
     ]
     assert len(set(identities)) == len(identities)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'mlra-jax[datasets]'" in failure(capsys, flags("hf:a"))
+    assert f"hf:a needs the datasets library: {install_line('datasets')}" in failure(
+        capsys, flags("hf:a")
+    )
 
 
 def test_the_command_names_its_files_and_says_what_it_wrote(tmp_path, capsys):
@@ -471,6 +477,35 @@ def test_folders_without_text_are_refused(tmp_path):
     token_file.write(tmp_path / "empty/a.bin", np.arange(3))
     with pytest.raises(ValueError, match="a.bin is a token file already; give text"):
         open_input(str(tmp_path / "empty"))
+
+
+def test_token_files_tell_the_tokenizer_that_they_were_prepared_with(ranks_file, tmp_path):
+    (tmp_path / "text.txt").write_text("the thing and the other thing")
+    made = {}
+    for name, tokenizer in (("a", get_tokenizer("bytes")), ("b", get_tokenizer(ranks_file))):
+        how = dict(name=name, shard_tokens=10, validation_first_shard=True)
+        source = open_input(str(tmp_path / "text.txt"))
+        made[name] = prepare(source, tmp_path / name, tokenizer=tokenizer, **how)
+        assert len(made[name]) > 1
+        assert {tokenizer_of(path) for path in made[name]} == {tokenizer.name}
+        assert one_tokenizer(made[name]) == one_tokenizer(made[name], tokenizer.name)
+    last = made["a"][-1]
+    moved, beyond = tmp_path / last.name, last.with_name("a_train_000099.bin")
+    for path in (moved, beyond, last.with_name("a.bin"), last.with_name("x_train_000000.bin")):
+        shutil.copy(last, path)
+        assert tokenizer_of(path) is None and one_tokenizer([path], "gpt2") == "gpt2"
+    ranks = get_tokenizer(ranks_file).name
+    both = (
+        f"{made['b'][0]} was prepared with tokenizer {ranks}, and that of {made['a'][0]} is bytes"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(both)}: .*; prepare all with one$"):
+        one_tokenizer([made["a"][0], moved, made["b"][0]])
+    with pytest.raises(ValueError, match="tokenizer bytes, and data.tokenizer is gpt2: .*; do$"):
+        one_tokenizer([moved, last], "gpt2", "data.tokenizer", "do")
+    for damage in ("{", "[]", '{"settings": {"tokenizer": "bytes"}}'):
+        (tmp_path / "a" / "a_prepare.json").write_text(damage)
+        with pytest.raises(ValueError, match=f"a_prepare.json is damaged, .*{last.name}"):
+            tokenizer_of(last)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from mlra_jax.data import sources, text_reader, token_file
 from mlra_jax.data.sources import Segment, Windows, load_source
 from mlra_jax.data.text_reader import read_pieces
 from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.storage import paths
 
 BYTES = get_tokenizer("bytes")
 
@@ -214,8 +215,8 @@ def test_text_is_ordered_folder_by_folder_and_never_validation_by_its_name(tmp_p
 def test_a_pattern_is_read_in_order_whatever_the_folder_says(tmp_path, monkeypatch):
     for i in range(3):
         token_file.write(tmp_path / f"{i}.bin", np.array([i, i]))
-    listed = sources.glob.glob
-    monkeypatch.setattr(sources.glob, "glob", lambda *a, **k: sorted(listed(*a, **k))[::-1])
+    listed = paths.glob.glob
+    monkeypatch.setattr(paths.glob, "glob", lambda *a, **k: sorted(listed(*a, **k))[::-1])
     assert tokens_of(load(f"{tmp_path}/*.bin", validation="pydoc").train) == [0, 0, 1, 1, 2, 2]
 
 

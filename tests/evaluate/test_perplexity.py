@@ -120,7 +120,7 @@ def test_every_flag_of_the_command_line_arrives(monkeypatch, result):
     assert (plain.pop("token_format"), given.pop("token_format")) == ("header", "uint16")
     nothing = dict(batch=None, step=None, dtype=None, output=None)
     assert (plain.pop("allow_nonfinite"), given.pop("allow_nonfinite")) == (False, True)
-    assert plain == dict(window=2048, max_tokens=100_000_000, **nothing)
+    assert plain == dict(window=None, max_tokens=100_000_000, **nothing)
     assert given == dict(window=7, max_tokens=70, batch=6, step=3, dtype="float16", output="o.json")
 
 
@@ -152,7 +152,7 @@ def test_patterns_are_the_files_that_they_match(tokens, wanted, tmp_path, monkey
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "e_folder.bin").mkdir()
-    assert perplexity._expand(tokens) == wanted
+    assert perplexity._files(tokens, None) == wanted
 
 
 def test_a_pattern_on_the_command_line(checkpoint, files, result, capsys):

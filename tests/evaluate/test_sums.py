@@ -1,8 +1,10 @@
 """Sums by window, without a model: which are counted, kept, taken up again, and refused."""
 
+import dataclasses
 import inspect
 import json
 import math
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ import pytest
 from mlra_jax import checkpoints, checksums, sharding
 from mlra_jax.config import GroupedConfig, ModelConfig
 from mlra_jax.data import token_file
+from mlra_jax.data.inputs import open_input
+from mlra_jax.data.prepare import prepare
 from mlra_jax.data.sources import Segment, Windows
+from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.evaluate import perplexity
 from mlra_jax.evaluate.perplexity import Tally, evaluate, table
 from mlra_jax.loading import load_model
@@ -79,6 +84,37 @@ def run(place, *files, **changes):
 def by_hand(path, windows):
     tokens = token_file.read(path)[: windows * WINDOW + 1].astype(np.float64)
     return float(np.mean(tokens[:-1] * 0.01 + tokens[1:] * 0.5))
+
+
+def test_the_window_is_the_models_own_and_a_longer_one_is_said_once(place, calls, capsys):
+    own = CONFIG.context_length
+    for name in ("long.bin", "longer.bin"):
+        token_file.write(place / name, np.arange(4 * own) % 50)
+    for window, warned in ((None, 0), (own - 1, 0), (own + 1, 1)):
+        settings = dict(window=window, output=None, quiet=False)
+        found = run(place, "long.bin", "longer.bin", **settings)
+        assert found["settings"]["window"] == (window or own)
+        said = f"{own + 1} tokens are beyond the {own} that the model was trained with"
+        assert capsys.readouterr().err.count(said) == warned
+
+
+def test_files_of_another_tokenizer_are_refused(place, calls):
+    text = place / "text.txt"
+    text.write_text("Enough for a window.")
+    made = prepare(open_input(str(text)), place, tokenizer=get_tokenizer("bytes"), name="made")
+    for tokenizer in ("bytes", None, "gpt2"):
+        folder = place / f"run_{tokenizer}"
+        with checkpoints.make_manager(folder) as manager:
+            model = checkpoints.describe(dataclasses.replace(CONFIG, vocab_size=260), tokenizer)
+            checkpoints.save(manager, 1, params={"a": np.ones(3, np.float32)}, model=model)
+        settings = dict(checkpoint=folder, output=place / f"{tokenizer}.json")
+        if tokenizer == "gpt2":
+            refused = f"{made[0]} was prepared with tokenizer bytes, and the checkpoint's is gpt2"
+            with pytest.raises(ValueError, match=f"^{re.escape(refused)}: "):
+                run(place, "a.bin", made[0].name, **settings)
+            assert not settings["output"].exists()
+        else:
+            assert run(place, "a.bin", made[0].name, **settings)["sets"][str(made[0])]["tokens"]
 
 
 def test_sets_windows_and_the_mean(place, calls):

@@ -1,6 +1,7 @@
 """The decode command and `generate`: same text however it is split, errors in one line."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import mlra_jax
 from mlra_jax import checkpoints
 from mlra_jax import model as models
 from mlra_jax.config import Execution, LatentConfig, ModelConfig
+from mlra_jax.generation import __main__ as decoding
 from mlra_jax.generation.__main__ import main, read_prompts
 from mlra_jax.sharding import make_mesh
 
@@ -96,6 +98,27 @@ def test_each_mesh_and_batch_gives_the_same_text(checkpoint):
     assert f"cache: {128 // 2 * (32 // 4 + 4) * 2 * 2 * 4:,} bytes per device" in err
     mla = 128 // 2 * (32 + 4) * 2 * 2 * 4
     assert f"(2 x 128 positions); MLA would hold {mla:,}, 3.00 times as much" in err
+
+
+def test_tokens_beyond_the_trained_length_are_said_once(checkpoint, monkeypatch):
+    """Of the longest prompt with what is to come; the model's own length is enough for it."""
+    monkeypatch.setattr(decoding, "load_model", shortened(decoding.load_model, 12))
+    flags = [f"--checkpoint={checkpoint}", "--prompt=four", "--prompt=eightsix"]
+    for new, warned in ((4, 0), (5, 1)):
+        out, err, code = run(*flags, f"--max_new_tokens={new}")
+        said = "13 tokens are beyond the 12 that the model was trained with: expect what lies there"
+        assert code == 0 and err.count(said) == err.count("beyond") == warned
+
+
+def shortened(load, context_length):
+    """`load` for models that were trained with so many tokens."""
+
+    def loaded(*arguments, **named):
+        model = load(*arguments, **named)
+        config = dataclasses.replace(model.config, context_length=context_length)
+        return dataclasses.replace(model, config=config)
+
+    return loaded
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Starts train.py command lines at once, having imported everything before.
 
-In: a line of JSON for each, {"arguments": [...], "out": FILE, "err": FILE}. Out: a line
-{"started": PID} for each, and {"ended": PID, "code": EXIT} when one has ended. When its input ends,
-so do all that it started.
+In: a line of JSON for each, {"arguments": [...], "out": FILE, "err": FILE, "environment": {...}};
+what the environment has is added to its own. Out: a line {"started": PID} for each, and
+{"ended": PID, "code": EXIT} when one has ended. When its input ends, so do all that it started.
 """
 
 import json
@@ -11,6 +11,8 @@ import select
 import signal
 import sys
 
+from jax._src.clusters import cloud_tpu_cluster, cluster
+
 from mlra_jax.training.__main__ import main as train
 
 
@@ -18,9 +20,13 @@ def tell(**message):
     print(json.dumps(message), flush=True)
 
 
-def start(arguments, out, err):
+def start(arguments, out, err, environment):
     child = os.fork()
     if child == 0:
+        os.environ.update(environment)
+        # JAX has looked for a TPU when it was imported.
+        for module in (cluster, cloud_tpu_cluster):
+            module.running_in_cloud_tpu_vm = "TPU_WORKER_HOSTNAMES" in environment
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

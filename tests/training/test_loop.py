@@ -3,11 +3,13 @@
 A clock that the test moves: 1 s a step, 2 s a batch, 50 s a validation, 7 s a save.
 """
 
+import base64
 import dataclasses
 import errno
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -26,10 +28,12 @@ from mlra_jax import model as models
 from mlra_jax.config import ConfigError
 from mlra_jax.costs import flops_per_token
 from mlra_jax.data import token_file
+from mlra_jax.data.inputs import open_input
 from mlra_jax.data.pipeline import make_train_iterator
+from mlra_jax.data.prepare import prepare
 from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
-from mlra_jax.training import feed, loop, progress
+from mlra_jax.training import feed, loop, progress, saver
 from mlra_jax.training.metrics import read_metrics
 from mlra_jax.training.saver import Best
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
@@ -103,8 +107,9 @@ class Lab:
 
     def __init__(self, monkeypatch, steps):
         self.now, self.lines, self.spoil, self.seen = 0.0, [], lambda step, values: values, []
-        for module in (loop, progress):
-            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: 1e9 + self.now)
+        for module in (loop, progress, saver):
+            monkeypatch.setattr(module, "time", clock)
         monkeypatch.setitem(costs.PEAK_FLOPS, "cpu", PEAK)
         batches, validation = feed.make_train_iterator, feed.make_validation_batches
         save = checkpoints.save
@@ -212,6 +217,7 @@ def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
     # Steps since the last pause, over their seconds: neither validation nor saving is counted.
     rates = {3: 3 * TOKENS / 7, 6: TOKENS / 1, 9: TOKENS / 1, 10: TOKENS / 1}
     seconds = {3: 7, 6: 73, 9: 132, 10: 135}
+    useful = {3: 7, 6: 10, 9: 15, 10: 16}
     waits = {3: (4, 0), 6: (6, 7), 9: (6, 0), 10: (2, 0)}
     for step, line in logged.items():
         expected = {name: float(value) for name, value in by_hand[step][0].items()}
@@ -223,6 +229,9 @@ def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
         assert line["model_flops_utilization"] == pytest.approx(rates[step] * flops / PEAK / 2)
         assert line["seconds"] == seconds[step]
         assert (line["input_seconds"], line["save_seconds"]) == waits[step]
+        # The first batch was waited for before the first step.
+        assert line["goodput"] == useful[step] / (seconds[step] + 2)
+        assert line["skipped_steps"] == 0
     assert set(line) == expected.keys() | {
         "step",
         "tokens",
@@ -231,6 +240,8 @@ def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
         "input_seconds",
         "save_seconds",
         "seconds",
+        "goodput",
+        "skipped_steps",
     }
 
 
@@ -293,7 +304,13 @@ def test_what_is_saved(experiment, undisturbed, by_hand):
     for step, seconds in ((5, 63), (10, 185)):
         found = checkpoints.open_checkpoint(workdir, step)
         assert (found.model, found.tokenizer) == (experiment.model, "bytes")
-        assert found.read_json("progress") == {"step": step, "seconds": seconds}
+        assert found.read_json("progress") == {
+            "step": step,
+            "seconds": seconds,
+            "useful_seconds": {5: 9, 10: 16}[step],
+            "skipped_steps": 0,
+            "began": 1e9,
+        }
         # The batches that were used, not those that were read ahead.
         assert found.read_json("iterator")["next_batch"] == step
         got = found.restore("params", shapes)
@@ -309,7 +326,7 @@ def whole_params(experiment):
 
 
 def without_times(workdir):
-    times = ("seconds", "input_seconds", "save_seconds", "tokens_per_second")
+    times = ("seconds", "input_seconds", "save_seconds", "tokens_per_second", "goodput")
     times += ("model_flops_utilization",)
     return [{k: v for k, v in line.items() if k not in times} for line in read_metrics(workdir)]
 
@@ -440,6 +457,7 @@ def test_a_finished_run_says_so_and_goes_on_when_it_is_given_more_steps(experime
 @pytest.mark.parametrize("name", ["loss", "gradient_norm", "learning_rate"])
 def test_what_is_not_finite_ends_the_run_before_it_is_written(experiment, lab, tmp_path, name):
     lab.spoil = lambda step, values: values | ({name: math.inf} if step == 3 else {})
+    experiment = dataclasses.replace(experiment, skip_budget=0)
     words = name.replace("_", " ")
     with pytest.raises(progress.TrainingError) as error:
         lab.train(experiment, tmp_path)
@@ -449,8 +467,46 @@ def test_what_is_not_finite_ends_the_run_before_it_is_written(experiment, lab, t
     assert read_metrics(tmp_path) == [] and checkpoints.finished_steps(tmp_path) == []
 
 
+def test_a_step_without_finite_gradients_is_skipped_counted_and_logged(experiment, lab, tmp_path):
+    """Up to the budget, also over a restart; the checkpoint of such a step waits for the next."""
+    bad = {2: {"gradient_norm": math.inf}, 5: {"loss": math.nan}, 9: {"loss": math.nan}}
+    lab.spoil = lambda step, values: values | bad.get(step, {})
+    budget = dataclasses.replace(experiment, skip_budget=2, keep=9, log_every=1)
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    lines = lab.train(budget, tmp_path, when="step 6/", act=stop)
+    assert "step 2/10  skipped: gradient norm is inf (batch 1), 1 of at most 2" in lines
+    assert "step 5/10  skipped: loss is nan (batch 4), 2 of at most 2" in lines
+    assert any(line.startswith("step 5/10  loss nan") for line in lines)
+    assert checkpoints.finished_steps(tmp_path) == [6, 7]
+    counts = [line["skipped_steps"] for line in lines_of(tmp_path, "learning_rate").values()]
+    assert counts == [0, 1, 1, 1, 2, 2, 2]
+    assert {step: x["batch"] for step, x in lines_of(tmp_path, "batch").items()} == {2: 1, 5: 4}
+    assert all(math.isfinite(value) for line in read_metrics(tmp_path) for value in line.values())
+    with pytest.raises(progress.TrainingError) as error:
+        lab.train(budget, tmp_path)
+    assert str(error.value) == (
+        "loss is nan at step 9, the last of 3 such steps (skip_budget=2); "
+        f"last good checkpoint: {tmp_path}/checkpoints/7"
+    )
+
+
+def test_a_checkpoint_is_due_by_minutes_too(experiment, lab, tmp_path):
+    """With the first line of metrics a quarter of a minute after the last save, by the clock."""
+    changes = dict(save_minutes=0.25, save_every=7, validate_every=100, log_every=2, keep=9)
+    lab.train(dataclasses.replace(experiment, **changes), tmp_path)
+    # A step takes 3 s and a save 7: 17 s at step 6, then the save of step 7, then the last.
+    assert checkpoints.finished_steps(tmp_path) == [6, 7, 10]
+
+
+def test_multiples_stay(experiment, lab, tmp_path):
+    """Whether or not a checkpoint was due there anyway."""
+    lab.train(dataclasses.replace(experiment, save_every=3, keep_every=4, keep=1), tmp_path)
+    assert checkpoints.finished_steps(tmp_path) == [4, 8, 10]
+
+
 def test_the_last_good_checkpoint_is_named_also_after_resuming(experiment, lab, tmp_path):
     lab.spoil = lambda step, values: values | ({"loss": math.nan} if step == 8 else {})
+    experiment = dataclasses.replace(experiment, skip_budget=0)
     for _ in range(2):
         with pytest.raises(progress.TrainingError) as error:
             lab.train(experiment, tmp_path)
@@ -460,6 +516,31 @@ def test_the_last_good_checkpoint_is_named_also_after_resuming(experiment, lab, 
         )
         assert checkpoints.finished_steps(tmp_path) == [5]
         assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 6]
+
+
+@pytest.mark.parametrize("platform, waits", [("cpu", "1 1 2 2 3 3"), ("gpu", "1 2 1 3 2")])
+def test_devices_have_the_next_step_before_one_is_waited_for(
+    experiment, monkeypatch, platform, waits
+):
+    """But on CPUs, whose devices share their threads."""
+    order, mesh = [], sharding.make_mesh(data=2)
+
+    def compute(state, batch):
+        order.append(batch)
+        return state, {"loss": batch}
+
+    def wait(found):
+        order.extend([found["loss"]] if isinstance(found, dict) and found else [])
+        order.extend([found[1]["loss"]] if isinstance(found, tuple) else [])
+        return found
+
+    monkeypatch.setattr(loop, "compile_step", lambda *_: compute)
+    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    begin = loop._compiled(experiment, mesh, SimpleNamespace(params={}), None, lambda line: None)
+    for batch in (1, 2, 3):
+        begin(None, batch)
+    assert " ".join(map(str, order)) == waits
 
 
 def test_a_failed_save_ends_the_run_at_its_next_step(experiment, lab, tmp_path, monkeypatch):
@@ -498,7 +579,7 @@ def test_nothing_is_written_before_the_settings_are_found_good(experiment, tmp_p
         assert not (tmp_path / "run").exists()
 
     (tmp_path / "file").write_text("")
-    refused("gs://bucket/run is an address; mount the bucket", workdir="gs://bucket/run")
+    refused("hdfs://node/run is an address that is not served", workdir="hdfs://node/run")
     refused("file is a file; name a folder", workdir=tmp_path / "file")
     refused("needs 9 devices and there are 8", mesh=MeshSettings(tensor=9))
     source = dataclasses.replace(experiment.data, source="/no/such")
@@ -532,6 +613,51 @@ def test_token_files_need_no_tokenizer_and_text_does(experiment, tmp_path, monke
     named = dataclasses.replace(experiment.data, validation=experiment.data.source)
     name, source = feed.load_data(named, 260)
     assert name == "bytes" and len(source.train[0].tokens) == len(source.validation[0].tokens)
+
+
+def test_the_tokenizer_is_that_of_prepared_token_files_or_refused(tmp_path, monkeypatch):
+    text, ranks = tmp_path / "text.txt", tmp_path / "ranks"
+    text.write_text("so many words " * 20)
+    lines = (base64.b64encode(bytes([255 - rank])).decode() + f" {rank}\n" for rank in range(256))
+    ranks.write_text("".join(lines))
+    made = {}
+    for name in ("bytes", str(ranks)):
+        tokenizer, folder = get_tokenizer(name), tmp_path / Path(name).name[:3]
+        source = open_input(str(text))
+        made[name] = str(prepare(source, folder, tokenizer=tokenizer, name="x")[0])
+    of_bytes, of_ranks = made.values()
+    load = lambda source, tokenizer="", **more: feed.load_data(
+        DataSettings(source=source, tokenizer=tokenizer, **more), 264
+    )
+    name, source = load(of_bytes)
+    assert name == "bytes" and source.notes[0].startswith("tokenizer bytes, with which the token f")
+    assert load(of_bytes, "bytes")[1].notes == ()
+    # Text beside them is read as they were.
+    name, source = load(of_bytes, validation=str(text))
+    assert name == "bytes" and source.validation[0].tokens[:3].tolist() == [256, ord("s"), ord("o")]
+    # Ranks are not needed for what is tokens already, neither by name nor without.
+    hashed = get_tokenizer(ranks).name
+    assert load(of_ranks)[0] == load(of_ranks, hashed)[0] == load(of_ranks, str(ranks))[0] == hashed
+    with pytest.raises(FileNotFoundError, match="in training --config.data.tokenizer=FILE"):
+        load(of_ranks, validation=str(text))
+    named = load(of_ranks, str(ranks), validation=str(text))[1].validation[0].tokens
+    assert named[1] == 255 - ord("s")
+    remedy = "--config.data.tokenizer= takes the files' own"
+    for refused, tokenizer, message in (
+        (of_bytes, str(ranks), f"{of_bytes} was prepared with tokenizer bytes, and data.tokenizer"),
+        (of_ranks, "bytes", f"{of_ranks} was prepared with tokenizer {hashed}, and data.tokenizer"),
+        (f"{of_bytes},{of_ranks}", "", f"{hashed}, and that of {of_bytes} is bytes"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            load(refused, tokenizer)
+        assert not tokenizer or str(caught.value).endswith(remedy)
+
+    def offline(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    with pytest.raises(ValueError, match="prepared with tokenizer bytes, and data.tokenizer is gp"):
+        load(of_bytes, "gpt2")
 
 
 def share(parts, rows, process):

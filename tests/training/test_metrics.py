@@ -137,7 +137,11 @@ def test_a_written_line_is_on_the_disk_not_only_in_memory(tmp_path, monkeypatch)
 def test_a_file_that_cannot_be_written_is_named(tmp_path, file):
     """At once and by the caller, not in a thread: the run must know."""
     writer = MetricsWriter(tmp_path, 0)
-    target = writer._file if file == "metrics.jsonl" else writer._board._py_recordio_writer._writer
+    target = (
+        writer._lines._file
+        if file == "metrics.jsonl"
+        else writer._board._py_recordio_writer._writer
+    )
     os.dup2(full := os.open("/dev/full", os.O_WRONLY), target.fileno())
     os.close(full)
     with pytest.raises(OSError) as error:

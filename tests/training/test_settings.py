@@ -6,15 +6,21 @@ import json
 import math
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlra_jax.command import Parser
 from mlra_jax.config import PRESETS, ConfigError, Execution, GroupedConfig, ModelConfig, preset
+from mlra_jax.data.inputs import open_input
 from mlra_jax.data.pipeline import ORDERS
+from mlra_jax.data.prepare import prepare
+from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.settings_tree import closest
+from mlra_jax.training.__main__ import read_settings
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -30,9 +36,12 @@ EXPERIMENT = Experiment(model=MODEL, data=DataSettings(source="pydoc"))
 
 LEAST = {
     "": dict.fromkeys(["steps", "log_every", "validate_every", "save_every", "keep"], 1)
-    | {"loss_chunk": 1, "seed": 0, "virtual_cpu_devices": 0},
+    | {"loss_chunk": 1}
+    | dict.fromkeys(
+        ["seed", "virtual_cpu_devices", "save_minutes", "keep_every", "skip_budget"], 0
+    ),
     "mesh": dict.fromkeys(["data", "fsdp", "tensor", "context"], 1),
-    "data": dict.fromkeys(["global_batch", "accumulate", "validation_tokens"], 1),
+    "data": dict.fromkeys(["global_batch", "accumulate", "validation_tokens", "cache_bytes"], 1),
     "optimizer": dict.fromkeys(
         ["peak_learning_rate", "warmup_steps", "final_fraction", "b1", "b2", "eps", "weight_decay"]
         + ["clip_norm"],
@@ -165,10 +174,11 @@ def test_the_defaults_are_the_papers_recipe():
             "validation": "",
             "validation_fraction": 0.05,
             "validation_tokens": 10 * 2**20,
-            "tokenizer": "gpt2",
+            "tokenizer": "",
             "token_format": "header",
             "global_batch": 480,
             "accumulate": 1,
+            "cache_bytes": 2**30,
         },
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
         "optimizer": {
@@ -188,7 +198,10 @@ def test_the_defaults_are_the_papers_recipe():
         "validate_every": 1000,
         "validate_first": False,
         "save_every": 1000,
+        "save_minutes": 0.0,
         "keep": 2,
+        "keep_every": 0,
+        "skip_budget": 10,
         "keep_best": False,
         "loss_chunk": 512,
         "virtual_cpu_devices": 0,
@@ -279,7 +292,7 @@ def experiments(draw):
         optimizer,
         steps,
         draw(st.integers(0, 2**32 - 1)),
-        *(draw(SMALL) for _ in range(5)),
+        *(draw(SMALL) for _ in range(8)),
         draw(st.integers(0, 8)),
         draw(st.booleans()),
         draw(st.booleans()),
@@ -320,4 +333,22 @@ def test_the_quickstart_needs_nothing_but_python():
     assert (experiment.data.source, experiment.data.tokenizer) == ("pydoc", "bytes")
     assert experiment.model.attention.num_latents == experiment.mesh.tensor == 4
     assert experiment.virtual_cpu_devices == 8 == experiment.mesh.data * experiment.mesh.tensor
-    assert experiment.steps == 300 and experiment.tokens_per_step == 16 * 128
+    assert experiment.steps == 450 and experiment.tokens_per_step == 8 * 256
+
+
+def test_the_quickstart_takes_text_as_bytes_and_token_files_as_they_were_prepared(tmp_path):
+    text = tmp_path / "a:b,c.txt"
+    text.write_text("words " * 9)
+    source = open_input(str(text))
+    made = prepare(source, tmp_path, tokenizer=get_tokenizer("bytes"), name="made")[0]
+    alone = tmp_path / "alone.bin"
+    shutil.copy(made, alone)
+    for source, tokenizer, vocab_size in (
+        (text, "bytes", 264),
+        (made, "bytes", 264),
+        (alone, "gpt2", 50304),
+    ):
+        file = f"{CONFIGS}/quickstart.py:{source}"
+        experiment = Experiment.from_dict(read_settings(Parser("x", ""), file, []).to_dict())
+        assert (experiment.data.source, experiment.data.tokenizer) == (str(source), tokenizer)
+        assert experiment.model.vocab_size == vocab_size

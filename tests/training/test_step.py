@@ -13,6 +13,7 @@ from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.config import ConfigError, Execution, LatentConfig, ModelConfig
 from mlra_jax.model import Model
+from mlra_jax.training import step as steps
 from mlra_jax.training.optimizer import make_schedule
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 from mlra_jax.training.state import (
@@ -87,6 +88,41 @@ def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape):
     kernel = state.params["layers"]["mlp"]["up"]["kernel"]
     shard = kernel.addressable_shards[0].data
     assert shard.size * shape[1] * shape[2] == kernel.size
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters(monkeypatch):
+    """Weights and moments to the bit; the step after it takes its own learning rate."""
+    whole, faults = steps.loss_sum, {VOCAB - 1: "loss", VOCAB - 2: "gradient_norm"}
+
+    def loss_sum(model, batch, chunk):
+        first = batch["inputs"][0, 0]
+        # The root of 0 has a slope without bound.
+        some = jnp.clip(VOCAB - 2 - first, 0, 1).astype(jnp.float32)
+        root = jnp.sqrt(some * (model.embed.embedding[...] ** 2).sum())
+        return whole(model, batch, chunk) + jnp.where(first < VOCAB - 1, root, 1 / root)
+
+    monkeypatch.setattr(steps, "loss_sum", loss_sum)
+    model = dataclasses.replace(EXPERIMENT.model, num_layers=1)
+    experiment, mesh = on_mesh(model=model, loss_chunk=LENGTH), sharding.make_mesh()
+    state, step = create_state(experiment, mesh), make_train_step(experiment, mesh)
+    state, _ = step(state, random_batch(0))
+    before = jax.device_get(state)
+    for number, (token, fault) in enumerate(faults.items(), 1):
+        batch = random_batch(number)
+        batch["inputs"][0, 0] = token
+        state, metrics = step(state, batch)
+        assert not np.isfinite(metrics[fault])
+        assert fault == "loss" or np.isfinite(metrics["loss"])
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before.params)
+        pairs = zip(
+            jax.tree.leaves(before.optimizer), jax.tree.leaves(state.optimizer), strict=True
+        )
+        for old, new in pairs:
+            np.testing.assert_array_equal(new, old if old.ndim else old + number)
+    state, metrics = step(state, random_batch(3))
+    assert metrics["learning_rate"] == pytest.approx(rate(experiment.optimizer, 8, 3))
+    changed = jax.tree.map(lambda a, b: np.any(a != b), state.params, before.params)
+    assert int(state.step) == 4 and all(jax.tree.leaves(changed))
 
 
 def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device):

@@ -12,11 +12,13 @@ import stat
 import struct
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.data import file_kinds
+from mlra_jax.storage import paths
+from mlra_jax.storage.blocks import LARGE_BLOCK_BYTES, Cache, RemoteBytes
+from mlra_jax.storage.paths import AnyPath, PathLike, in_bucket
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -27,6 +29,8 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 MAX_ENTRIES = 100_000
 MAX_DIRECTORY_BYTES = 32 << 20
 _BYTES_AT_ONCE = 8 << 20
+_CACHE_BYTES = 256 << 20
+Mapped = mmap.mmap | RemoteBytes
 # What downloads leave in the place of a file: how it begins (in lower case), and what to say.
 _SUBSTITUTES = (
     (b"version https://git-lfs", "a pointer of git-lfs, not the file itself; run `git lfs pull`"),
@@ -48,16 +52,17 @@ class StoredArchive:
 
     Attributes:
       path: the file.
-      map: its memory map, read-only.
+      map: its memory map, read-only, or its bytes in a bucket.
       entries: name to `Entry`.
 
     Raises:
       CheckpointFileError: not a regular file, not a zip archive, or a directory that lies.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: PathLike):
+        self.path = paths.path(path)
         self.map = map_file(self.path)
+        self._last = "", memoryview(b"")
         try:
             self._check_beginning()
             self.entries = self._read_directory()
@@ -66,9 +71,14 @@ class StoredArchive:
             raise
 
     def data(self, name: str) -> memoryview:
-        """The bytes of an entry, not copied."""
-        entry = self.entries[name]
-        return memoryview(self.map)[entry.start : entry.start + entry.size]
+        """The bytes of an entry, on a disk not copied; the last one of a bucket is kept."""
+        if self._last[0] != name:
+            entry = self.entries[name]
+            view = self._view(entry.start, entry.size)
+            if isinstance(self.map, mmap.mmap):
+                return view
+            self._last = name, view
+        return self._last[1]
 
     def verify(self, progress: Callable[[int], object] = lambda n: None) -> None:
         """Compares every entry with its CRC-32; ``progress`` is told the bytes read."""
@@ -76,7 +86,7 @@ class StoredArchive:
             crc = 0
             for start in range(entry.start, entry.start + entry.size, _BYTES_AT_ONCE):
                 size = min(_BYTES_AT_ONCE, entry.start + entry.size - start)
-                with memoryview(self.map) as view, view[start : start + size] as piece:
+                with self._view(start, size) as piece:
                     crc = zlib.crc32(piece, crc)
                 self.release(start, size)
                 progress(size)
@@ -92,13 +102,19 @@ class StoredArchive:
     def close(self) -> None:
         self.map.close()
 
+    def _view(self, start: int, size: int) -> memoryview:
+        if isinstance(self.map, mmap.mmap):
+            with memoryview(self.map) as whole:
+                return whole[start : start + size]
+        return memoryview(self.map[start : start + size])
+
     def _error(self, text: str) -> CheckpointFileError:
         return CheckpointFileError(f"{self.path}: {text}")
 
     def _unpack(self, layout: struct.Struct, signature: bytes, offset: int) -> tuple:
         if not 0 <= offset <= len(self.map) - layout.size:
             raise self._error("a zip record lies outside the file; fetch it again, whole")
-        fields = layout.unpack_from(self.map, offset)
+        fields = layout.unpack(self.map[offset : offset + layout.size])
         if fields[0] != signature:
             raise self._error("no whole zip archive as torch.save writes it; fetch it again")
         return fields
@@ -199,26 +215,31 @@ class StoredArchive:
         return tuple(values)
 
 
-def release_pages(mapped: mmap.mmap, start: int = 0, size: int | None = None) -> None:
+def release_pages(mapped: Mapped, start: int = 0, size: int | None = None) -> None:
     """Drops the resident pages of a read-only map, so that a long read does not fill memory.
 
     Whole pages around the range go; the next access reads them from the file again.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
     size = len(mapped) - start if size is None else size
     first = start - start % mmap.PAGESIZE
     mapped.madvise(mmap.MADV_DONTNEED, first, min(start + size, len(mapped)) - first)
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """Maps a regular file read-only.
+def map_file(path: AnyPath) -> Mapped:
+    """Maps a regular file read-only; one in a bucket is read by ranges.
 
     Raises:
       CheckpointFileError: missing, not a regular file, empty, unreadable, or what a failed download
         leaves in its place.
     """
     try:
+        if in_bucket(path):
+            mapped = RemoteBytes(path, Cache(_CACHE_BYTES, LARGE_BLOCK_BYTES))
+            if not len(mapped):
+                raise ValueError("it is empty")
+            return _checked(path, mapped)
         # A pipe or device would block or never end; asking first costs nothing.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointFileError(f"{path}: not a regular file")
@@ -230,6 +251,10 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointFileError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise CheckpointFileError(f"{path}: cannot be read ({error})") from None
+    return _checked(path, mapped)
+
+
+def _checked(path: AnyPath, mapped: Mapped) -> Mapped:
     head = mapped[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for start, what in _SUBSTITUTES:
         if head.startswith(start):

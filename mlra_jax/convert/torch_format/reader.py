@@ -6,7 +6,6 @@ read-only NumPy views of the memory map; nothing is loaded until it is touched.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from mlra_jax.convert.errors import CheckpointFileError
 from mlra_jax.convert.torch_format.archive import StoredArchive
 from mlra_jax.convert.torch_format.unpickle import MAX_BYTES, Tensor, read_tensors
+from mlra_jax.storage.paths import PathLike
 
 
 class TensorSpec(NamedTuple):
@@ -35,7 +35,7 @@ class TorchFile:
       CheckpointFileError: anything about the file that is not as torch.save writes it.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: PathLike):
         self._archive = StoredArchive(path)
         try:
             self._root = self._find_root()
@@ -53,12 +53,11 @@ class TorchFile:
         """A tensor as a read-only view of the file; views of one storage share their bytes."""
         tensor = self._tensors[name]
         width = tensor.storage.dtype.itemsize
-        start = self._archive.entries[self._entry(tensor)].start
         return np.ndarray(
             tensor.shape,
             tensor.storage.dtype,
-            self._archive.map,
-            start + tensor.offset * width,
+            self._archive.data(self._entry(tensor)),
+            tensor.offset * width,
             tuple(stride * width for stride in tensor.strides),
         )
 

@@ -1,0 +1,190 @@
+"""Perplexity, time and memory of long streams by cache policy, on a trained model.
+
+    python -m benchmarks.long_streams --checkpoint=DIR --tokens=FILE.bin [--length=64K] [--rows=4]
+                                      [--policies=full,window:2048,ladder:2048] [--output=FOLDER]
+
+The last `rows * length` tokens of the file are rows of one stream each. Each is read on in chunks,
+as prompts are, under every policy; beside them stands what the model gives in windows of its
+trained context, each from its beginning. `FOLDER/long_streams.json` and `.png` have the perplexity
+of each stretch of so many tokens, the milliseconds a token and the bytes that the device holds. A
+step is one token of each row with the cache as it is at the end.
+"""
+
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.models import bytes_per_device, parse_size, peak_gigabytes
+from mlra_jax import cache as kv
+from mlra_jax.command import Parser, run
+from mlra_jax.data import token_file
+from mlra_jax.decoder import Decoder
+from mlra_jax.evaluate.scoring import token_scores
+from mlra_jax.files import whole_figure, whole_file
+from mlra_jax.generation import programs
+from mlra_jax.loading import load_model
+
+_STEPS = 20
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _score(decoder: Decoder, cache: kv.Cache, tokens_BT: jax.Array, targets_BT: jax.Array):
+    """(loss of each target, the cache with the tokens)."""
+    x_BTD, cache = decoder.read(tokens_BT, cache)
+    logits_BTV = decoder.logits(x_BTD)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT, cache
+
+
+def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> dict[str, Any]:
+    """Reads the rows under a policy (`full` keeps all): losses, times, bytes. JSON-ready."""
+    (B, T), policy = tokens_BT.shape, None if word == "full" else kv.parse_policy(word)
+    capacity = policy.slots if policy else kv.round_capacity(T, decoder.mesh)
+    _, cache = programs.empty(decoder, batch=B, capacity=capacity)
+    held = bytes_per_device(cache)
+    part = jax.ShapeDtypeStruct((B, chunk), jnp.int32)
+    compiled = _score.lower(decoder, cache, part, part).compile()
+    losses, seconds, filled = [], [], 0
+    for start in tqdm(range(0, T - chunk, chunk), desc=word, unit="chunk"):
+        began = time.perf_counter()
+        if policy and filled + chunk > policy.slots:
+            cache = programs.make_room(decoder, cache, policy=policy, new=chunk)
+            filled -= policy.dropped
+        pair = (tokens_BT[:, start + i : start + i + chunk] for i in (0, 1))
+        loss_BT, cache = compiled(decoder, cache, *pair)
+        losses.append(np.asarray(loss_BT, np.float64))
+        seconds.append(time.perf_counter() - began)
+        filled += chunk
+    if policy:
+        cache = programs.make_room(decoder, cache, policy=policy, new=_STEPS + 1)
+    steps = []
+    for _ in range(min(_STEPS, capacity - filled) + 1):
+        began = time.perf_counter()
+        logits_BV, cache = programs.step(decoder, cache, tokens_BT[:, 0])
+        jax.block_until_ready(logits_BV)
+        steps.append(time.perf_counter() - began)
+    return dict(
+        policy=word,
+        losses=np.concatenate(losses, axis=1).mean(0).tolist(),
+        milliseconds_per_token=[1e3 * s / (B * chunk) for s in seconds],
+        milliseconds_per_step=1e3 * statistics.median(steps[1:]) if steps[1:] else None,
+        cache_bytes=held,
+        chunk_GB=peak_gigabytes(compiled),
+    )
+
+
+def in_windows(decoder: Decoder, tokens_BT: np.ndarray, window: int) -> list[float]:
+    """The losses of the same targets, each window read from its beginning."""
+    found = []
+    for start in tqdm(range(0, tokens_BT.shape[1] - window, window), desc="windows"):
+        pair = (tokens_BT[:, start + i : start + i + window] for i in (0, 1))
+        found.append(-np.asarray(token_scores(decoder, *pair)[0], np.float64).mean(0))
+    return np.concatenate(found).tolist()
+
+
+def by_stretch(losses: list[float], stretch: int) -> list[float]:
+    """The perplexity of each stretch of the stream."""
+    whole = len(losses) // stretch * stretch
+    return np.exp(np.reshape(losses[:whole], (-1, stretch)).mean(1)).tolist()
+
+
+def summary(results: list[dict[str, Any]], windows: list[float]) -> str:
+    """A line for each policy: perplexity over the stream beside that in windows."""
+    lines = [
+        f"{'':16}{'perplexity':>12}{'to windows':>12}{'ms/token first, last':>24}{'ms/step':>9}"
+        f"{'cache MB':>10}"
+    ]
+    for result in results:
+        count = min(len(result["losses"]), len(windows))
+        ours, theirs = (np.exp(np.mean(x[:count])) for x in (result["losses"], windows))
+        times, step = result["milliseconds_per_token"], result["milliseconds_per_step"]
+        # The first chunk still waits for the host.
+        first, last = (statistics.median(x) for x in (times[1:5] or times, times[-4:]))
+        lines.append(
+            f"{result['policy']:16}{ours:12.3f}{ours / theirs:12.4f}{first:16.4f}{last:8.4f}"
+            f"{'-' if step is None else f'{step:.2f}':>9}{result['cache_bytes'] / 1e6:10.1f}"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], windows: list[float], stretch: int, path: Path) -> None:
+    """Perplexity and time by position."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(11, 4.5), layout="constrained")
+    perplexity, times = figure.subplots(1, 2)
+    ends = lambda values, step: step * (1 + np.arange(len(values)))
+    for result in results:
+        label = f"{result['policy']}, {result['cache_bytes'] / 1e6:.1f} MB"
+        values = by_stretch(result["losses"], stretch)
+        perplexity.plot(ends(values, stretch), values, "o-", markersize=3, label=label)
+        values = result["milliseconds_per_token"]
+        chunk = len(result["losses"]) // len(values)
+        times.plot(ends(values, chunk)[1:], values[1:], label=label)
+    values = by_stretch(windows, stretch)
+    style = dict(color="grey", linestyle="--", label="in windows of the trained context")
+    perplexity.plot(ends(values, stretch), values, **style)
+    perplexity.set(xlabel="tokens", ylabel=f"perplexity of {stretch} tokens")
+    times.set(xlabel="tokens", ylabel="ms a token of a row", yscale="log")
+    for axes in (perplexity, times):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    whole_figure(path, figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("benchmarks.long_streams", "Long streams by cache policy.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder of a training run")
+    add("--tokens", required=True, help=".bin file; its end is read")
+    add("--length", type=parse_size, default=65536, help="tokens of a row, 64K")
+    add("--rows", type=int, default=4, help="streams side by side")
+    add("--policies", default="full,window:2048,ladder:2048", help="joined by commas")
+    add("--dtype", help="of the products")
+    add("--output", default="runs/long_streams", help="folder for the results")
+    flags = parser.parse_args(argv)
+
+    def work():
+        decoder = load_model(flags.checkpoint, dtype=flags.dtype)
+        words, window = flags.policies.split(","), decoder.config.context_length
+        given = [kv.parse_policy(word) for word in words if word != "full"]
+        chunk = min([policy.dropped for policy in given] + [window])
+        tokens, wanted = token_file.read(Path(flags.tokens)), flags.rows * flags.length
+        if len(tokens) < wanted or flags.length <= max(window, chunk):
+            raise ValueError(
+                f"--tokens={flags.tokens} has {len(tokens):,} tokens and --length={flags.length} "
+                f"--rows={flags.rows} wants {wanted:,}, a row more than the context of {window}"
+            )
+        tokens_BT = np.asarray(tokens[-wanted:], np.int32).reshape(flags.rows, -1)
+        windows = in_windows(decoder, tokens_BT, window)
+        results = []
+        folder = Path(flags.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        for word in words:
+            results.append(stream(decoder, tokens_BT, word, chunk))
+            device = jax.devices()[0].device_kind
+            found = dict(device=device, jax=jax.__version__, rows=flags.rows, chunk=chunk)
+            with whole_file(folder / "long_streams.json") as file:
+                stretches = [
+                    result | {"losses": None, "perplexity": by_stretch(result["losses"], window)}
+                    for result in results
+                ]
+                found |= dict(windows=by_stretch(windows, window), policies=stretches)
+                json.dump(found, file, indent=1)
+            draw(results, windows, window, folder / "long_streams.png")
+        print(summary(results, windows))
+
+    return run(parser, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a run would take of accelerators that are not there."""
