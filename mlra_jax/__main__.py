@@ -20,6 +20,7 @@ COMMANDS = {
     "mlra-jax": ("mlra_jax", "list commands, presets, configs and settings"),
     "mlra-train": ("mlra_jax.training", "train a model, or go on with it"),
     "mlra-profile": ("mlra_jax.profile", "what the devices do in a run's steps"),
+    "mlra-report": ("mlra_jax.report", "runs beside each other: settings, numbers, loss curves"),
     "mlra-plan": ("mlra_jax.plan", "memory and time on a slice that is not there"),
     "mlra-decode": ("mlra_jax.generation", "continue text from a checkpoint"),
     "mlra-convert": ("mlra_jax.convert", "released weights to a checkpoint"),

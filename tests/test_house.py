@@ -16,7 +16,7 @@ FLOORS = (
     {"attention"},
     {"model", "costs"},
     {"convert", "decoder", "training"},
-    {"loading", "saving", "generation", "export", "profile"},
+    {"loading", "saving", "generation", "export", "profile", "report"},
     {"evaluate", "analysis", "plan"},
 )
 

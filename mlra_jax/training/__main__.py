@@ -21,6 +21,8 @@ from mlra_jax.training.loop import train
 from mlra_jax.training.peers import JOIN_SECONDS
 from mlra_jax.training.settings import Experiment
 from mlra_jax.training.shipped import find_config
+from mlra_jax.training.tracing import Span
+from mlra_jax.training.watchers import Watching, check_wandb
 
 GPU_MEMORY = 0.95
 
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--num_processes", type=int, help="with --coordinator: how many")
     add("--process_id", type=int, help="with --coordinator: which one this is, from 0 on")
     add("--join_seconds", type=float, default=JOIN_SECONDS, help="within which all must have come")
+    add("--profile_steps", metavar="A-B", help="steps to trace, as 20-22, into WORKDIR/profile")
+    add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too")
     flags, overrides = parser.parse_known_args(argv)
     if not flags.workdir:
         parser.error("--workdir is empty")
@@ -53,9 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         experiment = prepared(settings)
+        watching = Watching(Span.of(flags.profile_steps), flags.wandb)
+        check_wandb(flags.wandb)
         say = lambda line: print(line, flush=True)
         with joined(flags, experiment, say, lambda line: end_now(parser, line)) as peers:
-            train(experiment, flags.workdir, say, peers)
+            train(experiment, flags.workdir, say, peers, watching)
 
     return run(parser, work, "the same command goes on from the last checkpoint")
 

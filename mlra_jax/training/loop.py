@@ -23,6 +23,7 @@ from mlra_jax.training import record, start
 from mlra_jax.training.feed import Batch, Feed, TrainBatches, ValidationBatches, load_data
 from mlra_jax.training.fitting import compile_step
 from mlra_jax.training.health import Health
+from mlra_jax.training.hosts import by_host
 from mlra_jax.training.metrics import MetricsWriter, plot_losses
 from mlra_jax.training.peers import Peers
 from mlra_jax.training.progress import Done, Progress
@@ -31,7 +32,9 @@ from mlra_jax.training.settings import Experiment, MeshSettings
 from mlra_jax.training.state import TrainState, abstract_state, create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from mlra_jax.training.stopping import StopSignals
+from mlra_jax.training.tracing import traced
 from mlra_jax.training.watch import Watch
+from mlra_jax.training.watchers import NOBODY, Watching, watchers_of
 
 Compute = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -41,6 +44,7 @@ def train(
     workdir: PathLike,
     say: Callable[[str], None] = print,
     peers: Peers | None = None,
+    watching: Watching = NOBODY,
 ) -> None:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
@@ -53,6 +57,7 @@ def train(
       workdir: a folder, made if it does not exist.
       say: prints one line of progress.
       peers: the other processes, if there are some.
+      watching: what else is left of the run, and where else it is seen.
 
     Raises:
       ConfigError, CheckpointError, FileNotFoundError, ValueError: wrong settings, data, or
@@ -83,20 +88,15 @@ def train(
         for line in changes:
             say(f"{'not taken' if ended else 'from here on'}: {line}")
         if not ended:
-            writer = enter(_begin(workdir, experiment, done.step, say)) if first else None
+            writer = enter(_begin(workdir, experiment, done, watching, say)) if first else None
             for line in describe(source, experiment.data.validation_tokens):
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
             compute = _compiled(experiment, mesh, state, batch, say)
-            progress = Progress(
-                steps=experiment.steps,
-                done=done,
-                tokens_per_step=experiment.tokens_per_step,
-                full_rate=_full_rate(model, mesh, state),
-                say=say,
-                writer=writer,
-            )
+            compute = enter(traced(compute, done.step, watching.profile_steps, workdir, say))
+            rate = _full_rate(model, mesh, state)
+            progress = _progress(experiment, done, rate, say, writer)
             loop = _Loop(
                 due=_Due.of(experiment),
                 compute=compute,
@@ -192,7 +192,7 @@ class _Loop:
                 save &= not owed
                 self.watch.rests()
             if log:
-                self.progress.log(values)
+                self.progress.log(values | by_host(self.progress.step_seconds))
                 save |= good and self.saver.due()
             # What is written for a step is on the disk before its checkpoint, which is where a
             # killed run goes on.
@@ -292,11 +292,20 @@ def _restore(
 
 
 def _begin(
-    workdir: AnyPath, experiment: Experiment, step: int, say: Callable[[str], None]
+    workdir: AnyPath,
+    experiment: Experiment,
+    done: Done,
+    watching: Watching,
+    say: Callable[[str], None],
 ) -> contextlib.closing[MetricsWriter]:
-    """Writes down the settings; the metrics file goes on behind `step` and is closed at exit."""
-    record.write(workdir, experiment, step)
-    return contextlib.closing(MetricsWriter(workdir, step, say))
+    """Writes down the settings; the metrics file goes on behind what is done and is closed at exit,
+    with all who are told the same."""
+    record.write(workdir, experiment, done.step)
+    writer = MetricsWriter(workdir, done.step, say)
+    settings = experiment.to_config_dict().to_dict()
+    for watcher in watchers_of(watching, workdir, settings, done.step, say):
+        writer.tell(watcher)
+    return contextlib.closing(writer)
 
 
 def _compiled(
@@ -334,6 +343,23 @@ def _compiled(
 def _described(mesh: Mesh) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     return f"{axes or 'one device'} ({sharding.platform(mesh)})"
+
+
+def _progress(
+    experiment: Experiment,
+    done: Done,
+    full_rate: float | None,
+    say: Callable[[str], None],
+    writer: MetricsWriter | None,
+) -> Progress:
+    return Progress(
+        steps=experiment.steps,
+        done=done,
+        tokens_per_step=experiment.tokens_per_step,
+        full_rate=full_rate,
+        say=say,
+        writer=writer,
+    )
 
 
 def _full_rate(model: ModelConfig, mesh: Mesh, state: TrainState) -> float | None:

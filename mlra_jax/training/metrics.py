@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
@@ -19,6 +19,14 @@ from mlra_jax.storage.paths import AnyPath, PathLike, files_below, in_bucket
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = METRICS_FILE + ".damaged"
 CURVE_FILE = "loss_curve.png"
+
+
+class Watcher(Protocol):
+    """Is told each line of metrics of a run, in order."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -46,6 +54,7 @@ class MetricsWriter:
                 say(f"{path}, line {number}: damaged; set aside in {aside.name}")
         kept = [line for line in lines if line["step"] <= step] if step else []
         self._lines = Lines(path, (json.dumps(line) + "\n" for line in kept))
+        self._watchers: list[Watcher] = []
         self._board_folder = workdir / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
         self._local = None
@@ -67,6 +76,12 @@ class MetricsWriter:
         self._lines.add(json.dumps({"step": step, **values}) + "\n")
         scalars = [summary.scalar(name, value) for name, value in values.items()]
         self._record(*(event_pb2.Event(step=step, summary=scalar) for scalar in scalars))
+        for watcher in self._watchers:
+            watcher.write(step, values)
+
+    def tell(self, watcher: Watcher) -> None:
+        """From now on `watcher` is told, too, and is closed with this."""
+        self._watchers.append(watcher)
 
     def sync(self) -> None:
         """All that was written is where others read it when this ends. Raises OSError."""
@@ -75,6 +90,8 @@ class MetricsWriter:
             (self._board_folder / file.name).write_bytes(file.read_bytes())
 
     def close(self) -> None:
+        for watcher in self._watchers:
+            watcher.close()
         # Each write was flushed; what could not be is told already.
         with contextlib.suppress(OSError):
             self.sync()

@@ -78,6 +78,11 @@ class Progress:
             began=self._before.began,
         )
 
+    @property
+    def step_seconds(self) -> float:
+        """That each step since the last pause took."""
+        return (time.monotonic() - self._interval_began) / (self.step - self._interval_step)
+
     def count(self) -> int:
         """One more step is done; its number."""
         self.step += 1

@@ -9,6 +9,8 @@ NOT_RUN = (
     (r"^(git|curl|wget|apt|apt-get|brew|uv|conda)\b", "needs the network"),
     (r"^(gcloud|gsutil|aws|kubectl|docker|xpk)\b", "needs an account in a cloud"),
     (r"^(sbatch|squeue|scancel|srun|sinfo|salloc)\b", "needs Slurm"),
+    (r"^(launch/|envsubst\b)", "starts runs on a cluster"),
+    (r"^tail -F\b", "follows a log until it is stopped"),
     (r"^(ssh|scp|rsync|mpirun|torchrun)\b", "needs other hosts"),
     (r"^(nvidia-smi|tpu-info)\b", "needs an accelerator"),
     (r"^tensorboard\b", "serves until it is stopped"),
@@ -36,6 +38,10 @@ OTHER_FLAGS = (
     "gpus",
     "partition",
     "logdir",
+    "location",
+    "requeue",
+    "signal",
+    "spot",
 )
 """Flags of other programs that sentences name; those with a `-` inside are never ours."""
 

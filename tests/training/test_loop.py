@@ -233,6 +233,7 @@ def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
         # The first batch was waited for before the first step.
         assert line["goodput"] == useful[step] / (seconds[step] + 2)
         assert line["skipped_steps"] == 0
+        assert line["step_seconds"] == pytest.approx(TOKENS / rates[step], rel=1e-6)
     assert set(line) == expected.keys() | {
         "step",
         "tokens",
@@ -243,6 +244,7 @@ def test_what_is_logged_is_what_happened(experiment, undisturbed, by_hand):
         "seconds",
         "goodput",
         "skipped_steps",
+        "step_seconds",
     }
 
 
