@@ -427,15 +427,24 @@ def every_change():
                 yield kind, part is config, field.name
 
 
+def beside(part, name):
+    """What else a part needs to be whole with another value of a field."""
+    if isinstance(part, LatentConfig) and name in ("num_kv_heads", "expanded"):
+        kv_heads = {"num_kv_heads": 2} if name == "expanded" else {}
+        return dict(groups=1, branches=1, num_heads=4, **kv_heads)
+    # Heads double, so that twice as many groups or key heads still divide them.
+    return {"num_heads": 2 * part.num_heads} if name in ("groups", "num_kv_heads") else {}
+
+
 @pytest.mark.parametrize(("kind", "outer", "name"), list(every_change()))
 def test_each_field_of_a_model_is_compared(tmp_path, kind, outer, name):
     """Those of the model and of every kind of attention, both ways round."""
     config = IDENTITIES[kind]
     part = config if outer else config.attention
-    # Heads double, so that twice as many groups or key heads still divide them.
-    wide = {"num_heads": 2 * part.num_heads} if name in ("groups", "num_kv_heads") else {}
-    part = dataclasses.replace(part, **wide)
+    part = dataclasses.replace(part, **beside(part, name))
     old, new = getattr(part, name), other(getattr(part, name))
+    if new == 0 and new is not False:  # may be left out
+        new = 2 if name == "num_kv_heads" else part.latent_head_dim
     changed = dataclasses.replace(part, **{name: new})
     if not outer:
         part = dataclasses.replace(config, attention=part)
