@@ -8,6 +8,7 @@ EXTRAS = {
     "gcs": "gcsfs>=2026.10,<2027",
     "hub": "huggingface_hub>=0.34",
     "lm_eval": "lm_eval>=0.4.10",
+    "wandb": "wandb>=0.22,<1",
     "zstd": "backports.zstd>=1.0",
 }
 """What the extras of `pyproject.toml` need, each one library; that of its pages is no use's."""

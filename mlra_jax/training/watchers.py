@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mlra_jax.extras import install_line
 from mlra_jax.files import whole_file
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.storage.paths import AnyPath, in_bucket
@@ -125,5 +126,5 @@ def _imported() -> Any:
     try:
         import wandb
     except ImportError:
-        raise ConfigError("--wandb needs a package: pip install 'mlra-jax[wandb]'") from None
+        raise ConfigError(f"--wandb needs a package: {install_line('wandb')}") from None
     return wandb

@@ -125,7 +125,7 @@ def test_a_terminal_gets_a_curve_after_each_validation(tmp_path, monkeypatch):
 def test_the_package_of_weights_and_biases_is_asked_for_first(monkeypatch):
     check_wandb("")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="pip install 'mlra-jax\\[wandb\\]'$"):
+    with pytest.raises(ConfigError, match="pip install 'wandb>=0.22,<1'$"):
         check_wandb("mine")
 
 
