@@ -12,7 +12,9 @@ RUN := $(VENV)/bin/python
 
 ifeq ($(SOURCE),pydoc)
 WORKDIR ?= runs/quickstart
+PROMPT ?= When a class
 else
+PROMPT ?= The
 WORKDIR ?= runs/quickstart-$(basename $(notdir $(SOURCE:/=)))
 endif
 
@@ -26,7 +28,7 @@ quickstart: $(VENV)/installed
 	@$(RUN) train.py --config='configs/quickstart.py:$(SOURCE)' --workdir='$(WORKDIR)'
 	@echo
 	@$(RUN) decode.py --checkpoint='$(WORKDIR)' --virtual_cpu_devices=4 --mesh=tensor=4 \
-		--prompt='The ' --max_new_tokens=300 --temperature=0.7 --top_p=0.95
+		--prompt='$(PROMPT) ' --max_new_tokens=240 --temperature=0.7 --top_p=0.8
 
 test: lint
 	@$(RUN) -m pytest -n 2 --durations=20

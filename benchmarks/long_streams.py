@@ -48,7 +48,7 @@ def _score(decoder: Decoder, cache: kv.Cache, tokens_BT: jax.Array, targets_BT: 
 def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> dict[str, Any]:
     """Reads the rows under a policy (`full` keeps all): losses, times, bytes. JSON-ready."""
     (B, T), policy = tokens_BT.shape, None if word == "full" else kv.parse_policy(word)
-    capacity = policy.slots if policy else kv.round_capacity(T, decoder.mesh)
+    capacity = policy.slots if policy else kv.round_capacity(T + _STEPS, decoder.mesh)
     _, cache = programs.empty(decoder, batch=B, capacity=capacity)
     held = bytes_per_device(cache)
     part = jax.ShapeDtypeStruct((B, chunk), jnp.int32)
@@ -67,7 +67,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
     if policy:
         cache = programs.make_room(decoder, cache, policy=policy, new=_STEPS + 1)
     steps = []
-    for _ in range(min(_STEPS, capacity - filled) + 1):
+    for _ in range(_STEPS + 1):
         began = time.perf_counter()
         logits_BV, cache = programs.step(decoder, cache, tokens_BT[:, 0])
         jax.block_until_ready(logits_BV)
@@ -76,7 +76,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
         policy=word,
         losses=np.concatenate(losses, axis=1).mean(0).tolist(),
         milliseconds_per_token=[1e3 * s / (B * chunk) for s in seconds],
-        milliseconds_per_step=1e3 * statistics.median(steps[1:]) if steps[1:] else None,
+        milliseconds_per_step=1e3 * statistics.median(steps[1:]),
         cache_bytes=held,
         chunk_GB=peak_gigabytes(compiled),
     )
@@ -111,7 +111,7 @@ def summary(results: list[dict[str, Any]], windows: list[float]) -> str:
         first, last = (statistics.median(x) for x in (times[1:5] or times, times[-4:]))
         lines.append(
             f"{result['policy']:16}{ours:12.3f}{ours / theirs:12.4f}{first:16.4f}{last:8.4f}"
-            f"{'-' if step is None else f'{step:.2f}':>9}{result['cache_bytes'] / 1e6:10.1f}"
+            f"{step:9.2f}{result['cache_bytes'] / 1e6:10.1f}"
         )
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ compiles nothing, --draw makes its figure. `benchmarks/results/plan.json` has th
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from mlra_jax.plan.formula import Decoding
 from mlra_jax.plan.planning import fitted, plan
 from mlra_jax.plan.search import search
 from mlra_jax.sharding import all_axes
-from mlra_jax.training.settings import DataSettings, Experiment
+from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "plan.json"
@@ -60,6 +61,18 @@ def experiment(tokens: int, slices: int) -> Experiment:
     sequences = max(2**20 // tokens, 32 * slices)
     model = preset("mlra_4", context_length=tokens)
     return Experiment(model=model, data=DataSettings(source="x", global_batch=sequences))
+
+
+def of_row(row: Row) -> Experiment:
+    """The experiment whose training step a row is of."""
+    run = experiment(row["tokens"], row["slices"])
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, remat=row["remat"]),
+        data=dataclasses.replace(run.data, accumulate=row["accumulate"]),
+        mesh=MeshSettings(**row["mesh"]),
+        loss_chunk=row["loss_chunk"],
+    )
 
 
 def keys() -> Iterator[tuple]:

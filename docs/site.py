@@ -19,6 +19,8 @@ PATTERNS = (
     "docs/images/*.png",
     "benchmarks/*.md",
     "benchmarks/results/*.png",
+    "studies/results/*/*.md",
+    "studies/results/*/*.png",
 )
 # Beside the package itself: the modules that the pages import from.
 MODULES = (

@@ -8,6 +8,7 @@ file, which is written last and read first.
 
 import asyncio
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from mlra_jax.storage.paths import AnyPath, files_below, kvstore
 CHECKSUMS_FILE = "checksums.json"
 # Holds the chunks and tables of OCDBT, with checksums of their own.
 _CHECKED_FOLDER = "d"
+# A chunk is read and verified in a thread of its own, best while it is in the processor's cache.
+_CHUNK_BYTES = 1 << 24
 
 
 class DamageError(ValueError):
@@ -66,7 +69,7 @@ async def create_array(
 
     Args:
       info, arg: as a type handler gets them.
-      shape, chunk, dtype: of the whole array, and the shape of its chunks at most.
+      shape, chunk, dtype: of the whole array, and a shape that its chunks divide.
     """
     if hasattr(info, "await_path_creation"):
         await info.await_path_creation()
@@ -75,7 +78,7 @@ async def create_array(
         info,
         use_ocdbt=info.is_ocdbt_checkpoint,
         global_shape=shape,
-        local_shape=chunk,
+        local_shape=_divided(chunk, dtype.itemsize),
         dtype=dtype,
         process_index=process,
         arg=arg,
@@ -91,6 +94,17 @@ async def create_array(
     if process == 0:
         return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
     return await ts.open(ts.Spec(spec), open=True, assume_metadata=True, context=info.ts_context)
+
+
+def _divided(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+    """A shape of at most `_CHUNK_BYTES` that divides another, cut along the first axes."""
+    divided = list(shape)
+    for axis, size in enumerate(shape):
+        most = _CHUNK_BYTES // (math.prod(divided) // size * item_bytes)
+        if size <= most:
+            break
+        divided[axis] = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(most, 1))
+    return tuple(divided)
 
 
 def seal(step: AnyPath) -> None:

@@ -1,7 +1,7 @@
 """What it costs to make an MLRA of a trained MLA or GQA, and the model with which to train on.
 
     python -m studies.branching --checkpoint=runs/mla --source=FILE [--branches=4]
-                                [--turn=pca --destination=models/branched]
+                                [--turn=hadamard --destination=models/branched]
 
 prints the loss of the MLA (a GQA becomes one first, `mlra_jax.convert.factored`) and of MLRAs made
 of it (`mlra_jax.convert.branched`): each way to turn the latent, with scores multiplied by the
@@ -11,6 +11,7 @@ from the second. `--destination` keeps one, fitted, to train on:
 `python train.py --config=configs/fine_tune.py:models/branched --workdir=...`.
 """
 
+import dataclasses
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -33,7 +34,6 @@ from mlra_jax.convert.factored import factored, factored_config
 from mlra_jax.decoder import Decoder
 from mlra_jax.evaluate.scoring import token_scores
 from mlra_jax.files import check_absent
-from mlra_jax.saving import save_model
 
 _BATCH = 4
 
@@ -93,17 +93,17 @@ def fitted_strengths(seen: Seen, k_up_HCK: np.ndarray, turn_CC: np.ndarray, bran
 
     `k_up_HCK` has the norm's weights in it.
     """
-    asked_BTHC = np.einsum("bthk,hck,cu->bthu", seen.q_BTHK, k_up_HCK, turn_CC)
-    turned_BTC = seen.latent_BTC @ turn_CC
-    parts_R = np.split(turned_BTC, branches, axis=-1)
-    normed = [x / np.sqrt((x**2).mean(-1, keepdims=True)) for x in parts_R]
-    product = lambda q, c: np.einsum("bthc,bsc->bhts", q, c)
+    asked_BTHC = jnp.einsum("bthk,hck,cu->bthu", seen.q_BTHK, k_up_HCK, turn_CC)
+    turned_BTC = jnp.asarray(seen.latent_BTC @ turn_CC)
+    parts_R = jnp.split(turned_BTC, branches, axis=-1)
+    normed = [x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True)) for x in parts_R]
+    product = lambda q, c: jnp.einsum("bthc,bsc->bhts", q, c)
     whole = _centred(product(asked_BTHC, turned_BTC), seen.weights_BHTS)
     found = []
-    for q_BTHC, c_BTC in zip(np.split(asked_BTHC, branches, axis=-1), normed, strict=True):
+    for q_BTHC, c_BTC in zip(jnp.split(asked_BTHC, branches, axis=-1), normed, strict=True):
         part = _centred(product(q_BTHC, c_BTC), seen.weights_BHTS)
         over = lambda x: (seen.weights_BHTS * x).sum((0, 2, 3))
-        found.append(over(whole * part) / np.maximum(over(part**2), 1e-12))
+        found.append(np.asarray(over(whole * part) / jnp.maximum(over(part**2), 1e-12)))
     return np.stack(found)
 
 
@@ -132,6 +132,14 @@ def convert(config: ModelConfig, params: dict, seen: list[Seen], branches: int, 
     return np.stack(turns), np.stack([fitted_strengths(*x, branches) for x in found])
 
 
+def write(path: str, config: ModelConfig, params: dict, tokenizer: str | None) -> None:
+    """A checkpoint that names the tokenizer as the one did that it was made of."""
+    described = checkpoints.describe(dataclasses.replace(config, param_dtype="float32"), tokenizer)
+    with checkpoints.make_manager(path) as manager:
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        checkpoints.save(manager, 0, params=params, model=described)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Converts and compares; see `command.run` for the exit codes."""
     parser = Parser("studies.branching", __doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -142,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--latent_dim", type=positive, help="of all of them, for a GQA (default: 4 heads' width)")
     add("--rows", type=positive, default=16, help="windows of the text, half of them to fit")
     add("--length", type=positive, help="tokens of a window (default: the trained context)")
-    add("--turn", choices=TURNS, default="pca", help="of what is kept")
+    add("--turn", choices=TURNS, default="hadamard", help="of what is kept")
     add("--destination", help="folder for the result, to train on")
     flags = parser.parse_args(argv)
 
@@ -177,9 +185,7 @@ def main(argv: list[str] | None = None) -> int:
                 of_made = loss(*made, tokens_BT[half:])
                 print(f"{word + ', ' + called:28}loss {of_made:.4f}", flush=True)
             if word == flags.turn and flags.destination:
-                definition, _ = models.structure(made[0], sharding.make_mesh())
-                model = nnx.merge(definition, jax.tree.map(jnp.asarray, made[1]))
-                save_model(model, flags.destination, found.tokenizer)
+                write(flags.destination, *made, found.tokenizer)
 
     return run(parser, work)
 

@@ -28,13 +28,13 @@ def test_sentences_name_what_exists():
     settings = {x.name for section in all_settings().values() for x in section}
     settings |= {field.name for field in dataclasses.fields(Study)}
     flags = set()
-    others = [f"studies.{name}" for name in ("variants", "text")]
-    others += [f"benchmarks.{name}" for name in ("decode", "absorbed_decode")]
-    for name in [name for name, _ in COMMANDS.values()] + others:
+    for name, _ in COMMANDS.values():
         out = io.StringIO()
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
             module(name).main(["--help"])
         flags |= set(re.findall(r"--(\w+)", out.getvalue()))
+    for path in [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("studies/*.py")]:
+        flags |= set(re.findall(r'"--(\w+)"', path.read_text()))
     wrong = [line for page in PAGES for line in checking.inline_wrong(ROOT / page, settings, flags)]
     assert not wrong, "\n".join(wrong)
 
@@ -56,8 +56,8 @@ def test_sentences_name_what_exists():
         ("training", "--config.lr=1", "unknown setting --config.lr; did you mean "),
         (
             "training",
-            "--workdir=gs://b/x",
-            "workdir gs://b/x is an address; mount the bucket and give its path",
+            "--workdir=s3://b/x",
+            "s3://b/x is an address that is not served (gs:// is); mount it and give its path",
         ),
         (
             "training",

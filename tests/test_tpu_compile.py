@@ -3,7 +3,6 @@
 It takes what the committed table of plans says: these are two of its rows.
 """
 
-import dataclasses
 import importlib.util
 import math
 import re
@@ -11,12 +10,11 @@ import re
 import pytest
 from decoding import lower_step
 
-from benchmarks.plan import experiment
+from benchmarks.plan import of_row
 from mlra_jax.config import preset
 from mlra_jax.costs import cache_bytes_per_device
 from mlra_jax.decoder import Vocabulary
 from mlra_jax.plan import compiled, topology
-from mlra_jax.plan.planning import fitted
 from mlra_jax.sharding import all_axes
 from tests.plan.table import ROWS
 
@@ -59,19 +57,14 @@ def report(what: str, found: compiled.Compiled, row: dict, capsys) -> None:
     assert found.bytes == pytest.approx(sum(row["memory"].values()), rel=0.1)
     kinds = lambda each: {kind: sum(b for k, b in each if k == kind) for kind, _ in each}
     stored = kinds([(c["kind"], c["bytes"]) for c in row["collectives"]])
-    sent = kinds([(c.kind, c.bytes) for c in found.collectives])
+    sent = kinds([(c.kind, c.bytes) for c in found.collectives if c.bytes >= 1e6])
     for kind in (kind for kind in stored if stored[kind] > 0.05 * sum(stored.values())):
         assert sent[kind] == pytest.approx(stored[kind], rel=0.1), kind
 
 
 def test_training_step(v5e_16, capsys):
     row = ROWS["v5e:4x4", 1, 2048, None, None]
-    run = experiment(2048, 1)
-    model = dataclasses.replace(run.model, remat=row["remat"])
-    data = dataclasses.replace(run.data, accumulate=row["accumulate"])
-    run = dataclasses.replace(run, model=model, data=data, loss_chunk=row["loss_chunk"])
-    run = fitted(run, all_axes(row["mesh"]), v5e_16)
-    mesh = v5e_16.mesh(all_axes(row["mesh"]))
+    run, mesh = of_row(row), v5e_16.mesh(all_axes(row["mesh"]))
     found = compiled.compile_for(compiled.lower_training(run, mesh), mesh, None, lambda line: None)
     report(
         f"2.9B MLRA-4 training step, v5e 4x4, {row['mesh']}, 512 x 2048 tokens", found, row, capsys
@@ -79,7 +72,8 @@ def test_training_step(v5e_16, capsys):
     # Weights and moments, 12 bytes a parameter; three counters; tokens and targets of its rows.
     batch = 2 * 512 // (run.mesh.data * run.mesh.fsdp) * 4 * 2048
     held = 12 * parameters_per_device(fsdp=run.mesh.fsdp, split=run.mesh.tensor) + 3 * 4
-    assert 0 <= found.arguments - held - batch < ROUNDING
+    # A sixteenth of the model's width is one tile and a half.
+    assert 0 <= found.arguments - held - batch < 0.03 * held
     assert found.outputs < ROUNDING, "what the step changes is not changed in place"
     part = batch // 8 // run.data.accumulate  # tokens computed together
     kept = 24 * part * D * 2

@@ -349,7 +349,7 @@ def save(reports: Sequence[dict[str, Any]], folder: Path) -> None:
     for axes, names, styles in named:
         for name, style in zip(names, styles, strict=True):
             axes.plot([], [], style, color="gray", markersize=3, label=name)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=3.5)
         axes.grid(alpha=0.3)
     whole_figure(folder / "equivariance.png", figure)
 

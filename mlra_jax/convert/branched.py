@@ -78,7 +78,8 @@ def branched(
     summed = branches**-0.5 if config.attention.scaled else 1.0
 
     def sliced(name, factors_NRH):
-        turned = np.einsum("ncu,nc,nhck->nhuk", turns_NCC, gain_NC, value(name, "kernel"))
+        kernels = (turns_NCC, gain_NC, value(name, "kernel"))
+        turned = np.einsum("ncu,nc,nhck->nhuk", *kernels, optimize=True)
         N, H, C, K = turned.shape
         by_branch = turned.reshape(N, H, branches, C // branches, K).swapaxes(1, 2)
         by_branch = by_branch * factors_NRH[..., None, None]

@@ -89,7 +89,7 @@ def _layer(config, made, q_DHK, k_DJK, v_DJK, moments_DD) -> dict[str, np.ndarra
     q_DHX = np.concatenate([q_nope_DHK, _real(np.stack(q_rope, -1))], axis=-1)
     k_DJK = _real(k_DJN)
     # Keys and values count alike in the principal components of both.
-    size = lambda x: np.einsum("djk,de,ejk->", x, moments_DD, x) ** 0.5
+    size = lambda x: np.einsum("djk,de,ejk->", x, moments_DD, x, optimize=True) ** 0.5
     balance = size(v_DJK) / max(size(k_DJK), 1e-30)
     both = np.concatenate([balance * k_DJK, v_DJK], axis=1)
     kv_down, kv_up, kv_size = _principal(both.reshape(D, -1), moments_DD, a.latent_dim)

@@ -169,16 +169,13 @@ class Training:
         add("all-reduce", ("slices",), layers, mine * ring(data_slices), 0)
         streams = 8 if self.remat in ("block", "attention", "offload") else 6
         stream = self.tokens * self.model.embed_dim * self.size
-        add(
-            "all-reduce",
-            ("tensor",),
-            streams * layers,
-            2 * streams * layers * stream * ring(self.split),
-        )
+        sent = 2 * streams * layers * stream * ring(self.split)
+        # Neighbours in a row, which seldom go around.
+        add("all-reduce", ("tensor",), streams * layers, sent, 1)
         a = self.model.attention
         if isinstance(a, LatentConfig):
             queries = 4 * self.tokens * a.num_heads * a.query_dim * self.size
-            add("all-gather", ("tensor",), 4 * layers, layers * queries * ring(self.split))
+            add("all-gather", ("tensor",), 4 * layers, layers * queries * ring(self.split), 1)
         return found
 
 

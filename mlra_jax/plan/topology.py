@@ -91,10 +91,10 @@ def _tpus(name: str, slices: int) -> tuple[Any, ...]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
     except Exception as error:  # Of several libraries, in several lines.
-        reason = " ".join(str(error).split())
-        if "libtpu" in reason.lower() and "divisible" not in reason:
+        if "TPU support not installed" in str(error):
             raise ConfigError(
-                "the TPU compiler is not installed; pip install 'libtpu<0.1'"
+                f"--topology={name}: the TPU compiler is not installed; pip install 'libtpu<0.1'"
             ) from None
+        reason = " ".join(str(error).split())
         raise ConfigError(f"--topology={name}: {reason[:200]}") from None
     return tuple(found.devices)

@@ -34,9 +34,11 @@ def whole_prefix(destination: BucketPath) -> Iterator[BucketPath]:
         partial.copy_tree(destination, _LAST)
         copying.unlink()
     finally:
-        if lock.held():
-            partial.rmtree(missing_ok=True)
-        lock.release()
+        try:
+            if lock.held():
+                partial.rmtree(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def is_there(destination: BucketPath) -> bool:

@@ -16,6 +16,8 @@ from mlra_jax.storage.paths import BucketPath, DestinationError, kvstore, tellin
 
 # Seconds between two signs of life of an owner, and without one until the lock is taken over.
 _BEAT, _PATIENCE = 10.0, 60.0
+# That the end of a run waits for a bucket.
+_ENDING = 10.0
 
 
 class BucketLock:
@@ -59,14 +61,14 @@ class BucketLock:
             raise self._refusal(found)
 
     def release(self) -> None:
-        """Lets the next one in."""
+        """Lets the next one in; where the bucket does not answer, it will take the lock over."""
         self._released.set()
-        self._life.join()
-        # What cannot be removed is taken over by the next one when its time has come.
-        with contextlib.suppress(OSError, ValueError):
-            found = self._read()
+        self._life.join(_ENDING)
+        with contextlib.suppress(OSError), telling(self._path):
+            found = self._store.read(self._key).result(_ENDING)
             if _owner(found).get("token") == self._name["token"]:
-                self._store.write(self._key, None, if_equal=found.stamp.generation).result()
+                generation = found.stamp.generation
+                self._store.write(self._key, None, if_equal=generation).result(_ENDING)
 
     def _take(self) -> bytes:
         """The generation of the lock, once it is ours."""

@@ -28,6 +28,7 @@ SCHEME = "gs://"
 # How TensorStore's errors begin where it is not the object that is at fault.
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED")
 _REFUSALS += ("DEADLINE_EXCEEDED", "ABORTED", "the bucket: ")
+_LIBRARIES = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.")
 # Seconds in which nothing comes of an answer before the request is repeated.
 _SILENCE = 60
 _OTHER_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -57,7 +58,7 @@ def telling(path: str | os.PathLike) -> Iterator[None]:
 def is_refusal(error: Exception) -> bool:
     """Whether a bucket would or could not answer, which says nothing of what is in it."""
     text = error.strerror if isinstance(error, OSError) else str(error)
-    theirs = type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google")
+    theirs = type(error).__module__.startswith(_LIBRARIES)
     return theirs or (text or "").startswith(_REFUSALS)
 
 
@@ -116,15 +117,15 @@ class BucketPath(gpath.PosixGPath):
             file = super().open(mode)
         try:
             yield file
-        except BaseException:
-            if mode == "wb":
-                # Closing would keep what there is, also when the file is collected.
-                file.discard()
-                file.closed = True
-            raise
-        finally:
             with telling(self):
                 file.close()
+        finally:
+            if mode == "wb" and not file.closed:
+                # Closing would keep what there is, also when the file is collected.
+                file.closed = True
+                with contextlib.suppress(Exception):
+                    file.discard()
+            file.close()
 
     def read_bytes(self) -> bytes:
         with telling(self):
@@ -183,7 +184,9 @@ def path(name: str | os.PathLike) -> AnyPath:
         )
     if not text.removeprefix(SCHEME).strip("/"):
         raise BucketError(f"{text} names no bucket: give {SCHEME}BUCKET/FOLDER")
-    _prepare_library(text)
+    if importlib.util.find_spec("gcsfs") is None:
+        raise BucketError(f"{text}: buckets need gcsfs: {install_line('gcs')}")
+    _prepare_library()
     return BucketPath(text)
 
 
@@ -232,10 +235,8 @@ def kvstore(folder: str | os.PathLike) -> ts.KvStore.Spec:
 
 
 @functools.cache
-def _prepare_library(text: str) -> None:
+def _prepare_library() -> None:
     """Before the library of buckets is first used."""
-    if importlib.util.find_spec("gcsfs") is None:
-        raise BucketError(f"{text}: buckets need gcsfs: {install_line('gcs')}")
     import aiohttp
     import fsspec
     import gcsfs

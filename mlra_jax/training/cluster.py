@@ -15,16 +15,6 @@ from mlra_jax.settings_tree import flatten
 from mlra_jax.training.peers import Member, PeerError, Peers
 from mlra_jax.training.settings import Experiment
 
-_SIGNS = (
-    "TPU_WORKER_HOSTNAMES",
-    "TPU_PROCESS_ADDRESSES",
-    "TPU_PROCESS_ADDRESSES_PATH",
-    "MEGASCALE_NUM_SLICES",
-    "SLURM_STEP_NODELIST",
-    "OMPI_COMM_WORLD_SIZE",
-)
-"""Environment variables of clusters that start a process on each host."""
-
 
 @contextlib.contextmanager
 def joined(
@@ -63,7 +53,7 @@ def _detected(flags: Any) -> tuple[Member, list[int] | None] | None:
     if None not in given:
         return Member(flags.process_id, flags.num_processes, flags.coordinator), None
     asked = flags.distributed or any(x is not None for x in given)
-    if not asked and (flags.distributed is False or not any(map(os.environ.get, _SIGNS))):
+    if not asked and (flags.distributed is False or not _started_together()):
         return None
     # JAX shows what it detects only by joining.
     from jax._src.clusters import ClusterEnv
@@ -86,6 +76,17 @@ def _detected(flags: Any) -> tuple[Member, list[int] | None] | None:
             "no cluster is detected; say --coordinator=HOST:PORT, --num_processes and --process_id"
         )
     return None
+
+
+def _started_together() -> bool:
+    """Whether a cluster has started several processes, by the variables that it gives them."""
+    said = lambda name: os.environ.get(name, "")
+    counts = [said("MEGASCALE_NUM_SLICES"), said("OMPI_COMM_WORLD_SIZE")]
+    # Also without srun there is a number of tasks, and one process.
+    counts += [said("SLURM_NTASKS")] if said("SLURM_STEP_NODELIST") else []
+    hosts = said("TPU_WORKER_HOSTNAMES") + said("TPU_PROCESS_ADDRESSES")
+    listed = "," in hosts or bool(said("TPU_PROCESS_ADDRESSES_PATH"))
+    return listed or any(count not in ("", "1") for count in counts)
 
 
 def _facts(experiment: Experiment, workdir: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ SILENT_SECONDS = 40.0
 _BEAT_SECONDS = 5.0
 _GRACE_SECONDS = 2.0
 _SETTLE_SECONDS = 1.0
+_LAST_SECONDS = 5.0
 _SHOWN = 3
 
 
@@ -92,7 +93,8 @@ class Peers:
 
     def __enter__(self) -> "Peers":
         self._lines = self._call_roll() if self._me.index == 0 else self._report()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
@@ -100,6 +102,7 @@ class Peers:
             self._leave(error)
         finally:
             self._left.set()
+            self._thread.join(_LAST_SECONDS + _SETTLE_SECONDS)
 
     def _leave(self, error: BaseException | None) -> None:
         if error is None:
@@ -107,10 +110,11 @@ class Peers:
         # What failed here may be that another one is gone, which is known soon; memory is its own.
         lost = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error)
         self._over.wait(self._silent + _BEAT_SECONDS if lost else _SETTLE_SECONDS / 2)
-        if self._verdict:
-            raise PeerError(self._verdict) from None
         own = isinstance(error, ValueError | OSError) and "\n" not in str(error)
         why = str(error).strip() if own else type(error).__name__
+        # What all find wrong, each says for itself.
+        if self._verdict and not self._verdict.endswith(f" ended: {why}"):
+            raise PeerError(self._verdict) from None
         end = {"end": f"{self._hello['who']} ended: {why}"}
         self._tell(end if self._me.index == 0 else {"ended": why})
         if own and self._me.index > 0:
@@ -143,15 +147,15 @@ class Peers:
                 with contextlib.suppress(OSError):
                     server.settimeout(min(1.0, deadline - now + 0.1))
                     line = _Line(server.accept()[0])
-                    hello = line.wait_for("process", min(5.0, self._join)) or {}
-                    if not hello.keys() >= self._hello.keys():
+                    _, hello = line.wait_for(("hello",), min(5.0, self._join))
+                    if not isinstance(hello, dict) or not hello.keys() >= self._hello.keys():
                         continue
                     if trouble := self._trouble(hello, lines):
                         _refuse(lines | {-1: line}, trouble)
                     line.who = hello["who"]
                     lines[hello["process"]] = line
         for line in lines.values():
-            line.send({"go": True, "who": self._hello["who"]})
+            line.send({"go": self._hello["who"]})
         return lines
 
     def _trouble(self, hello: dict[str, Any], lines: Mapping[int, "_Line"]) -> str:
@@ -179,15 +183,19 @@ class Peers:
         while (left := deadline - time.monotonic()) > 0:
             try:
                 line = _Line(socket.create_connection(self._me.address, min(5.0, left)))
-                line.send(self._hello)
+                # Where nobody listens, the system may connect a port of this host with itself.
+                if line.socket.getsockname() == line.socket.getpeername():
+                    line.socket.close()
+                    continue
+                line.send({"hello": self._hello})
                 # Process 0 may have come later than this one.
-                answer = line.wait_for("go", 2 * self._join)
+                answer, text = line.wait_for(("refused", "go"), 2 * self._join)
             except OSError as error:
-                answer, why = None, reason(error)
-            if answer and "refused" in answer:
-                raise PeerError(answer["refused"])
+                answer, why = "", reason(error)
+            if answer == "refused":
+                raise PeerError(text)
             if answer:
-                line.who = answer["who"]
+                line.who = text
                 return {0: line}
             time.sleep(0.2)
         raise PeerError(f"{where} cannot be reached within {self._join:.0f} s: {why}")
@@ -223,7 +231,15 @@ class Peers:
         self._close()
 
     def _close(self) -> None:
+        """What was said last must arrive: a connection closed with something unread is broken off,
+        and the other end loses what it has not read."""
+        deadline = time.monotonic() + _LAST_SECONDS
         for line in self._lines.values():
+            line.finish()
+        for line in self._lines.values():
+            line.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            while line.read() and time.monotonic() < deadline:
+                pass
             line.socket.close()
 
     def _judged(self) -> str:
@@ -260,6 +276,11 @@ class _Line:
         with contextlib.suppress(OSError), self._lock:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
+    def finish(self) -> None:
+        """Nothing more will be sent."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
     def read(self) -> bool:
         """Takes in what has come; False if the other end is closed."""
         try:
@@ -277,14 +298,15 @@ class _Line:
                 self.latest = time.monotonic()
         return not self.gone
 
-    def wait_for(self, name: str, seconds: float) -> dict[str, Any] | None:
-        """What was said, once `name` or a refusal is among it; None if it was not in time."""
+    def wait_for(self, names: tuple[str, ...], seconds: float) -> tuple[str, Any]:
+        """The first of `names` that is said, and what; two empty texts if none is in time."""
         deadline = time.monotonic() + seconds
-        while not {name, "refused"} & self.heard.keys():
+        while True:
+            for name in names:
+                if name in self.heard:
+                    return name, self.heard.pop(name)
             if time.monotonic() > deadline or not self.read():
-                return None
-        said, self.heard = self.heard, {}
-        return said
+                return "", ""
 
     def closed(self) -> bool:
         """Whether the other end is, though not everything may have been read."""

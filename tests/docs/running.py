@@ -138,10 +138,12 @@ def prepare(folder: Path) -> None:
     for name in ("wikipedia", "c4"):
         token_file.write(folder / f"{name}.bin", tokens)
     train = "python train.py --config=configs/quickstart.py --workdir=runs/mlra_4"
+    mla = "python train.py --config=configs/quickstart.py --config.model.attention.branches=1 "
+    mla += "--workdir=runs/mla"
     export = "python -m mlra_jax.export --checkpoint=runs/mlra_4 --destination=weights/mlra_4"
     convert = "python -m mlra_jax.convert --source=weights/mlra_4 --destination=models/mlra_4"
     with contextlib.chdir(folder):
-        for line in (train, export, convert):
+        for line in (train, mla, export, convert):
             shell(Command("tests/docs/__main__.py", 0, tuple(line.split())))
         for copy in ("runs/mine", "runs/quickstart"):
             shutil.copytree("runs/mlra_4", copy)

@@ -45,8 +45,8 @@ OTHER_FLAGS = (
 )
 """Flags of other programs that sentences name; those with a `-` inside are never ours."""
 
-NO_SETTINGS = ("lr",)
-"""Settings that do not exist and stand in messages that pages quote."""
+NO_SETTINGS = ("lr", "key")
+"""Names that stand for any setting, or in messages that pages quote."""
 
 SUBSTITUTIONS = (
     (r"=configs/(paper|small)\.py(:\w+)?", "=configs/quickstart.py", "a small model"),

@@ -78,3 +78,12 @@ def test_what_is_refused(arguments, code, words):
     got, out, err = ended(PAPER, *arguments)
     assert got == code and out == "" and words in err
     assert err.splitlines()[-1].startswith("python -m mlra_jax.plan: ")
+
+
+def test_a_missing_tpu_compiler_is_named(monkeypatch):
+    def missing(*_, **__):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. See ...")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
+    code, _, err = ended(PAPER, "--topology=v5e:2x2", "--mesh=fsdp=4")
+    assert code == 1 and err.endswith("is not installed; pip install 'libtpu<0.1'\n")

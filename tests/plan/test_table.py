@@ -3,9 +3,12 @@
 `tests/test_tpu_compile.py` compiles two of its rows.
 """
 
+import importlib.util
+
 import pytest
 
-from benchmarks.plan import BY_HAND, chips_of, keys, markdown
+from benchmarks.plan import BY_HAND, RESULTS, chips_of, keys, markdown, of_row
+from mlra_jax.plan import planning, topology
 from mlra_jax.plan.chips import CHIPS
 from tests.plan.table import ROWS
 
@@ -17,7 +20,11 @@ def test_the_table_is_whole_and_its_rows_are_of_their_slices():
         for n in row.get("mesh", {}).values():
             ways *= n
         assert not row["fits"] or ways == chips_of(row)
-    assert len(list(markdown(ROWS.values()))) == len(ROWS) + 2
+
+
+def test_the_page_has_the_table():
+    page = (RESULTS.parents[2] / "docs/plan.md").read_text()
+    assert "\n".join(markdown(ROWS.values())) in page
 
 
 def test_every_row_fits_its_chip():
@@ -27,6 +34,24 @@ def test_every_row_fits_its_chip():
         assert sum(row["memory"].values()) <= chip.memory, row["topology"]
     refused = [key for key, row in ROWS.items() if not row["fits"]]
     assert len(refused) <= 1 and len(fitting) >= 30
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed (pip install libtpu)",
+)
+def test_the_formulas_are_near_the_compiler():
+    rows = [row for row in ROWS.values() if row["by"] == "compiler" and "remat" in row]
+    assert len(rows) >= 7
+    for row in rows:
+        where = topology.describe(row["topology"], row["slices"])
+        estimate = planning.estimated(of_row(row), where)
+        needed = sum(row["memory"].values())
+        assert 0.9 * needed < estimate.memory.bytes < 1.35 * needed, row
+        assert estimate.times.matrix == pytest.approx(row["times"]["matrix"], rel=1e-3)
+        for resource in ("links", "network"):
+            assert row["times"][resource] < 2 * getattr(estimate.times, resource) + 1e-9
+            assert getattr(estimate.times, resource) < 2 * row["times"][resource] + 1e-9
 
 
 @pytest.mark.parametrize("key", BY_HAND)

@@ -104,9 +104,19 @@ def test_a_sign_of_life_whose_answer_was_lost_is_no_loss_of_the_lock(bucket):
 
     bucket.fault = once
     generations = set()
-    while time.monotonic() and len(generations) < 4:
+    while len(generations) < 4:
         generations.add(bucket.objects["run/.lock"].generation)
         time.sleep(0.02)
     assert lost and mine.held()
     mine.release()
     assert bucket.names() == []
+
+
+def test_a_bucket_that_is_away_does_not_keep_a_run_from_ending(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "_ENDING", 0.5)
+    mine = BucketLock(FILE, FOLDER)
+    bucket.fault = lambda method, request: 503
+    time.sleep(0.2)
+    began = time.monotonic()
+    mine.release()
+    assert time.monotonic() - began < 5

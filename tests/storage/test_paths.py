@@ -1,6 +1,7 @@
 """Paths of a bucket do what those of a disk do, also where the bucket fails for a while."""
 
 import asyncio
+import gc
 import importlib.util
 import os
 import random
@@ -72,11 +73,9 @@ def test_only_buckets_that_are_served_are_taken(monkeypatch):
         path("gs://")
     with pytest.raises(BucketError, match="^--output=gs://b/x must be on a disk"):
         paths.on_disk("gs://b/x", "--output")
-    paths._prepare_library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BucketError, match="pip install 'mlra-jax\\[gcs\\]'$"):
+    with pytest.raises(BucketError, match="need gcsfs: .* -m pip install 'gcsfs"):
         path("gs://bucket/run")
-    paths._prepare_library.cache_clear()
     assert not isinstance(path("run"), BucketPath)
 
 
@@ -91,6 +90,13 @@ def test_an_object_appears_whole_or_not_at_all(bucket):
         opened.write(data[:5])
         opened.write(data[5:])
         assert bucket.names() == []
+    assert bucket.objects["whole.bin"].data == data
+    bucket.fault = lambda method, request: 403 if method == "POST" else None
+    with pytest.raises(OSError, match="the bucket"), file.open("wb") as opened:
+        opened.write(b"other")
+    bucket.fault = lambda method, request: None
+    del opened
+    gc.collect()
     assert bucket.objects["whole.bin"].data == data
 
 
@@ -126,5 +132,5 @@ def test_tensorstore_waits_no_longer_than_a_minute_for_an_answer(monkeypatch):
     names = [f"TENSORSTORE_CURL_LOW_SPEED_{name}" for name in ("TIME_SECONDS", "LIMIT_BYTES")]
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    paths._prepare_library.__wrapped__("gs://bucket/x")
+    paths._prepare_library.__wrapped__()
     assert [os.environ[name] for name in names] == ["60", "1"]

@@ -11,6 +11,7 @@ from flax import nnx
 
 from mlra_jax import model as models
 from mlra_jax.analysis.subject import of_params
+from mlra_jax.checkpoints import open_checkpoint
 from mlra_jax.config import ConfigError, GroupedConfig, LatentConfig, ModelConfig
 from mlra_jax.convert.branched import branched, branched_config, turn
 from mlra_jax.convert.factored import _layer, factored, factored_config
@@ -97,6 +98,7 @@ def test_the_command_compares_and_keeps_one(tmp_path, capsys, monkeypatch):
     losses = {name.strip(): float(value) for name, value in losses.items()}
     assert list(losses)[0] == "mla" and len(losses) == 3
     made = load_model(tmp_path / "made")
+    assert made.vocabulary.tokenizer == "bytes"
     assert made.config.attention == dataclasses.replace(MLA, branches=4)
     assert branching.main(flags) == 1
     assert "exists already" in capsys.readouterr().err
@@ -149,3 +151,8 @@ def test_a_gqa_becomes_an_mla_of_the_published_proportions():
         factored_config(config, latent_dim=49)
     with pytest.raises(ConfigError, match="only GQA, MHA and MQA"):
         factored_config(tiny.config("gta"))
+
+
+def test_a_tokenizer_of_a_ranks_file_is_named_as_before(tmp_path):
+    branching.write(str(tmp_path / "made"), CONFIG, params_of(), "tiktoken:0123456789abcdef")
+    assert open_checkpoint(tmp_path / "made").tokenizer == "tiktoken:0123456789abcdef"

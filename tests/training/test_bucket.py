@@ -14,7 +14,7 @@ from mlra_jax.files import DestinationError
 from mlra_jax.storage import lock
 from mlra_jax.training import loop
 from mlra_jax.training.metrics import MetricsWriter, read_metrics
-from mlra_jax.training.progress import TrainingError
+from mlra_jax.training.progress import Progress, TrainingError
 from mlra_jax.training.settings import MeshSettings
 from mlra_jax.training.state import abstract_state
 from tests.training import tiny
@@ -72,12 +72,15 @@ def test_a_killed_run_goes_on_bit_for_bit(runs, bucket, tmp_path, monkeypatch):
     on_disk, there = runs
     loop.train(on_disk, tmp_path / "run", say=lambda line: None)
 
-    def until_step_5(step, values):
-        if step == 5:
+    log = Progress.log
+
+    def until_step_5(self, values):
+        if self.step == 5:
             raise SystemError("killed")
+        log(self, values)
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr(loop, "check_finite", until_step_5)
+        patch.setattr(Progress, "log", until_step_5)
         patch.setattr(MetricsWriter, "close", lambda self: None)
         loop.train(there, WORKDIR, say=lambda line: None)
     # What a kill leaves: a lock whose owner is no more, a step of which the mark is missing, and

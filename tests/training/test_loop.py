@@ -33,6 +33,7 @@ from mlra_jax.data.pipeline import make_train_iterator
 from mlra_jax.data.prepare import prepare
 from mlra_jax.data.sources import load_source
 from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.storage.paths import BucketError
 from mlra_jax.training import feed, loop, progress, saver
 from mlra_jax.training.metrics import read_metrics
 from mlra_jax.training.saver import Best
@@ -581,7 +582,7 @@ def test_nothing_is_written_before_the_settings_are_found_good(experiment, tmp_p
         assert not (tmp_path / "run").exists()
 
     (tmp_path / "file").write_text("")
-    refused("hdfs://node/run is an address that is not served", workdir="hdfs://node/run")
+    refused("^hdfs://node/run is an address", BucketError, workdir="hdfs://node/run")
     refused("file is a file; name a folder", workdir=tmp_path / "file")
     refused("needs 9 devices and there are 8", mesh=MeshSettings(tensor=9))
     source = dataclasses.replace(experiment.data, source="/no/such")

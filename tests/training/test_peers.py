@@ -121,6 +121,18 @@ def test_where_nobody_calls_the_roll_one_line_says_so():
             Peers(me, FACTS, print, print).__enter__()
 
 
+def test_a_port_that_the_system_connects_with_itself_is_not_process_0(monkeypatch):
+    real, own = socket.create_connection, socket.socket()
+    own.bind(("localhost", 0))
+    own.connect(own.getsockname())
+    mirror = iter([own])
+    connect = lambda *arguments: next(mirror, None) or real(*arguments)
+    monkeypatch.setattr(peers.socket, "create_connection", connect)
+    run = Run(lambda *_: None, [{"index": 1, "count": 2}], join=1.0)
+    # It does not wait there for an answer.
+    assert "cannot be reached within 1 s: not done (Connection refused)" in run.lines()[0]
+
+
 def test_strangers_at_the_port_are_no_processes():
     port, came = free_port(), []
     me = [Member(i, 2, f"localhost:{port}") for i in range(2)]
@@ -143,8 +155,8 @@ def test_strangers_at_the_port_are_no_processes():
             until(lambda s=stranger: s.connect_ex(("localhost", port)) in (0, 106))
             stranger.sendall(text)
     with Peers(me[1], FACTS, print, print):
-        thread.join(20)
-    assert came == [0]
+        until(lambda: came)
+    thread.join(20)
 
 
 @pytest.mark.parametrize("dead", [0, 2])
@@ -177,6 +189,26 @@ def test_one_that_falls_silent_is_taken_for_dead(silent):
     run = Run(work, [{}, {}, {}], silent=1.0)
     line = rf"process {silent} on .* was not heard of for 1 s"
     assert all(re.fullmatch(line, text) for key, text in run.ended.items() if key != silent)
+
+
+def test_news_that_comes_with_the_leave_to_begin_is_heard():
+    """Another process may die as soon as all are let in."""
+    with socket.create_server(("localhost", 0)) as server:
+        me, ended = Member(1, 3, f"localhost:{server.getsockname()[1]}"), []
+
+        def process_0():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b'{"go": "process 0 on a"}\n{"end": "process 2 on b died"}\n')
+                until(lambda: ended)
+
+        thread = threading.Thread(target=process_0)
+        thread.start()
+        with Peers(me, FACTS, print, ended.append):
+            until(lambda: ended)
+        thread.join(20)
+    assert ended == ["process 2 on b died"]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -231,7 +263,8 @@ def test_process_0_gathers_where_all_stand():
             run.said.append(peers.stands())
         peers.stands()
 
-    assert Run(work, [{}, {}, {}]).said == [{0: "step 0", 1: "", 2: "step 2"}]
+    (stands,) = (x for x in Run(work, [{}, {}, {}]).said if isinstance(x, dict))
+    assert stands == {0: "step 0", 1: "", 2: "step 2"}
 
 
 def flags(**changes):
@@ -278,7 +311,10 @@ EXPLICIT = dict(coordinator="h:1", num_processes=2, process_id=1)
         (OPEN_MPI, {}, (Member(3, 4, "10.96.0.1:61445"), [0])),
         (GKE, {}, (Member(1, 4, "localhost:8482"), None)),
         (SLICES, {}, (Member(5, 8, "localhost:8482"), None)),
-        (GKE | {"TPU_WORKER_HOSTNAMES": "localhost"}, {"distributed": False}, None),
+        # A single host asks nobody.
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, {}, None),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, {}, None),
+        (GKE, {"distributed": False}, None),
     ],
 )
 def test_the_process_is_the_one_that_its_cluster_started(monkeypatch, environment, given, want):
