@@ -128,7 +128,8 @@ def test_the_container_file_copies_what_is_there():
         if word == "CMD":
             assert all(isinstance(part, str) for part in json.loads(rest))
     copied = " ".join(rest for word, rest in lines if word == "COPY").split()
-    assert {"train.py", "launch", "mlra_jax", "configs", "requirements.txt"} <= set(copied)
+    needed = {"train.py", "launch", "mlra_jax", "configs", "requirements.txt", "setup.py"}
+    assert needed <= set(copied)
 
 
 COUNTED = """

@@ -55,6 +55,9 @@ def traced(
         return
     # The profiler writes to disks only.
     folder = Path(FOLDER) if in_bucket(workdir) else workdir / FOLDER
+    # Those of one host would write the same files.
+    if jax.process_count() > 1:
+        folder /= f"process_{jax.process_index()}"
     step, tracing = done, False
 
     def stop():
@@ -82,3 +85,5 @@ def traced(
     finally:
         if tracing:
             stop()
+        elif step < span.first:
+            say(f"step {span.first} was not reached: nothing is traced")

@@ -58,10 +58,20 @@ def test_just_these_steps_are_traced(profiler, tmp_path, done, calls, wanted):
     assert profiler == [str(tmp_path / "profile") if x == "FOLDER" else x for x in wanted]
     if done == 3:
         assert lines == ["step 3 is done already: nothing is traced"]
+    elif not calls:
+        assert lines == ["step 3 was not reached: nothing is traced"]
     elif "stop" in wanted:
         assert len(lines) == 1 and lines[0].startswith(f"steps 3 to {min(4, calls + done)}: ")
     with traced(compute, 0, None, tmp_path, lines.append) as run:
         assert run is compute
+
+
+def test_each_process_traces_into_a_folder_of_its_own(profiler, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    with traced(lambda: 1, 0, Span(1, 1), tmp_path, print) as run:
+        run()
+    assert profiler == [str(tmp_path / "profile" / "process_3"), "stop"]
 
 
 def test_a_trace_is_left_in_the_workdir(tmp_path):
