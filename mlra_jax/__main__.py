@@ -105,6 +105,7 @@ def configs(given: list[str]) -> Iterator[str]:
             sequences=data.part_batch // (mesh.data * mesh.fsdp),
             ways=mesh.fsdp * mesh.tensor * mesh.context,
             loss_chunk=experiment.loss_chunk,
+            moment_dtype=experiment.optimizer.moment_dtype,
         )
         devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.context
         yield (

@@ -70,7 +70,13 @@ def table(names: Sequence[str], tokens: int, batch: int) -> str:
 
 
 def training_bytes_per_device(
-    config: ModelConfig, parameters: int, *, sequences: int, ways: int = 1, loss_chunk: int = 512
+    config: ModelConfig,
+    parameters: int,
+    *,
+    sequences: int,
+    ways: int = 1,
+    loss_chunk: int = 512,
+    moment_dtype: str = "",
 ) -> int:
     """An estimate of what training needs on each device.
 
@@ -84,6 +90,7 @@ def training_bytes_per_device(
       sequences: that one device computes together.
       ways: devices that split the weights.
       loss_chunk: positions whose logits exist at a time.
+      moment_dtype: of both moments; empty: that of the weights.
     """
     tokens = sequences * config.context_length
     attention = config.attention
@@ -93,7 +100,11 @@ def training_bytes_per_device(
     blocks = config.num_layers if keeps_all else 1
     kept = tokens * (config.num_layers * config.embed_dim + blocks * inside)
     logits = 2 * 4 * sequences * min(loss_chunk, config.context_length) * config.vocab_size
-    state = 4 * parameters * jnp.dtype(config.param_dtype).itemsize
+    weight, moment = (
+        jnp.dtype(name).itemsize
+        for name in (config.param_dtype, moment_dtype or config.param_dtype)
+    )
+    state = 2 * parameters * (weight + moment)
     return state // ways + kept * jnp.dtype(config.execution.dtype).itemsize + logits
 
 

@@ -137,8 +137,9 @@ def test_the_command_prints_the_table_that_was_asked_for(monkeypatch, capsys):
 def test_what_training_takes_is_counted():
     config = preset("mha_small", context_length=128, dtype="bfloat16")
     count = 1000
-    size = lambda **changes: costs.training_bytes_per_device(
-        dataclasses.replace(config, **changes), count, sequences=3, ways=4, loss_chunk=64
+    how = dict(sequences=3, ways=4, loss_chunk=64)
+    size = lambda moment_dtype="", **changes: costs.training_bytes_per_device(
+        dataclasses.replace(config, **changes), count, moment_dtype=moment_dtype, **how
     )
     # Weights, gradients and two moments of 4 bytes over 4 ways; 12 layers of inputs and one block's
     # 4 x 768 + 4 x 12 x 64 + 3 x 2048 in 2 bytes; twice 64 positions' logits in 4.
@@ -147,3 +148,4 @@ def test_what_training_takes_is_counted():
     everything = 16 * count // 4 + 3 * 128 * 12 * (768 + inside) * 2 + logits
     for remat, need in dict(none=everything, products=everything, block=size()).items():
         assert size(execution=Execution(remat=remat)) == need
+    assert size() - size("bfloat16") == 2 * 2 * count // 4
