@@ -47,7 +47,7 @@ def test_the_formulas_are_near_the_compiler():
         where = topology.describe(row["topology"], row["slices"])
         estimate = planning.estimated(of_row(row), where)
         needed = sum(row["memory"].values())
-        assert 0.9 * needed < estimate.memory.bytes < 1.35 * needed, row
+        assert 0.9 * needed < estimate.memory.bytes < 1.5 * needed, row
         assert estimate.times.matrix == pytest.approx(row["times"]["matrix"], rel=1e-3)
         for resource in ("links", "network"):
             assert row["times"][resource] < 2 * getattr(estimate.times, resource) + 1e-9
