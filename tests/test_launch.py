@@ -199,12 +199,21 @@ def test_slurm_starts_a_process_for_each_gpu(tmp_path):
     assert done.returncode == 2 and "submit from the clone" in done.stderr
 
 
-# `ssh` runs the command here, in a folder that stands for the host's home.
+# `ssh` runs the command here, in a folder that stands for the host's home; `scp` copies into it.
 GCLOUD = r"""
 printf '%s\x1f' "$@" >>"$CALLS"; printf '\x1e' >>"$CALLS"
+[[ $4 != scp ]] || cp "$5" "$HOME/${6#*:}"
 for argument; do
     [[ $argument != --command=* ]] || (cd "$HOME" && bash -c "${argument#--command=}")
 done
+"""
+
+
+TRAINING = r"""
+[[ $1 == train.py ]] || exit 0
+printf '%s\n' "$@" >"$HOME/argv"
+trap 'touch "$HOME/saved"; exit' TERM
+while :; do sleep 0.05; done
 """
 
 
@@ -213,8 +222,8 @@ def tpu(tmp_path):
     """A function that runs tpu_vm.sh with a stand-in for gcloud; gives (result, calls so far)."""
     home, calls = tmp_path / "home", tmp_path / "calls"
     stand_in(tmp_path / "bin", "gcloud", GCLOUD)
-    training = 'printf "%s\\n" "$@" >"$HOME/argv"; trap "touch $HOME/saved; exit" TERM'
-    stand_in(home / "mlra_jax/.venv/bin", "python", f"{training}\nwhile :; do sleep 0.05; done")
+    stand_in(tmp_path / "bin", "python3", 'printf "%s " "$@" >>"$HOME/python3"')
+    stand_in(home / "mlra_jax/.venv/bin", "python", TRAINING)
     stand_in(home / "mlra_jax/launch", "again.sh", (LAUNCH / "again.sh").read_text())
 
     def call(*arguments, **env):
@@ -237,6 +246,19 @@ def test_tpu_vms_are_created_and_deleted_by_name(tpu):
     assert calls == [[*tpus, "create", "t", *made, "--spot", "--tags=a"]]
     done, calls = tpu("delete")
     assert calls[1:] == [[*tpus, "delete", "t", "--zone=z"]]
+
+
+def test_tpu_vms_get_what_is_committed_with_its_packages(tpu):
+    done, calls = tpu("install")
+    assert done.returncode == 0, done.stderr
+    scp, ssh = calls
+    assert scp[3] == "scp" and scp[5:] == ["t:mlra_jax.tar.gz", "--zone=z", "--worker=all"]
+    assert not Path(scp[4]).exists(), "nothing is left here"
+    assert ssh[3:7] == ["ssh", "t", "--zone=z", "--worker=all"]
+    assert (tpu.home / "mlra_jax/train.py").is_file()
+    assert os.access(tpu.home / "mlra_jax/launch/again.sh", os.X_OK)
+    installed = (tpu.home / "python3").read_text()
+    assert "-r requirements.txt jax[tpu]" in installed and "--python 3.12" in installed
 
 
 def test_tpu_vms_train_with_the_flags_as_given_until_they_are_stopped(tpu):
