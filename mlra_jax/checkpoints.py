@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from mlra_jax import checksums
 from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.data.tokenizers import RANKS_FILE, meet_ranks
 from mlra_jax.settings_tree import flatten
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, PathLike
@@ -238,6 +239,9 @@ def open_checkpoint(folder: PathLike, step: int | None = None) -> Checkpoint:
         model = ModelConfig.from_dict(values)
     except (ConfigError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path}/model describes no model of this program: {e}") from e
+    # Those of a run's best weights lie beside its checkpoints.
+    for above in path.parents[1:3]:
+        meet_ranks(tokenizer, above / RANKS_FILE)
     return Checkpoint(folder=path, step=step, model=model, tokenizer=tokenizer)
 
 

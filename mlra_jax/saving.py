@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
 from mlra_jax.checkpoints import CheckpointError
-from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.data.tokenizers import RANKS_FILE, get_tokenizer, keep_ranks
 from mlra_jax.decoder import Decoder, recipe
 from mlra_jax.execution import DTypeLike, dtype_name
 from mlra_jax.model import Model
+from mlra_jax.storage import paths
 
 _NAMED = ("bytes", "gpt2")
 
@@ -85,6 +86,8 @@ def save_model(
     with checkpoints.make_manager(path) as manager:
         described = checkpoints.describe(config, name)
         checkpoints.save(manager, step, params=params, model=described)
+    if jax.process_index() == 0:
+        keep_ranks(name, paths.path(path) / RANKS_FILE)
 
 
 def _params(model: Model | Decoder) -> dict[str, Any]:

@@ -74,3 +74,11 @@ def patience():
     from mlra_jax import command
 
     command._SECONDS_TO_END = 600.0
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_met(monkeypatch):
+    """A test knows of no other's ranks files."""
+    from mlra_jax.data import tokenizers
+
+    monkeypatch.setattr(tokenizers, "_met", {})

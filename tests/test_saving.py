@@ -1,5 +1,6 @@
 """Models into checkpoints and out again, in both forms; and the pages on one's own JAX code."""
 
+import base64
 import dataclasses
 import re
 from pathlib import Path
@@ -17,8 +18,11 @@ from mlra_jax.attention import MODULES, register
 from mlra_jax.attention.grouped import GroupedAttention
 from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.config import KINDS, ConfigError, GroupedConfig
+from mlra_jax.convert import convert
 from mlra_jax.convert.exporting import export
+from mlra_jax.data import tokenizers
 from mlra_jax.decoder import Decoder, Vocabulary
+from mlra_jax.loading import load_model, tokenizer_of
 from mlra_jax.saving import load_trainable, save_model
 from mlra_jax.sharding import make_mesh
 
@@ -51,6 +55,32 @@ def test_a_decoder_is_saved_as_the_model_that_it_was_made_of(name, mesh, tmp_pat
     opened = checkpoints.open_checkpoint(tmp_path)
     assert (opened.model, opened.tokenizer, opened.step) == (model.config, "bytes", 0)
     same(params(load_trainable(tmp_path)), params(model))
+
+
+def test_ranks_go_where_the_weights_go(tmp_path, monkeypatch):
+    ranks, text = tmp_path / "ranks", "so many words"
+    lines = (base64.b64encode(bytes([255 - rank])).decode() + f" {rank}\n" for rank in range(256))
+    ranks.write_text("".join(lines))
+    model = tiny.random_model(tiny.config("gqa", num_layers=1, vocab_size=264), make_mesh())
+    save_model(model, tmp_path / "saved", ranks)
+    original = ranks.read_bytes()
+    ranks.unlink()
+
+    def whose(folder):
+        monkeypatch.setattr(tokenizers, "_met", {})
+        return tokenizer_of(load_model(folder))
+
+    assert whose(tmp_path / "saved").encode(text) == [255 - byte for byte in text.encode()]
+    export(tmp_path / "saved", tmp_path / "released", quiet=True)
+    monkeypatch.setattr(tokenizers, "_met", {})
+    convert(tmp_path / "released", tmp_path / "converted", quiet=True)
+    assert whose(tmp_path / "converted").encode(text) == [255 - byte for byte in text.encode()]
+    kept = tmp_path / "converted" / tokenizers.RANKS_FILE
+    assert kept.read_bytes() == original
+    others = (base64.b64encode(bytes([rank])).decode() + f" {rank}\n" for rank in range(256))
+    kept.write_text("".join(others))
+    with pytest.raises(ValueError, match=f"{kept} holds the ranks of"):
+        whose(tmp_path / "converted")
 
 
 def test_a_model_in_training_form_saves_loads_and_exports(tmp_path):

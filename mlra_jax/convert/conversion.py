@@ -28,7 +28,7 @@ from mlra_jax.convert.released import (
     usual_tokenizer,
 )
 from mlra_jax.convert.weights import Weights
-from mlra_jax.data.tokenizers import is_tokenizer_name
+from mlra_jax.data.tokenizers import RANKS_FILE, is_tokenizer_name, keep_ranks, meet_ranks
 from mlra_jax.execution import DTYPES, DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
 from mlra_jax.storage import paths
@@ -86,6 +86,7 @@ def convert(
             stored, more = check_tensors(config, weights.specs)
             compute = _compute_dtype(weights.config)
             tokenizer = _tokenizer(weights.config, config)
+            meet_ranks(tokenizer, folder / RANKS_FILE)
         except (CheckpointFileError, ConfigError) as error:
             raise CheckpointFileError(f"{folder}: {error}") from None
         config = dataclasses.replace(
@@ -104,6 +105,7 @@ def convert(
             whole_folder(destination, total + (64 << 20)) as partial,
         ):
             described = checkpoints.describe(config, tokenizer)
+            keep_ranks(tokenizer, partial / RANKS_FILE)
             with progress_bar("writing", total, quiet) as progress:
                 sums = _write(partial, arrays, described, progress)
             with progress_bar("reading back", total, quiet) as progress:

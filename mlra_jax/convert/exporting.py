@@ -29,6 +29,7 @@ from mlra_jax.convert.released import (
     usual_tokenizer,
 )
 from mlra_jax.convert.weights import SAFETENSORS_DTYPES
+from mlra_jax.data.tokenizers import RANKS_FILE, keep_ranks
 from mlra_jax.execution import DTypeLike, Execution, dtype_name
 from mlra_jax.files import check_absent, whole_folder
 from mlra_jax.storage import paths
@@ -105,6 +106,7 @@ def export(
             values[COMPUTE_DTYPE] = opened.model.execution.dtype
         if opened.tokenizer not in (None, usual_tokenizer(opened.model)):
             values[TOKENIZER] = opened.tokenizer
+        keep_ranks(opened.tokenizer, partial / RANKS_FILE)
         _write_json(partial / "config.json", values)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlra_jax.data import token_file
+from mlra_jax.data.tokenizers import RANKS_FILE, meet_ranks
 from mlra_jax.files import whole_file
 from mlra_jax.storage.paths import AnyPath
 
@@ -27,6 +28,7 @@ def tokenizer_of(path: AnyPath) -> str | None:
     try:
         saved = json.loads(journal.read_text())
         number, name = int(shard[2]), saved["settings"]["tokenizer"]
+        meet_ranks(str(name), path.with_name(f"{shard[1]}_{RANKS_FILE}"))
         return str(name) if number < len(saved["shards"]) else None
     except (KeyError, TypeError, ValueError):
         raise ValueError(

@@ -21,7 +21,7 @@ from mlra_jax.command import Parser, run
 from mlra_jax.data import token_file
 from mlra_jax.data.inputs import HUB_PREFIX, Input, Piece, open_input
 from mlra_jax.data.journal import Journal
-from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.data.tokenizers import RANKS_FILE, Tokenizer, get_tokenizer, keep_ranks
 from mlra_jax.files import LOCK_FILE, only_writer
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, PathLike, in_bucket
@@ -93,6 +93,7 @@ def prepare(
             if not journal.counts:
                 journal.path.unlink()
             raise
+        keep_ranks(tokenizer.name, destination / f"{name}_{RANKS_FILE}")
         return journal.shards
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import tiktoken
 
 from mlra_jax.data.text_reader import read_lines
+from mlra_jax.files import whole_file
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, PathLike
 
@@ -25,7 +26,11 @@ _GPT2_PATTERN = (
 _GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # How the name of a ranks file's tokenizer begins; a checksum of the ranks follows.
 RANKS_PREFIX = "tiktoken:"
+RANKS_FILE = "tokenizer.tiktoken"
+"""In a checkpoint's folder: the ranks of its tokenizer, where they came from a file."""
 _END_OF_TEXT = "<|endoftext|>"
+# Ranks files that this process has met, by the names of their tokenizers, which are checksums.
+_met: dict[str, AnyPath] = {}
 
 
 class Tokenizer(Protocol):
@@ -138,13 +143,28 @@ def is_tokenizer_name(name: object) -> bool:
     )
 
 
+def keep_ranks(name: str | None, file: AnyPath) -> None:
+    """Copies the ranks of a tokenizer that came from a file, unless `file` is there already."""
+    if name in _met and not file.exists():
+        ranks = _met[name].read_bytes()
+        with whole_file(file, "wb") as copy:
+            copy.write(ranks)
+
+
+def meet_ranks(name: str | None, file: AnyPath) -> None:
+    """From here on `get_tokenizer(name)` looks into `file`, if it is there."""
+    if name is not None and name != ByteTokenizer.name and file.is_file():
+        _met.setdefault(name, file)
+
+
 def get_tokenizer(name: PathLike) -> Tokenizer:
     """The tokenizer of a name or of a ranks file.
 
     Args:
       name: "bytes"; "gpt2" (fetched once by tiktoken, 50257 ids, end-of-text 50256); or the path
         of a ranks file, one `base64-of-token rank` a line, for hosts without network. Its texts
-        are cut as GPT-2 cuts them, and end-of-text is the id after the last rank.
+        are cut as GPT-2 cuts them, and end-of-text is the id after the last rank. Also the name
+        of such a tokenizer, if its ranks were met (`meet_ranks`).
 
     Raises:
       FileNotFoundError: neither a known name nor a file.
@@ -153,6 +173,15 @@ def get_tokenizer(name: PathLike) -> Tokenizer:
     """
     if str(name) == ByteTokenizer.name:
         return ByteTokenizer()
+    met = _met.get(str(name))
+    if met is not None and met.is_file():
+        tokenizer = _read_ranks_file(met)
+        if tokenizer.name != name:
+            raise ValueError(
+                f"{met} holds the ranks of {tokenizer.name} and not of {name}; put the right file "
+                "there"
+            )
+        return tokenizer
     if str(name) == "gpt2":
         return _fetch_gpt2()
     if str(name).startswith(RANKS_PREFIX):
@@ -202,6 +231,7 @@ def _read_ranks_file(path: AnyPath) -> Tokenizer:
     digest = hashlib.sha256(b"".join(lines)).hexdigest()
     # The same ranks are the same tokenizer, wherever they came from.
     name = "gpt2" if digest == _GPT2_RANKS_SHA256 else f"{RANKS_PREFIX}{digest[:16]}"
+    _met[name] = path
     encoding = tiktoken.Encoding(
         name,
         pat_str=_GPT2_PATTERN,

@@ -16,6 +16,7 @@ from mlra_jax import checkpoints, costs, sharding
 from mlra_jax.checkpoints import Checkpoint, CheckpointError
 from mlra_jax.config import ModelConfig
 from mlra_jax.data.sources import Source, describe
+from mlra_jax.data.tokenizers import RANKS_FILE, keep_ranks
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.storage import paths
 from mlra_jax.storage.paths import AnyPath, PathLike
@@ -80,6 +81,8 @@ def train(
         state, done = _found(experiment, workdir, tokenizer, abstract, batches, say)
         changes = record.changes(workdir, experiment) if done.step else []
         description = checkpoints.describe(model, tokenizer)
+        if first:
+            keep_ranks(tokenizer, workdir / RANKS_FILE)
         saver = enter(Saver(workdir, experiment, description, lock))
         best = enter(Best(workdir, description)) if experiment.keep_best else None
         stop = enter(StopSignals())

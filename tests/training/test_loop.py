@@ -27,7 +27,7 @@ from mlra_jax import checkpoints, checksums, costs, sharding
 from mlra_jax import model as models
 from mlra_jax.config import ConfigError
 from mlra_jax.costs import flops_per_token
-from mlra_jax.data import token_file
+from mlra_jax.data import token_file, tokenizers
 from mlra_jax.data.inputs import open_input
 from mlra_jax.data.pipeline import make_train_iterator
 from mlra_jax.data.prepare import prepare
@@ -410,6 +410,20 @@ def test_the_best_weights_are_kept_and_the_first_are_validated_where_asked(
     assert pick(tmp_path) == pick(undisturbed[0])
 
 
+def test_a_run_keeps_the_ranks_of_its_tokenizer(experiment, lab, tmp_path, monkeypatch):
+    ranks, workdir = tmp_path / "ranks", tmp_path / "run"
+    lines = (base64.b64encode(bytes([255 - rank])).decode() + f" {rank}\n" for rank in range(256))
+    ranks.write_text("".join(lines))
+    data = dataclasses.replace(experiment.data, tokenizer=str(ranks))
+    asked = dict(steps=4, validate_every=2, keep_best=True)
+    lab.train(dataclasses.replace(experiment, data=data, **asked), workdir)
+    ranks.unlink()
+    for folder in (workdir, workdir / "best"):
+        monkeypatch.setattr(tokenizers, "_met", {})
+        name = checkpoints.open_checkpoint(folder).tokenizer
+        assert get_tokenizer(name).encode("word") == [255 - byte for byte in b"word"]
+
+
 def test_better_weights_of_an_earlier_step_replace_those_of_a_killed_run(experiment, tmp_path):
     description = checkpoints.describe(experiment.model, "bytes")
     for step, loss in ((8, 3.0), (6, 2.0)):
@@ -641,10 +655,15 @@ def test_the_tokenizer_is_that_of_prepared_token_files_or_refused(tmp_path, monk
     # Ranks are not needed for what is tokens already, neither by name nor without.
     hashed = get_tokenizer(ranks).name
     assert load(of_ranks)[0] == load(of_ranks, hashed)[0] == load(of_ranks, str(ranks))[0] == hashed
+    for tokenizer in (str(ranks), ""):
+        named = load(of_ranks, tokenizer, validation=str(text))[1].validation[0].tokens
+        assert named[1] == 255 - ord("s")
+    # What `prepare` kept of them is enough, and without it there is no way to the text.
+    monkeypatch.setattr(tokenizers, "_met", {})
+    assert load(of_ranks, validation=str(text))[1].validation[0].tokens[1] == 255 - ord("s")
+    Path(of_ranks).with_name("x_tokenizer.tiktoken").unlink()
     with pytest.raises(FileNotFoundError, match="in training --config.data.tokenizer=FILE"):
         load(of_ranks, validation=str(text))
-    named = load(of_ranks, str(ranks), validation=str(text))[1].validation[0].tokens
-    assert named[1] == 255 - ord("s")
     remedy = "--config.data.tokenizer= takes the files' own"
     for refused, tokenizer, message in (
         (of_bytes, str(ranks), f"{of_bytes} was prepared with tokenizer bytes, and data.tokenizer"),
