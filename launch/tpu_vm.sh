@@ -54,7 +54,8 @@ install)
         mkdir -p mlra_jax && tar -xzf mlra_jax.tar.gz -C mlra_jax && cd mlra_jax
         python3 -m pip install --quiet --user uv
         python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-        python3 -m uv pip install --quiet --python .venv -r requirements.txt "jax[tpu]" gcsfs
+        python3 -m uv pip install --quiet --python .venv -r requirements.txt "jax[tpu]" \
+            "gcsfs>=2026.10,<2027"
         .venv/bin/python -c "import mlra_jax, socket; print(socket.gethostname(), \"is ready\")"'
     ;;
 run)

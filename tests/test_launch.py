@@ -1,5 +1,6 @@
 """The recipes of launch/: linted, valid, explained, run with stand-ins for clusters' commands."""
 
+import contextlib
 import json
 import os
 import re
@@ -171,10 +172,15 @@ def test_again_hands_sigterm_on_and_waits_for_the_save(tmp_path):
         f'trap "sleep 0.3; echo saved >>{saved}; exit 0" TERM; touch {begun}; '
         "while :; do sleep 0.05; done"
     )
-    process = subprocess.Popen([LAUNCH / "again.sh", "bash", "-c", training])
-    wait_for(begun.exists)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    command = [LAUNCH / "again.sh", "bash", "-c", training]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        wait_for(begun.exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert saved.read_text() == "saved\n"
 
 
@@ -263,11 +269,11 @@ def test_tpu_vms_get_what_is_committed_with_its_packages(tpu):
 
 def test_tpu_vms_train_with_the_flags_as_given_until_they_are_stopped(tpu):
     flags = ["--config=a b.py", "--workdir=gs://x/$HOME", "--config.data.source='f/*.bin'"]
-    done, calls = tpu("run", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "--worker=all" in calls[0]
     argv = tpu.home / "argv"
     try:
+        done, calls = tpu("run", *flags)
+        assert done.returncode == 0, done.stderr
+        assert "--worker=all" in calls[0]
         wait_for(lambda: argv.exists() and len(argv.read_text().splitlines()) == 4)
         assert argv.read_text().splitlines() == ["train.py", *flags]
         done, _ = tpu("run", *flags)
