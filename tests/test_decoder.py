@@ -162,7 +162,7 @@ def test_settings_of_another_number_than_the_prompts_are_refused(settings, words
 
 @pytest.mark.parametrize(
     "name, sizes",
-    [("mlra_2", {}), ("mlra_4", dict(tensor=2, context=2)), ("gqa", dict(data=2)), ("tpa", {})],
+    [("mlra_4", dict(tensor=2, context=2)), ("tpa", {})],
 )
 def test_a_full_row_is_refused_and_where_it_is_traced_stays_as_it_is(name, sizes):
     decoder = Decoder.from_model(random_model(tiny.config(name, 2), make_mesh(**sizes)))

@@ -55,9 +55,8 @@ class AddedPositions(LatentAttention):
     """Absolute positions in the latents."""
 
     def _kept(self, y, positions_BT):
-        c_BTLC, k_rope_BTR = super()._kept(y, positions_BT)
-        wave_BT = jnp.sin(positions_BT / 7.0)
-        return c_BTLC + wave_BT[:, :, None, None], k_rope_BTR
+        kept, wave_BT = super()._kept(y, positions_BT), jnp.sin(positions_BT / 7.0)
+        return kept | {"latents": kept["latents"] + wave_BT[:, :, None, None]}
 
 
 class RotatedBefore(LatentAttention):

@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 import mlra_jax
 from mlra_jax import checkpoints
 from mlra_jax.checkpoints import CheckpointError
-from mlra_jax.command import install_line
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import CheckpointFileError, convert
 from mlra_jax.convert import __main__ as command
@@ -30,6 +29,7 @@ from mlra_jax.convert.lazy import open_arrays
 from mlra_jax.convert.released import EMBEDDING, HEAD
 from mlra_jax.convert.torch_format.reader import TorchFile
 from mlra_jax.convert.weights import read_json
+from mlra_jax.extras import install_line
 from mlra_jax.files import only_writer
 from mlra_jax.sharding import mesh_sizes
 

@@ -13,7 +13,7 @@ import pytest
 
 from mlra_jax import checkpoints
 from mlra_jax.config import preset
-from mlra_jax.convert import CheckpointFileError, chunks, conversion, convert, lazy
+from mlra_jax.convert import CheckpointFileError, chunks, conversion, convert, lazy, released
 from mlra_jax.convert.exporting import export
 from mlra_jax.convert.released import EMBEDDING, HEAD, LAYER, layout
 from mlra_jax.settings_tree import flatten
@@ -267,9 +267,9 @@ def test_pages_are_given_back_after_every_chunk(tmp_path, monkeypatch):
 
 def test_a_vocabulary_of_gpt2s_size_is_gpt2s(tmp_path, monkeypatch):
     """Nothing in the released files names the tokenizer."""
-    assert conversion.GPT2_VOCABULARY == preset("mha").vocab_size == 50304
+    assert released.GPT2_VOCABULARY == preset("mha").vocab_size == 50304
     for size, name in ((96, "gpt2"), (97, None)):
-        monkeypatch.setattr(conversion, "GPT2_VOCABULARY", size)
+        monkeypatch.setattr(released, "GPT2_VOCABULARY", size)
         convert(RELEASED / "mha", tmp_path / f"{size}", quiet=True)
         assert checkpoints.open_checkpoint(tmp_path / f"{size}").tokenizer == name
 

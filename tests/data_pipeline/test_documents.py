@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlra_jax.command import install_line
 from mlra_jax.data import documents, file_kinds, text_reader
 from mlra_jax.data.documents import layout, read_documents
 from mlra_jax.data.inputs import open_input
 from mlra_jax.data.sources import load_source, text_files
 from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.extras import install_line
 
 TEXTS = ["first é", "second\nline", "", "third \U0001f600 " * 50]
 OBJECTS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]

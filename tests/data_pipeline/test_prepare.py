@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.command import install_line
 from mlra_jax.data import token_file
 from mlra_jax.data.inputs import Rows, open_input
 from mlra_jax.data.journal import one_tokenizer, tokenizer_of
 from mlra_jax.data.prepare import _in_order, main, prepare
 from mlra_jax.data.sources import load_source, pydoc_documents
 from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.extras import install_line
 from mlra_jax.files import DestinationError, only_writer
 
 

@@ -11,9 +11,9 @@ from flax import nnx
 
 from mlra_jax import checkpoints
 from mlra_jax import model as models
-from mlra_jax.command import install_line
 from mlra_jax.config import Execution, LatentConfig, ModelConfig
 from mlra_jax.evaluate import loglikelihood, tasks
+from mlra_jax.extras import install_line
 from mlra_jax.sharding import make_mesh
 
 needs_harness = pytest.mark.skipif(
