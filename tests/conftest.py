@@ -1,6 +1,7 @@
 """Every test sees eight virtual CPU devices; released checkpoints are converted once."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -82,3 +83,11 @@ def no_ranks_met(monkeypatch):
     from mlra_jax.data import tokenizers
 
     monkeypatch.setattr(tokenizers, "_met", {})
+
+
+@pytest.fixture
+def heeds_ctrl_c():
+    """As in a terminal: what a shell begins in the background has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -442,7 +442,7 @@ def test_a_signal_at_the_last_step_is_no_stop(experiment, lab, tmp_path):
     assert checkpoints.finished_steps(tmp_path) == [4]
 
 
-def test_a_second_signal_ends_the_run_at_once(experiment, lab, tmp_path):
+def test_a_second_signal_ends_the_run_at_once(experiment, lab, tmp_path, heeds_ctrl_c):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -72,7 +72,7 @@ def test_a_server_that_does_not_answer_changes_nothing(monkeypatch):
         assert not stop.after(1)
 
 
-def test_ctrl_c_at_one_of_several_becomes_the_signal_that_reaches_all(monkeypatch):
+def test_ctrl_c_at_one_of_several_becomes_the_signal_that_reaches_all(monkeypatch, heeds_ctrl_c):
     monkeypatch.setattr(stopping.jax, "process_count", lambda: 2)
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
