@@ -28,6 +28,9 @@ from mlra_jax.storage.paths import AnyPath, PathLike, in_bucket
 
 _BATCH_CHARACTERS = 1 << 18
 
+# What the folder of a run or of a checkpoint has.
+_OF_A_RUN = ("checkpoints", "experiment.json")
+
 
 def prepare(
     source: Input,
@@ -57,7 +60,8 @@ def prepare(
       the shards.
 
     Raises:
-      ValueError: wrong sizes, an unreadable document, or a destination begun with other settings.
+      ValueError: wrong sizes, an unreadable document, text for a shard of validation only, or a
+        destination that is a run's or was begun with other settings.
       FileExistsError: the destination has token files of this name that are not from here.
       DestinationError: another process is writing there.
     """
@@ -73,6 +77,8 @@ def prepare(
     if not name or "/" in name or name.startswith("."):
         raise ValueError(f"{name!r} cannot begin a file name; give another --name")
     destination = paths.path(destination)
+    if any((destination / run).exists() for run in _OF_A_RUN):
+        raise ValueError(f"{destination} is the folder of a run or a checkpoint; choose another")
     settings = {
         "input": source.identity,
         "tokenizer": tokenizer.name,
@@ -88,6 +94,14 @@ def prepare(
                 _write_shards(source, tokenizer, shard_tokens, workers, journal)
             if not journal.counts:
                 raise ValueError("there is no text in the source")
+            if validation_first_shard and len(journal.counts) == 1:
+                (only,), (tokens,) = journal.shards, journal.counts
+                only.unlink()
+                journal.counts.clear()
+                raise ValueError(
+                    f"the text has {tokens} tokens, one shard of {shard_tokens}, and none is left "
+                    "to train on; give smaller --shard_tokens, or no --validation_first_shard"
+                )
         except ValueError:
             # A source that is mended is another input, and nothing of this one is there.
             if not journal.counts:

@@ -92,6 +92,27 @@ def test_shards_are_the_documents_each_begun_by_end_of_text(corpus, ranks_file, 
     assert len(source.train) == len(shards) - 1
 
 
+def test_text_for_validation_alone_is_refused_and_leaves_nothing(tmp_path):
+    text, folder, tokenizer = tmp_path / "text.txt", tmp_path / "shards", get_tokenizer("bytes")
+    text.write_text("few words")
+    how = dict(tokenizer=tokenizer, name="x", validation_first_shard=True)
+    with pytest.raises(ValueError, match="has 10 tokens, one shard of 100, .* smaller --shard_tok"):
+        prepare(open_input(str(text)), folder, shard_tokens=100, **how)
+    assert [*folder.glob("x*")] == []
+    made = prepare(open_input(str(text)), folder, shard_tokens=6, **how)
+    assert [path.name for path in made] == ["x_val_000000.bin", "x_train_000001.bin"]
+
+
+@pytest.mark.parametrize("held", ["checkpoints/10/model", "experiment.json"])
+def test_the_folder_of_a_run_is_no_destination(tmp_path, held):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("words")
+    (run / held).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{run} is the folder of a run or a checkpoint; choose"):
+        prepare(open_input(str(text)), run, tokenizer=get_tokenizer("bytes"), name="x")
+    assert len([*run.iterdir()]) == 1
+
+
 def test_workers_do_not_change_a_byte(corpus, ranks_file, tmp_path):
     for workers in (1, 3):
         run(corpus, tmp_path / str(workers), ranks_file, workers=workers)
