@@ -56,6 +56,7 @@ SUBSTITUTIONS = (
     (r"max_new_tokens=\d+", "max_new_tokens=4", "few tokens"),
     (r"--virtual_cpu_devices=\d+", "", "the runner has eight already"),
     (r"--minutes=\d+", "--minutes=1", "little time"),
+    (r"--shard_tokens=100000000", "--shard_tokens=5000", "two shards of little text"),
     (r"--tokenizer=gpt2(?!\.)", "--tokenizer=bytes", "GPT-2's pairs need the network"),
 )
 """(pattern, what stands there instead, why), on the text of commands and Python that run."""
