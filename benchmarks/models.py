@@ -109,8 +109,7 @@ def require_fit(compiled) -> None:
     To be asked before its arrays are made: an allocator waits long before it gives up.
     """
     has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf")) / 1e9
-    if peak_gigabytes(compiled) > has:
-        needs = peak_gigabytes(compiled)
+    if (needs := peak_gigabytes(compiled)) > has:
         raise MemoryError(f"needs {needs:.1f} GB of the device, which gives {has:.1f}")
 
 

@@ -12,7 +12,15 @@ from jax.sharding import Mesh
 
 from mlra_jax.attention import mechanism
 from mlra_jax.command import Parser, run
-from mlra_jax.config import NEIGHBOURS, VARIANTS, ConfigError, LatentConfig, ModelConfig, preset
+from mlra_jax.config import (
+    NEIGHBOURS,
+    VARIANTS,
+    AttentionConfig,
+    ConfigError,
+    LatentConfig,
+    ModelConfig,
+    preset,
+)
 from mlra_jax.sharding import BATCH, mesh_axes, size
 
 SPLITS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2))
@@ -121,6 +129,11 @@ PEAK_FLOPS = {
 }
 
 
+def branches_of(attention: AttentionConfig) -> int:
+    """Softmaxes of a query head."""
+    return attention.num_branches if isinstance(attention, LatentConfig) else 1
+
+
 def flops_per_token(config: ModelConfig, parameters: int) -> float:
     """Products and sums of one training token, forward and backward, recomputation not counted.
 
@@ -128,7 +141,7 @@ def flops_per_token(config: ModelConfig, parameters: int) -> float:
     branch (paper, section 3).
     """
     attention = config.attention
-    branches = attention.num_branches if isinstance(attention, LatentConfig) else 1
+    branches = branches_of(attention)
     widths = attention.num_heads * (attention.query_dim + attention.value_dim)
     scores = 6 * branches * config.context_length / 2 * widths
     return 6 * parameters + config.num_layers * scores

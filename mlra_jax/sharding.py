@@ -111,7 +111,7 @@ def _laid_out(make: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
     """Axes along directions of the torus where that can be, else along parts of them."""
     try:
         return make(*arguments)
-    except NotImplementedError:
+    except NotImplementedError:  # JAX's answer where no whole directions make up an axis.
         return make(*arguments, allow_split_physical_axes=True)
 
 

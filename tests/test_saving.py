@@ -1,6 +1,5 @@
 """Models into checkpoints and out again, in both forms; and the pages on one's own JAX code."""
 
-import base64
 import dataclasses
 import re
 from pathlib import Path
@@ -59,8 +58,7 @@ def test_a_decoder_is_saved_as_the_model_that_it_was_made_of(name, mesh, tmp_pat
 
 def test_ranks_go_where_the_weights_go(tmp_path, monkeypatch):
     ranks, text = tmp_path / "ranks", "so many words"
-    lines = (base64.b64encode(bytes([255 - rank])).decode() + f" {rank}\n" for rank in range(256))
-    ranks.write_text("".join(lines))
+    tiny.write_ranks(ranks)
     model = tiny.random_model(tiny.config("gqa", num_layers=1, vocab_size=264), make_mesh())
     save_model(model, tmp_path / "saved", ranks)
     original = ranks.read_bytes()
@@ -77,8 +75,7 @@ def test_ranks_go_where_the_weights_go(tmp_path, monkeypatch):
     assert whose(tmp_path / "converted").encode(text) == [255 - byte for byte in text.encode()]
     kept = tmp_path / "converted" / tokenizers.RANKS_FILE
     assert kept.read_bytes() == original
-    others = (base64.b64encode(bytes([rank])).decode() + f" {rank}\n" for rank in range(256))
-    kept.write_text("".join(others))
+    tiny.write_ranks(kept, range(256))
     with pytest.raises(ValueError, match=f"{kept} holds the ranks of"):
         whose(tmp_path / "converted")
 

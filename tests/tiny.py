@@ -1,5 +1,6 @@
 """The smallest models that have everything: one for every attention, for all tests to import."""
 
+import base64
 import dataclasses
 
 import jax
@@ -90,3 +91,9 @@ def random_model(config: ModelConfig, mesh: Mesh, seed: int = 0) -> models.Model
 def relative_error(got, want) -> float:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def write_ranks(file, order=range(255, -1, -1)) -> None:
+    """A ranks file of single bytes; by default byte `b` is token `255 - b`."""
+    lines = (f"{base64.b64encode(bytes([b])).decode()} {rank}\n" for rank, b in enumerate(order))
+    file.write_text("".join(lines))

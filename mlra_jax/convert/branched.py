@@ -73,9 +73,9 @@ def branched(
     attention = dict(params["layers"]["attention"])
     value = lambda name, leaf: np.asarray(attention[name][leaf], np.float64)
     gain_NC, heads = value("kv_norm", "scale"), config.attention.num_heads
-    # The latents' factor is larger by the root of what they are narrower.
+    # The latents' factor is larger by the root of what they are narrower. Of values, the factor of
+    # the sum over branches takes that back.
     narrower = branches**-0.5 if config.attention.scaled else 1.0
-    summed = branches**-0.5 if config.attention.scaled else 1.0
 
     def sliced(name, factors_NRH):
         kernels = (turns_NCC, gain_NC, value(name, "kernel"))
@@ -89,6 +89,6 @@ def branched(
         "kv_down": {"kernel": np.matmul(value("kv_down", "kernel"), turns_NCC).astype(np.float32)},
         "kv_norm": {"scale": np.ones_like(gain_NC, np.float32)},
         "k_up": sliced("k_up", narrower * strengths_NRH),
-        "v_up": sliced("v_up", np.full((len(gain_NC), branches, heads), narrower / summed)),
+        "v_up": sliced("v_up", np.ones((len(gain_NC), branches, heads))),
     }
     return made, {**params, "layers": {**params["layers"], "attention": attention}}

@@ -100,7 +100,7 @@ class Training:
         """Values a token and layer that products give; `elementwise`: what is read besides, too."""
         model, a, s = self.model, self.model.attention, self.split
         D, H, F = model.embed_dim, a.num_heads, model.mlp_dim
-        branches = a.branches if isinstance(a, LatentConfig) else 1
+        branches = costs.branches_of(a)
         narrow = a.q_latent_dim + a.latent_dim if isinstance(a, LatentConfig) else 0
         heads = H * (a.query_dim + branches * a.value_dim)
         given = 2 * D + narrow + (heads + 2 * F) / s
@@ -127,7 +127,7 @@ class Training:
     def kept(self) -> int:
         """Bytes of what the backward pass finds kept of the blocks and of the last one."""
         a, D = self.model.attention, self.model.embed_dim
-        branches = a.branches if isinstance(a, LatentConfig) else 1
+        branches = costs.branches_of(a)
         answered = branches * a.num_heads * (a.value_dim * self.size + 4 / self.split) / self.split
         width = {
             "block": D * self.size,

@@ -3,7 +3,6 @@
 A clock that the test moves: 1 s a step, 2 s a batch, 50 s a validation, 7 s a save.
 """
 
-import base64
 import dataclasses
 import errno
 import json
@@ -40,6 +39,7 @@ from mlra_jax.training.saver import Best
 from mlra_jax.training.settings import DataSettings, Experiment, MeshSettings, OptimizerSettings
 from mlra_jax.training.state import create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
+from tests.tiny import write_ranks
 from tests.training import tiny
 from tests.training.test_optimizer import rate
 
@@ -412,8 +412,7 @@ def test_the_best_weights_are_kept_and_the_first_are_validated_where_asked(
 
 def test_a_run_keeps_the_ranks_of_its_tokenizer(experiment, lab, tmp_path, monkeypatch):
     ranks, workdir = tmp_path / "ranks", tmp_path / "run"
-    lines = (base64.b64encode(bytes([255 - rank])).decode() + f" {rank}\n" for rank in range(256))
-    ranks.write_text("".join(lines))
+    write_ranks(ranks)
     data = dataclasses.replace(experiment.data, tokenizer=str(ranks))
     asked = dict(steps=4, validate_every=2, keep_best=True)
     lab.train(dataclasses.replace(experiment, data=data, **asked), workdir)
@@ -635,8 +634,7 @@ def test_token_files_need_no_tokenizer_and_text_does(experiment, tmp_path, monke
 def test_the_tokenizer_is_that_of_prepared_token_files_or_refused(tmp_path, monkeypatch):
     text, ranks = tmp_path / "text.txt", tmp_path / "ranks"
     text.write_text("so many words " * 20)
-    lines = (base64.b64encode(bytes([255 - rank])).decode() + f" {rank}\n" for rank in range(256))
-    ranks.write_text("".join(lines))
+    write_ranks(ranks)
     made = {}
     for name in ("bytes", str(ranks)):
         tokenizer, folder = get_tokenizer(name), tmp_path / Path(name).name[:3]
