@@ -6,8 +6,8 @@
 trains each start as the study does, all seeds side by side, makes an MLRA of four branches of it (a
 GQA becomes an MLA first) and trains it on for so many percent of the steps, each a run with a
 learning rate of its own that falls to its end. Beside it stand the start itself, trained on for the
-most of them, and MLRA-4 from random weights with as many steps in all. `recovery.json` and `.png`
-are written anew after each run.
+most of them, and MLRA-4 from random weights with as many steps in all. `recovery.json` is written
+anew after each run, `recovery.png` after each start.
 """
 
 import dataclasses
@@ -159,14 +159,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(study: Study, rows: Sequence[Row], folder: Path) -> None:
-    """`recovery.json` and `recovery.png`."""
-    import matplotlib.figure
-
+def write(study: Study, rows: Sequence[Row], path: Path) -> None:
+    """All that is known, as JSON."""
     device = jax.devices()[0].device_kind
     found = dict(device=device, jax=jax.__version__, steps=study.steps)
-    with whole_file(folder / "recovery.json") as file:
+    with whole_file(path) as file:
         json.dump(found | {"rows": [row._asdict() for row in rows]}, file, indent=1)
+
+
+def draw(study: Study, rows: Sequence[Row], path: Path) -> None:
+    """Losses by steps after the first training."""
+    import matplotlib.figure
+
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, start in enumerate(dict.fromkeys(row.start for row in rows)):
@@ -178,7 +182,7 @@ def write(study: Study, rows: Sequence[Row], folder: Path) -> None:
     axes.set(xlabel=f"steps after {study.steps:,}", ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    whole_figure(folder / "recovery.png", figure)
+    whole_figure(path, figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -209,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         for part in parts:
             for row in part:
                 rows.append(row)
-                write(study, rows, folder)
+                write(study, rows, folder / "recovery.json")
+            draw(study, rows, folder / "recovery.png")
         print(table(rows))
 
     return run(parser, work)
