@@ -254,17 +254,21 @@ def test_what_fails_on_all_is_said_by_each():
     assert run.lines()[1] == "process 1: steps=0 must be at least 1" and not run.ended
 
 
-def test_process_0_gathers_where_all_stand():
-    def work(run, key, peers):
-        if key != 1:
-            peers.stand(f"step {key}")
-        if key == 0:
-            until(lambda: len(peers._stands) == 2)
-            run.said.append(peers.stands())
-        peers.stands()
+def test_process_0_asks_where_the_others_stand():
+    asked = threading.Event()
 
-    (stands,) = (x for x in Run(work, [{}, {}, {}]).said if isinstance(x, dict))
-    assert stands == {0: "step 0", 1: "", 2: "step 2"}
+    def work(run, key, peers):
+        if key == 2:
+            peers.stand_at(lambda: "step 7")
+        if key == 3:
+            peers.stand_at(lambda: asked.wait(20) and "late")
+        if key == 0:
+            run.said.append(peers.stands(1.0))
+            asked.set()
+        assert asked.wait(20)
+
+    (stands,) = (x for x in Run(work, [{}, {}, {}, {}]).said if isinstance(x, dict))
+    assert stands == {1: "before its first step", 2: "step 7", 3: ""}
 
 
 def flags(**changes):
