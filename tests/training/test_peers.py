@@ -300,6 +300,17 @@ SLICES = GKE | {
     "MEGASCALE_NUM_SLICES": "2",
     "MEGASCALE_SLICE_ID": "1",
 }
+# A pod of the second of two slices that a JobSet has, as GKE tells it since JAX reads it by port.
+JOBSET = {
+    "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+    "JOB_COMPLETION_INDEX": "1",
+    "TPU_PROCESS_ADDRESSES": "mlra-slice-1-0.mlra:8471,mlra-slice-1-1.mlra:8471",
+    "TPU_WORKER_HOSTNAMES": "mlra-slice-1-0.mlra,mlra-slice-1-1.mlra",
+    "TPU_WORKER_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
 EXPLICIT = dict(coordinator="h:1", num_processes=2, process_id=1)
 
 
@@ -315,6 +326,7 @@ EXPLICIT = dict(coordinator="h:1", num_processes=2, process_id=1)
         (OPEN_MPI, {}, (Member(3, 4, "10.96.0.1:61445"), [0])),
         (GKE, {}, (Member(1, 4, "localhost:8482"), None)),
         (SLICES, {}, (Member(5, 8, "localhost:8482"), None)),
+        (JOBSET, {}, (Member(3, 4, "localhost:8482"), None)),
         # A single host asks nobody.
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, {}, None),
         ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, {}, None),
