@@ -252,7 +252,11 @@ def several(command, workdir, count, *arguments, kind="") -> list[Process]:
 
 
 def as_cluster(kind: str, count: int) -> list[dict[str, str]]:
-    """The environments in which a cluster of this kind starts its processes, all on this host."""
+    """The environments in which a cluster of this kind starts its processes, all on this host.
+
+    In Kubernetes without TPUs JAX asks the cluster's own server, whom it knows by files of the pod
+    (`jax._src.clusters.k8s_cluster._namespace`, under /var/run/secrets): not on this host.
+    """
     others = {"JAX_COORDINATOR_PORT": str(free_port())}
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost,b"}
     mpi = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_VERSION": "4.1"}
