@@ -291,7 +291,12 @@ def as_cluster(kind: str, count: int) -> list[dict[str, str]]:
 @functools.cache
 def nothing_known() -> str:
     """Address of a machine's metadata server that has nothing of what it is asked for."""
-    server = http.server.ThreadingHTTPServer(("localhost", 0), http.server.BaseHTTPRequestHandler)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_GET = lambda self: self.send_error(404)
+        log_message = lambda *_: None
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"localhost:{server.server_port}"
 

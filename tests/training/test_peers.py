@@ -255,13 +255,14 @@ def test_what_fails_on_all_is_said_by_each():
 
 
 def test_process_0_asks_where_the_others_stand():
-    asked = threading.Event()
+    ready, asked = threading.Barrier(4), threading.Event()
 
     def work(run, key, peers):
         if key == 2:
             peers.stand_at(lambda: "step 7")
         if key == 3:
             peers.stand_at(lambda: asked.wait(20) and "late")
+        ready.wait(20)
         if key == 0:
             run.said.append(peers.stands(1.0))
             asked.set()
