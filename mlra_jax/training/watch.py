@@ -98,7 +98,6 @@ class Watch:
         while not self._left.wait(LEAST_SECONDS / 10):
             now = self._now
             if now is not None and now.name != self._told and now.seconds > now.limit:
-                self._told = now.name
                 self._tell(now)
 
     def _tell(self, work: "_Work") -> None:
@@ -106,8 +105,10 @@ class Watch:
         stands = {0: self._here()}
         if self._peers is not None:
             stands |= self._peers.stands(_ANSWER_SECONDS)
-        if self._left.is_set():
+        now = self._now
+        if self._left.is_set() or now is None or now.name != work.name:
             return
+        self._told = work.name
         usual = "too early to say what is usual"
         if work.usual is not None:
             usual = f"the median is {work.usual:.2g} s"

@@ -118,6 +118,17 @@ def test_all_processes_are_asked_and_alike_ones_share_a_line():
     ]
 
 
+def test_what_ends_while_others_are_asked_is_not_told():
+    lines, peers = [], peers_of({}, first=True)
+    with Watch(lines.append, peers) as seen:
+        peers.stands = lambda seconds: seen.begin(8) or {}
+        steps(seen)
+        seen.begin(7)
+        hang_here(lambda: seen._step == 8)
+        time.sleep(0.1)
+    assert lines == []
+
+
 def test_the_others_answer_only():
     answers, lines, peers = [], [], peers_of({}, first=False)
     peers.stand_at = answers.append
