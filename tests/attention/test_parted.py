@@ -11,6 +11,7 @@ from decoding import decoding_error, lower_step
 from mlra_jax import sharding
 from mlra_jax.attention.parted import part_heads
 from mlra_jax.config import LatentConfig
+from mlra_jax.kernels import exchange
 from mlra_jax.sharding import make_mesh
 
 
@@ -57,3 +58,12 @@ def test_rows_that_a_gpu_wants_change_nothing(mesh, monkeypatch):
     jax.clear_caches()
     assert decoding_error(tiny.LATENT["mlra_2"], *mesh, num_layers=2) < 1e-5
     assert decoding_error(tiny.LATENT["mlra_2"], *mesh, lengths=(7,), queries=2) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlra_4", "gqa_gated", "mla"])
+def test_parts_added_by_exchanges_are_the_same_numbers(name, monkeypatch):
+    """As on Hopper GPUs, in plain JAX; two rows of two tokens, over tensor and context."""
+    monkeypatch.setattr(exchange, "supports", lambda *_: None)
+    jax.clear_caches()
+    config = tiny.config(name, 2)
+    assert decoding_error(config.attention, 2, 2, num_layers=2, queries=2) < 1e-5
