@@ -1,6 +1,7 @@
 """The exchange of decoding steps. No GPU here: its numbers in plain JAX, and that it lowers."""
 
 import functools
+import re
 import types
 
 import jax
@@ -39,12 +40,12 @@ def test_adds_what_all_devices_have_and_norms_it(sizes, dtype):
     parts, x, scale = arguments(mesh.size, 5, 40, dtype)
     got_x, got = jax.jit(functools.partial(chained, mesh, 1))(parts, x, scale)
     assert (got_x.dtype, got.dtype) == (dtype, "bfloat16")
+    got_x, got = (np.asarray(y, np.float64) for y in (got_x, got))
     want = x.astype(np.float64) + parts.astype(np.float64).sum(0)
     step = 2**-8 if dtype == "bfloat16" else 1e-6
-    np.testing.assert_allclose(got_x.astype(np.float64), want, rtol=step, atol=1e-6)
-    rounded = np.asarray(got_x, np.float64)
-    want = rounded / np.sqrt(np.mean(rounded**2, axis=-1, keepdims=True) + EPS) * scale
-    np.testing.assert_allclose(got.astype(np.float64), want, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(got_x, want, rtol=step, atol=1e-6)
+    want = got_x / np.sqrt(np.mean(got_x**2, axis=-1, keepdims=True) + EPS) * scale
+    np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +59,21 @@ def test_only_the_first_exchange_of_a_step_has_a_barrier(sizes, width, monkeypat
     function = jax.jit(functools.partial(chained, mesh, 5))
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments(mesh.size, 3, width, "f4")]
     safe = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    text = export.export(function, platforms=["cuda"], disabled_checks=safe)(*structs).mlir_module()
-    calls = [line for line in text.splitlines() if "stablehlo.custom_call @mosaic_gpu_v2" in line]
-    assert sorted("skip_device_barrier = true" in line for line in calls)[:2] == [False, True]
-    inboxes = f"tensor<3x{mesh.size}x3x{width}xi32>"
-    for line in calls:
-        assert "uses_xla_collective_metadata = true" in line
-        assert "output_tuple_indices = [2], operand_index = 4" in line and inboxes in line
+    with jax.enable_x64(mesh.size == 4):
+        exported = export.export(function, platforms=["cuda"], disabled_checks=safe)(*structs)
+    text = exported.mlir_module()
+    constants = dict(re.findall(r"(%\S+) = stablehlo.constant dense<(\d)> : tensor<1xi32>", text))
+    calls = re.findall(r"call @(_by_kernel\w*)\(.*?, (%\w+)\) : ", text)
+    assert [constants[turn] for _, turn in calls] == ["0", "1", "2", "0", "1"]
+    kernels = re.split(r"func.func private @(_by_kernel\w*)", text)[1:]
+    barriers = {
+        name: "skip_device_barrier = false" in kernel
+        for name, kernel in zip(kernels[::2], kernels[1::2], strict=True)
+    }
+    assert [barriers[name] for name, _ in calls] == [True] + [False] * 4
+    for kernel in kernels[1::2]:
+        assert "uses_xla_collective_metadata = true" in kernel
+        assert "output_tuple_indices = [2], operand_index = 4" in kernel
     assert "all_reduce" not in text and "all_gather" not in text
 
 
