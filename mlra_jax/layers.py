@@ -1,10 +1,9 @@
 """The parts every block is made of: RMSNorm, projections, rotary positions, SwiGLU."""
 
 import functools
-import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import all_reduce
+from mlra_jax.kernels import exchange
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -98,31 +97,29 @@ class Projection(nnx.Module):
 
 
 class SummedProjection(Projection):
-    """`projection` in a decoding step, its contracted dimensions split over the devices of `mesh`.
+    """`projection` in the decoding form, its contracted dimensions split over `mesh`."""
 
-    Of a few rows on GPUs the devices add up their parts by `kernels.all_reduce`, otherwise by XLA.
-    """
+    apart = False
+    """Whether what the devices have to add up stays in parts: float32 `[devices, rows, out dims]`,
+    to be added by `kernels.exchange`."""
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
         self.axes = tuple(projection.kernel.get_metadata()["out_sharding"][: self.num_in])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        mesh = self.mesh
-        size = math.prod((*x.shape[: -self.num_in], *self.kernel.shape[self.num_in :]))
-        if all_reduce.supports(mesh, sharding.MODEL, size) is not None:
+        if not self.apart:
             return super().__call__(x)
 
         def local(x, kernel):
-            part = jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)
-            return all_reduce.all_reduce(part, mesh=mesh, axis_names=sharding.MODEL, dtype=x.dtype)
+            return jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)[None]
 
         rows = ("batch", "length")
         return jax.shard_map(
             local,
-            mesh=mesh,
+            mesh=self.mesh,
             in_specs=(sharding.spec(*rows, *self.axes), sharding.spec(*self.axes)),
-            out_specs=sharding.spec(*rows),
+            out_specs=sharding.spec("latent", *rows),
             check_vma=False,
         )(x, self.kernel[...].astype(x.dtype))
 
@@ -179,6 +176,34 @@ def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
     x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
     return rotated.astype(x_BTHR.dtype)
+
+
+def additions(
+    mesh: Mesh, shape: Sequence[int], summed: Iterable[SummedProjection]
+) -> Callable[[jax.Array, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
+    """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
+
+    `shape` is that of `x`, the stream, and `y` a result of `summed`. Where `kernels.exchange`
+    serves, their results stay in parts from now on, and it does all at once.
+    """
+    B, T, D = shape
+    if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
+
+        def add(x_BTD, y_BTD, norm):
+            x_BTD = sharding.constrain(x_BTD + y_BTD, mesh, "batch", "length", None)
+            return x_BTD, norm(x_BTD)
+
+        return add
+    for projection in summed:
+        projection.apart = True
+    exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
+
+    def add_parts(x_BTD, y_NBTD, norm):
+        parts_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
+        both = exchanged(parts_NRD, x_RD, norm.scale[...], eps=norm.eps, dtype=norm.dtype)
+        return tuple(x.reshape(B, T, D) for x in both)
+
+    return add_parts
 
 
 class SwiGLU(nnx.Module):

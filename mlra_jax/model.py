@@ -42,12 +42,6 @@ class Block(nnx.Module):
         y_BTD, entries = self.attention.prefill(self.attention_norm(x_BTD), positions_BT)
         return self._rest(x_BTD, y_BTD), entries
 
-    def decode(self, x_BTD, positions_BT, cache, lengths_B):
-        y_BTD, cache = self.attention.decode(
-            self.attention_norm(x_BTD), positions_BT, cache, lengths_B
-        )
-        return self._rest(x_BTD, y_BTD), cache
-
     def extend(self, x_BTD, positions_BT, cache, lengths_B, over=None):
         y_BTD, cache = self.attention.extend(
             self.attention_norm(x_BTD), positions_BT, cache, lengths_B, over
