@@ -42,10 +42,11 @@ def weigh(
       subscripts: `x,kernel->result`, each letter in two of the three.
       out_dtype: of the result, if it is not that of `x`.
     """
-    return _einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
+    return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
 
 
-def _einsum(subscripts, x, y, out_dtype=None):
+def einsum(subscripts: str, x: jax.Array, y: jax.Array, out_dtype=None) -> jax.Array:
+    """`jnp.einsum` in the precision of the arrays' dtype; the result has it, or `out_dtype`."""
     return jnp.einsum(
         subscripts, x, y, precision=precision(x.dtype), preferred_element_type=out_dtype
     )
@@ -53,14 +54,14 @@ def _einsum(subscripts, x, y, out_dtype=None):
 
 def _weigh_forward(x, kernel, subscripts, out_dtype):
     # Not by calling `weigh`: policies of `jax.checkpoint` do not look inside of it.
-    return _einsum(subscripts, x, kernel.astype(x.dtype), out_dtype), (x, kernel)
+    return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype), (x, kernel)
 
 
 def _weigh_backward(subscripts, out_dtype, kept, slope):
     (x, kernel), (of_x, of_kernel, of_out) = kept, re.split(",|->", subscripts)
     slope = slope.astype(x.dtype)
-    x_slope = _einsum(f"{of_out},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
-    kernel_slope = _einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
+    x_slope = einsum(f"{of_out},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
+    kernel_slope = einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
     return x_slope, kernel_slope.astype(kernel.dtype)
 
 

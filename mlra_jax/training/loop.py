@@ -96,7 +96,8 @@ def train(
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
-            compute = _compiled(experiment, mesh, state, batch, say)
+            with saver.reserving(state, experiment.keep_best, say):
+                compute = _compiled(experiment, mesh, state, batch, say)
             compute = enter(traced(compute, done.step, watching.profile_steps, workdir, say))
             progress = _progress(experiment, done, _full_rate(model, mesh, state), say, writer)
             loop = _Loop(
