@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import all_reduce
+from mlra_jax.kernels import all_reduce, between_products
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
+_TILE = 128
+"""Columns of a decoder's MLP on one device are a multiple of this; what is added is zero."""
 
 
 def param(
@@ -96,6 +98,26 @@ class Projection(nnx.Module):
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
         return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
 
+    def summands(self, x: jax.Array, mesh: Mesh) -> jax.Array:
+        """`[N, ..., out dims]`, which add up to the product, for a decoding step on `mesh`.
+
+        Where kernels add them up (`between_products`) they are float32, each of a part of what is
+        contracted; elsewhere there is one, the product.
+        """
+        shape, of_kernel = x.shape[: -self.num_in], self.kernel.shape
+        outer = of_kernel[self.num_in :]
+        rows, columns = math.prod(shape), math.prod(outer)
+        N = between_products.summands(mesh, rows, math.prod(of_kernel[: self.num_in]), columns)
+        if N == 1:
+            return self(x)[None]
+        y_NRE = _einsum(
+            "rnd,nde->nre",
+            x.reshape(rows, N, -1),
+            self.kernel[...].astype(x.dtype).reshape(N, -1, columns),
+            "float32",
+        )
+        return y_NRE.reshape(N, *shape, *outer)
+
 
 class SummedProjection(Projection):
     """`projection` in a decoding step, its contracted dimensions split over the devices of `mesh`.
@@ -160,25 +182,39 @@ class RMSNorm(nnx.Module):
         normed = blocked * jax.lax.rsqrt(jnp.mean(blocked**2, axis=-1, keepdims=True) + self.eps)
         return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(self.dtype)
 
+    def of_sum(self, x: jax.Array, summands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x and `summands` `[N, ..., width]` added up, in the dtype of `x`; that, normed)."""
+        if not between_products.sums(self.width):
+            x = (x + summands.sum(0)).astype(x.dtype)
+            return x, self(x)
+        rows = lambda y: y.reshape(*y.shape[: y.ndim - x.ndim], -1, self.width)
+        how = dict(factor=self.factor, eps=self.eps, dtype=self.dtype)
+        both = between_products.sum_and_norm(rows(summands), rows(x), self.scale[...], **how)
+        return tuple(y.reshape(x.shape) for y in both)
+
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`.
+    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`."""
+    cos, sin = (y[:, :, None] for y in angles(positions_BT, x_BTHR.shape[-1], base))
+    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
+    return rotated.astype(x_BTHR.dtype)
+
+
+def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """(cosines, sines) of `rotate`, float32 `[B, T, width / 2]`.
 
     Positions are cut into two digits whose angles are reduced modulo 2π in float64 beforehand:
     float32 angles of positions in the millions would be wrong in the second decimal.
     """
-    half = x_BTHR.shape[-1] // 2
-    digit = 1024
+    half, digit = width // 2, 1024
     frequency = base ** (-np.arange(half, dtype=np.float64) / half)
     high, low = jnp.divmod(positions_BT[..., None].astype(jnp.int32), digit)
     high = high * np.float32(np.mod(digit * frequency, 2 * np.pi))
     low = low * np.float32(frequency)
     cos = jnp.cos(high) * jnp.cos(low) - jnp.sin(high) * jnp.sin(low)
     sin = jnp.sin(high) * jnp.cos(low) + jnp.cos(high) * jnp.sin(low)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
-    return rotated.astype(x_BTHR.dtype)
+    return cos, sin
 
 
 class SwiGLU(nnx.Module):
@@ -196,3 +232,30 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         h_BTF = nnx.silu(self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(sharding.constrain(h_BTF, self.mesh, "batch", "length", "mlp"))
+
+
+class JoinedSwiGLU(nnx.Module):
+    """`SwiGLU` of a decoder: gate and up one kernel `[D, 2, F]`, F padded, which changes nothing."""
+
+    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
+        self.mesh, D, F = mesh, config.embed_dim, padded_width(config, mesh)
+        project = functools.partial(Projection, config=config, rngs=rngs)
+        self.gate_up = project((D, 2, F), ("embed", None, "mlp"))
+        self.down = SummedProjection(project((F, D), ("mlp", "embed")), mesh)
+
+    def __call__(self, x_BTD):
+        return self.down(self._wide(x_BTD))
+
+    def summands(self, x_BTD):
+        """`[N, B, T, D]`, which add up to the result; see `Projection.summands`."""
+        return self.down.summands(self._wide(x_BTD), self.mesh)
+
+    def _wide(self, x_BTD):
+        y_BT2F = sharding.constrain(self.gate_up(x_BTD), self.mesh, "batch", "length", None, "mlp")
+        return nnx.silu(y_BT2F[:, :, 0]) * y_BT2F[:, :, 1]
+
+
+def padded_width(config: ModelConfig, mesh: Mesh) -> int:
+    """The MLP's width in the decoding form."""
+    step = _TILE * sharding.size(mesh, sharding.MODEL)
+    return -(-config.mlp_dim // step) * step

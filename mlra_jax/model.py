@@ -42,11 +42,11 @@ class Block(nnx.Module):
         y_BTD, entries = self.attention.prefill(self.attention_norm(x_BTD), positions_BT)
         return self._rest(x_BTD, y_BTD), entries
 
-    def decode(self, x_BTD, positions_BT, cache, lengths_B):
-        y_BTD, cache = self.attention.decode(
-            self.attention_norm(x_BTD), positions_BT, cache, lengths_B
-        )
-        return self._rest(x_BTD, y_BTD), cache
+    def decode(self, x_BTD, normed_BTD, positions_BT, cache, lengths_B, next_norm):
+        """`normed` is `attention_norm(x)`; that of the next block comes back with `x`."""
+        y_NBTD, cache = self.attention.decode(normed_BTD, positions_BT, cache, lengths_B)
+        x_BTD, normed_BTD = self._added(x_BTD, y_NBTD, self.mlp_norm)
+        return *self._added(x_BTD, self.mlp.summands(normed_BTD), next_norm), cache
 
     def extend(self, x_BTD, positions_BT, cache, lengths_B, over=None):
         y_BTD, cache = self.attention.extend(
@@ -57,6 +57,12 @@ class Block(nnx.Module):
     def _rest(self, x_BTD, y_BTD):
         x_BTD = self._stream(x_BTD + y_BTD)
         return self._stream(x_BTD + self.mlp(self.mlp_norm(x_BTD)))
+
+    def _added(self, x_BTD, y_NBTD, norm):
+        if len(y_NBTD) > 1:
+            return norm.of_sum(x_BTD, y_NBTD)
+        x_BTD = self._stream(x_BTD + y_NBTD[0])
+        return x_BTD, norm(x_BTD)
 
     def _stream(self, x_BTD):
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
