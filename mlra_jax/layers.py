@@ -235,7 +235,7 @@ class SwiGLU(nnx.Module):
 
 
 class JoinedSwiGLU(nnx.Module):
-    """`SwiGLU` of a decoder: gate and up one kernel `[D, 2, F]`, F padded, which changes nothing."""
+    """`SwiGLU` of a decoder: gate and up one `[D, 2, F]`, F padded, which changes nothing."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         self.mesh, D, F = mesh, config.embed_dim, padded_width(config, mesh)

@@ -65,9 +65,8 @@ def _long(width: int) -> plgpu.Layout:
     return plgpu.Layout.WG_STRIDED((width,), vec_size=neighbours)
 
 
-def _normed(x, scale_ref, factor: float, eps: float) -> jax.Array:
-    mean = jnp.sum(x * x) / x.size
-    return x * lax.rsqrt(mean + eps) * (_load(scale_ref, _long(x.size)) * factor)
+def _normed(x, scale, eps: float) -> jax.Array:
+    return x * lax.rsqrt(jnp.sum(x * x) / x.size + eps) * scale
 
 
 def _launch(body, name: str, **how):
@@ -104,12 +103,14 @@ def sum_and_norm(
 
     def body(summands_ref, x_ref, scale_ref, sum_ref, normed_ref):
         row = lax.axis_index("row")
+        # All is asked for before anything is waited for.
+        scale = _load(scale_ref, layout) * factor
         x = _load(x_ref.at[row], layout)
         for n in range(N):
             x = x + _load(summands_ref.at[n, row], layout)
         x = x.astype(sum_ref.dtype)
         _store(sum_ref.at[row], x)
-        _store(normed_ref.at[row], _normed(x.astype(jnp.float32), scale_ref, factor, eps))
+        _store(normed_ref.at[row], _normed(x.astype(jnp.float32), scale, eps))
 
     return _launch(
         body,
@@ -172,34 +173,39 @@ def enter(
         token, vector = lax.axis_index("token"), lax.axis_index("vector")
         row, t = lax.div(token, jnp.int32(T)), lax.rem(token, jnp.int32(T))
 
+        slot = lengths_ref[jnp.minimum(row, B - 1)] + t
+        kept = (row < B) & (slot < S)
+
         def added_up(start, width, layout):
             at = pl.ds(start, width)
             parts = [_load(summands_ref.at[n, token, at], layout) for n in range(N)]
             return functools.reduce(jnp.add, parts)
 
+        def normed(start, scale_ref, factor):
+            (width,) = scale_ref.shape
+            scale = _load(scale_ref, _long(width)) * factor
+            return _normed(added_up(start, width, _long(width)), scale, eps)
+
         @pl.when(vector == 0)
         def _query():
-            _store(q_ref.at[token], _normed(added_up(0, Q, _long(Q)), q_scale, factors[0], eps))
+            _store(q_ref.at[token], normed(0, q_scale, factors[0]))
 
-        slot = lengths_ref[jnp.minimum(row, B - 1)] + t
-        kept = (row < B) & (slot < S)
-
-        @pl.when((vector > 0) & (vector <= L) & kept)
+        @pl.when((vector > 0) & (vector <= L))
         def _latent():
             latent = vector - 1
             start = pl.multiple_of(latent * C, _THREADS)
-            x, scale = added_up(Q + start, C, _long(C)), kv_scale.at[pl.ds(start, C)]
-            _store(latents.at[row, slot, latent], _normed(x, scale, factors[1], eps))
+            x = normed(Q + start, kv_scale.at[pl.ds(start, C)], factors[1])
+            pl.when(kept)(lambda: _store(latents.at[row, slot, latent], x))
 
-        @pl.when((vector > L) & kept)
+        @pl.when(vector > L)
         def _rotary():
+            cos, sin = (_load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
             x = added_up(Q + L * C, R, _SHORT)
             # Beside itself, each half has the other one behind it.
             twice[pl.ds(0, R)], twice[pl.ds(R, R)] = x, x
             plgpu.commit_smem()
-            other = _load(twice.at[pl.ds(R // 2, R)], _SHORT)
-            cos, sin = (_load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
-            _store(k_rope.at[row, slot], x * cos + other * sin)
+            x = x * cos + _load(twice.at[pl.ds(R // 2, R)], _SHORT) * sin
+            pl.when(kept)(lambda: _store(k_rope.at[row, slot], x))
 
     latents, k_rope = jax.new_ref(latents_BSLC), jax.new_ref(k_rope_BSR)
     q_XQ = _launch(
