@@ -300,6 +300,9 @@ def _decoding(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attent
             others = (n for n in self.input_names(self.config) if n not in y)
             return y | {name: getattr(self, name)(x_BTD) for name in others}
 
+        def input_summands(self, x_BTD):
+            return self.joined.summands(x_BTD, self.mesh) if names == self.reads else None
+
     return Decoding
 
 

@@ -1,6 +1,7 @@
 """The parts every block is made of: RMSNorm, projections, rotary positions, SwiGLU."""
 
 import functools
+import math
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import exchange
+from mlra_jax.kernels import between_products, exchange
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -96,13 +97,33 @@ class Projection(nnx.Module):
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
         return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
 
+    def summands(self, x: jax.Array, mesh: Mesh) -> jax.Array:
+        """`[N, ..., out dims]`, which add up to the product, for a decoding step on `mesh`.
+
+        Where kernels add them up (`between_products`) they are float32, each of a part of what is
+        contracted; elsewhere there is one, the product.
+        """
+        shape, of_kernel = x.shape[: -self.num_in], self.kernel.shape
+        outer = of_kernel[self.num_in :]
+        rows, columns = math.prod(shape), math.prod(outer)
+        N = between_products.summands(mesh, rows, math.prod(of_kernel[: self.num_in]), columns)
+        if N == 1:
+            return Projection.__call__(self, x)[None]
+        y_NRE = einsum(
+            "rnd,nde->nre",
+            x.reshape(rows, N, -1),
+            self.kernel[...].astype(x.dtype).reshape(N, -1, columns),
+            "float32",
+        )
+        return y_NRE.reshape(N, *shape, *outer)
+
 
 class SummedProjection(Projection):
     """`projection` in the decoding form, its contracted dimensions split over `mesh`."""
 
     apart = False
-    """Whether what the devices have to add up stays in parts: float32 `[devices, rows, out dims]`,
-    to be added by `kernels.exchange`."""
+    """Whether what is to be added up stays in parts, `[N, rows, out dims]`, for `additions`: one of
+    each device in float32, or on one device the product's own `summands`."""
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
@@ -111,6 +132,8 @@ class SummedProjection(Projection):
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.apart:
             return super().__call__(x)
+        if self.mesh.size == 1:
+            return self.summands(x, self.mesh)
 
         def local(x, kernel):
             return jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)[None]
@@ -158,25 +181,39 @@ class RMSNorm(nnx.Module):
         normed = blocked * jax.lax.rsqrt(jnp.mean(blocked**2, axis=-1, keepdims=True) + self.eps)
         return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(self.dtype)
 
+    def of_sum(self, x: jax.Array, summands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x and `summands` `[N, ..., width]` added up, in the dtype of `x`; that, normed)."""
+        if not between_products.sums(self.width):
+            x = (x + summands.sum(0)).astype(x.dtype)
+            return x, self(x)
+        rows = lambda y: y.reshape(*y.shape[: y.ndim - x.ndim], -1, self.width)
+        how = dict(factor=self.factor, eps=self.eps, dtype=self.dtype)
+        both = between_products.sum_and_norm(rows(summands), rows(x), self.scale[...], **how)
+        return tuple(y.reshape(x.shape) for y in both)
+
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`.
+    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`."""
+    cos, sin = (y[:, :, None] for y in angles(positions_BT, x_BTHR.shape[-1], base))
+    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
+    return rotated.astype(x_BTHR.dtype)
+
+
+def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """(cosines, sines) of `rotate`, float32 `[B, T, width / 2]`.
 
     Positions are cut into two digits whose angles are reduced modulo 2π in float64 beforehand:
     float32 angles of positions in the millions would be wrong in the second decimal.
     """
-    half = x_BTHR.shape[-1] // 2
-    digit = 1024
+    half, digit = width // 2, 1024
     frequency = base ** (-np.arange(half, dtype=np.float64) / half)
     high, low = jnp.divmod(positions_BT[..., None].astype(jnp.int32), digit)
     high = high * np.float32(np.mod(digit * frequency, 2 * np.pi))
     low = low * np.float32(frequency)
     cos = jnp.cos(high) * jnp.cos(low) - jnp.sin(high) * jnp.sin(low)
     sin = jnp.sin(high) * jnp.cos(low) + jnp.cos(high) * jnp.sin(low)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
-    return rotated.astype(x_BTHR.dtype)
+    return cos, sin
 
 
 def additions(
@@ -184,19 +221,25 @@ def additions(
 ) -> Callable[[jax.Array, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
     """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
 
-    `shape` is that of `x`, the stream, and `y` a result of `summed`. Where `kernels.exchange`
-    serves, their results stay in parts from now on, and it does all at once.
+    `shape` is that of `x`, the stream, and `y` a result of `summed`. On one device, and where
+    `kernels.exchange` serves, their results stay in parts from now on, and one kernel does all at
+    once.
     """
     B, T, D = shape
-    if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
 
-        def add(x_BTD, y_BTD, norm):
-            x_BTD = sharding.constrain(x_BTD + y_BTD, mesh, "batch", "length", None)
-            return x_BTD, norm(x_BTD)
+    def add(x_BTD, y_BTD, norm):
+        x_BTD = sharding.constrain(x_BTD + y_BTD, mesh, "batch", "length", None)
+        return x_BTD, norm(x_BTD)
 
+    def add_summands(x_BTD, y_NBTD, norm):
+        return norm.of_sum(x_BTD, y_NBTD) if len(y_NBTD) > 1 else add(x_BTD, y_NBTD[0], norm)
+
+    if mesh.size > 1 and exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
         return add
     for projection in summed:
         projection.apart = True
+    if mesh.size == 1:
+        return add_summands
     exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
 
     def add_parts(x_BTD, y_NBTD, norm):
