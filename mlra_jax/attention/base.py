@@ -188,7 +188,10 @@ class Attention(nnx.Module):
 
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
-        return {name: getattr(self, name)(x_BTD) for name in self.input_names(self.config)}
+        # Gradients of `x` are added in the opposite order. That of the rotary key, which no device
+        # has a part of, comes last: those before it are then exchanged as one.
+        names = sorted(self.input_names(self.config), key=lambda name: name != "k_rope")
+        return {name: getattr(self, name)(x_BTD) for name in names}
 
     def input_summands(self, x_BTD: jax.Array) -> jax.Array | None:
         """`[N, B, T, E]`, which add up to what `reads` names, side by side, where that is all."""

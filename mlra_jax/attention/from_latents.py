@@ -22,9 +22,7 @@ from mlra_jax.layers import RMSNorm, rotate, weigh
 class FromLatents(Attention):
     """Whole sequences by keys and values; what is kept between decoding steps is the members'."""
 
-    # What no device splits is first: their gradients are added in the opposite order, those that
-    # devices have parts of first, which they can then exchange together.
-    reads = ("k_rope", "q_down", "kv_down")
+    reads = ("q_down", "kv_down", "k_rope")
 
     def _add_parameters(self, config, project, rngs):
         a: LatentConfig = config.attention
