@@ -179,26 +179,29 @@ def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
 
 
 def additions(
-    mesh: Mesh, shape: Sequence[int], summed: Iterable[SummedProjection]
-) -> Callable[[jax.Array, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
+    mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]
+) -> Callable[[jax.Array | None, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
     """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
 
-    `shape` is that of `x`, the stream, and `y` a result of `summed`. Where `kernels.exchange`
-    serves, their results stay in parts from now on, and it does all at once.
+    `x` is the stream, at first None, and `y` a result of `summed`, an embedding or projections.
+    Where `kernels.exchange` serves, their results stay in parts from now on (`apart`), and it does
+    all at once.
     """
-    B, T, D = shape
+    B, T, D = stream.shape
     if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
 
         def add(x_BTD, y_BTD, norm):
-            x_BTD = sharding.constrain(x_BTD + y_BTD, mesh, "batch", "length", None)
+            x_BTD = y_BTD if x_BTD is None else x_BTD + y_BTD
+            x_BTD = sharding.constrain(x_BTD, mesh, "batch", "length", None)
             return x_BTD, norm(x_BTD)
 
         return add
-    for projection in summed:
-        projection.apart = True
+    for module in summed:
+        module.apart = True
     exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
 
     def add_parts(x_BTD, y_NBTD, norm):
+        x_BTD = jnp.zeros((B, T, D), stream.dtype) if x_BTD is None else x_BTD
         parts_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
         both = exchanged(parts_NRD, x_RD, norm.scale[...], eps=norm.eps, dtype=norm.dtype)
         return tuple(x.reshape(B, T, D) for x in both)
