@@ -95,14 +95,12 @@ def error(mesh: Mesh, rows: int, width: int, repeats: int) -> float:
 def microseconds(mesh: Mesh, rows: int, width: int, how: str) -> float:
     """Of a pair of products, `width` to half of that and back, and what `how` says after it."""
     normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-    where = NamedSharding(mesh, _SPLIT)
-
-    def weight(i, *shape):
-        key = jax.random.key(i, impl="unsafe_rbg")
-        return jax.jit(lambda: 0.02 * normal(key, (mesh.size, *shape)), out_shardings=where)()
-
-    half = width // 2
-    weights = [(weight(2 * i, width, half), weight(2 * i + 1, half, width)) for i in range(_PAIRS)]
+    shapes = (mesh.size, width, width // 2), (mesh.size, width // 2, width)
+    draw = jax.jit(
+        lambda key: [0.02 * normal(key, shape) for shape in shapes],
+        out_shardings=NamedSharding(mesh, _SPLIT),
+    )
+    weights = [draw(jax.random.key(i, impl="unsafe_rbg")) for i in range(_PAIRS)]
     scale_D = _put(np.ones(width, np.float32), mesh, _WHOLE)
 
     def part(normed_RD, widen, narrow):

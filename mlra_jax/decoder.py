@@ -173,10 +173,11 @@ class Decoder:
         positions_BT = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
         beyond = ((0, self._rows(B, T) - B), (0, 0))
         positions_BT = jnp.pad(positions_BT, beyond)
-        x_BTD = form.embed(jnp.pad(tokens_BT, beyond))
+        tokens_BT = jnp.pad(tokens_BT, beyond)
+        stream = jax.eval_shape(form.embed, tokens_BT)
         summed = [p for block in form.layers for p in (block.attention.out, block.mlp.down)]
-        add = additions(self.mesh, x_BTD.shape, summed)
-        normed_BTD = form.layers[0].attention_norm(x_BTD)
+        add = additions(self.mesh, stream, [form.embed, *summed])
+        x_BTD, normed_BTD = add(None, form.embed(tokens_BT), form.layers[0].attention_norm)
         next_norms = (*(block.attention_norm for block in form.layers[1:]), form.final_norm)
         for block, layer, next_norm in zip(form.layers, cache.layers, next_norms, strict=True):
             y, layer = block.attention.decode(normed_BTD, positions_BT, layer, cache.lengths)

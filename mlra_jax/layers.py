@@ -217,32 +217,38 @@ def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array,
 
 
 def additions(
-    mesh: Mesh, shape: Sequence[int], summed: Iterable[SummedProjection]
-) -> Callable[[jax.Array, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
+    mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]
+) -> Callable[[jax.Array | None, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
     """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
 
-    `shape` is that of `x`, the stream, and `y` a result of `summed`. On one device, and where
-    `kernels.exchange` serves, their results stay in parts from now on, and one kernel does all at
-    once.
+    `x` is the stream, at first None, and `y` a result of `summed`, an embedding or projections. On
+    one device, and where `kernels.exchange` serves, these results stay in parts from now on
+    (`apart`), and one kernel does all at once.
     """
-    B, T, D = shape
+    B, T, D = stream.shape
 
     def add(x_BTD, y_BTD, norm):
-        x_BTD = sharding.constrain(x_BTD + y_BTD, mesh, "batch", "length", None)
+        x_BTD = y_BTD if x_BTD is None else x_BTD + y_BTD
+        x_BTD = sharding.constrain(x_BTD, mesh, "batch", "length", None)
         return x_BTD, norm(x_BTD)
 
-    def add_summands(x_BTD, y_NBTD, norm):
-        return norm.of_sum(x_BTD, y_NBTD) if len(y_NBTD) > 1 else add(x_BTD, y_NBTD[0], norm)
+    def add_summands(x_BTD, y, norm):
+        if x_BTD is None:
+            return add(x_BTD, y, norm)
+        return norm.of_sum(x_BTD, y) if len(y) > 1 else add(x_BTD, y[0], norm)
 
-    if mesh.size > 1 and exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
-        return add
-    for projection in summed:
-        projection.apart = True
     if mesh.size == 1:
+        for module in summed:
+            module.apart = isinstance(module, SummedProjection)
         return add_summands
+    if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
+        return add
+    for module in summed:
+        module.apart = True
     exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
 
     def add_parts(x_BTD, y_NBTD, norm):
+        x_BTD = jnp.zeros((B, T, D), stream.dtype) if x_BTD is None else x_BTD
         parts_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
         both = exchanged(parts_NRD, x_RD, norm.scale[...], eps=norm.eps, dtype=norm.dtype)
         return tuple(x.reshape(B, T, D) for x in both)
