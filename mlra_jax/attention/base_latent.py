@@ -73,7 +73,7 @@ class BaseLatentAttention(LatentAttention):
 
     def _ask(self, q_BTHK):
         # As in `_ask_latents`.
-        q_BTHK = heads.all_heads(q_BTHK, self.mesh)
+        q_BTHK = self._all_heads(q_BTHK)
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
         q_nope_BTHK = self._by_branch_head(q_nope_BTHK)
         q_BTHC = weigh(q_nope_BTHK, self._per_head(self.base_k_up), "bthk,hck->bthc")

@@ -49,7 +49,7 @@ class LatentAttention(FromLatents):
         """The same without a key or value of any branch head: each latent is a key/value head."""
         a, (B, T, H, _) = self.config, q_BTHK.shape
         # As in `_ask_latents`; the branches of a head are columns of one product.
-        q_BTHK = heads.all_heads(q_BTHK, self.mesh)
+        q_BTHK = self._all_heads(q_BTHK)
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
         k_up_bHCK = self._per_head(self.k_up).reshape(a.branches, H, -1, a.nope_dim)
         q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
@@ -74,7 +74,7 @@ class LatentAttention(FromLatents):
     def _ask_latents(self, q_BTHK):
         """Queries of the latents themselves, by branch head, and the rotary queries."""
         # Every device needs all heads' queries for its latents: gathered once, before the split.
-        q_BTHK = heads.all_heads(q_BTHK, self.mesh)
+        q_BTHK = self._all_heads(q_BTHK)
         q_BTPK = jnp.tile(q_BTHK, (1, 1, self.config.branches, 1))
         q_nope_BTPK, q_rope_BTPR = jnp.split(q_BTPK, [self.config.nope_dim], axis=-1)
         q_nope_BTPK = self._by_branch_head(q_nope_BTPK)
@@ -102,7 +102,7 @@ class LatentAttention(FromLatents):
         """Where latents are wider than keys, a chunk attends to keys and values made of them."""
         if absorbs(self.config):
             return self._ask_latents(q_BTHK), ()
-        q_BTHK = heads.all_heads(q_BTHK, self.mesh)
+        q_BTHK = self._all_heads(q_BTHK)
         up = (self._per_head(self.k_up), self._per_head(self.v_up))
         return jnp.tile(q_BTHK, (1, 1, self.config.branches, 1)), up
 

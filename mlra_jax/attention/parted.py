@@ -67,6 +67,9 @@ def parted(mechanism: type[LatentAttention]) -> type[LatentAttention]:
         def _down(self, x_BTQ, axis):
             return x_BTQ
 
+        def _all_heads(self, q_BTHK):
+            return sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+
         def _by_head(self, x_BTHK):
             return x_BTHK
 
