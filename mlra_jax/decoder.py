@@ -172,8 +172,7 @@ class Decoder:
         form, (B, T), layers = self._form(), tokens_BT.shape, []
         positions_BT = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
         beyond = ((0, self._rows(B, T) - B), (0, 0))
-        positions_BT = jnp.pad(positions_BT, beyond)
-        tokens_BT = jnp.pad(tokens_BT, beyond)
+        positions_BT, tokens_BT = (jnp.pad(x, beyond) for x in (positions_BT, tokens_BT))
         stream = jax.eval_shape(form.embed, tokens_BT)
         summed = [p for block in form.layers for p in (block.attention.out, block.mlp.down)]
         add = additions(self.mesh, stream, [form.embed, *summed])

@@ -89,9 +89,6 @@ class LatentAttention(FromLatents):
     def _ask(self, q_BTHK):
         return self._ask_latents(q_BTHK)
 
-    def _all_heads(self, q_BTHK):
-        return heads.all_heads(q_BTHK, self.mesh)
-
     def _ask_latents(self, q_BTHK):
         """Queries of the latents themselves, by branch head, and the rotary queries."""
         # Every device needs all heads' queries for its latents: gathered once, before the split.
