@@ -12,7 +12,9 @@ from jax.profiler import ProfileData
 
 from mlra_jax.profile import Kernel, kernels_of
 
-_EXCHANGE = re.compile("nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|permute", re.I)
+_EXCHANGE = re.compile(
+    "nccl|exchange|barrier|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|permute", re.I
+)
 
 
 @dataclasses.dataclass(frozen=True)

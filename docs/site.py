@@ -43,7 +43,7 @@ MODULES = (
     "mlra_jax.costs",
     "mlra_jax.kernels.absorbed_decode",
     "mlra_jax.kernels.grouped_decode",
-    "mlra_jax.kernels.all_reduce",
+    "mlra_jax.kernels.exchange",
 )
 
 

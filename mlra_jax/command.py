@@ -1,7 +1,8 @@
 """One way for all command lines.
 
 Wrong flags end with exit code 2, a failure of the work with 1, an interruption (Ctrl-C, SIGTERM)
-with 130, each in one line on stderr. `--help` lists the flags and ends with 0.
+with 130, each in one line on stderr. Training that was told to stop, and has saved before its last
+step, ends with 75. `--help` lists the flags and ends with 0.
 """
 
 import argparse
@@ -16,12 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import jax
 from absl import logging
 from tqdm import tqdm
 
 from mlra_jax.storage import paths
+
+STOPPED = 75
+"""As EX_TEMPFAIL of sysexits.h: nothing failed, and the same command has more to do."""
 
 _SECONDS_TO_END = 3.0
 
@@ -123,8 +128,14 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
 
 def end_now(parser: Parser, message: str) -> None:
     """Ends the process at once as a failure of the work, whatever its main thread waits for."""
-    print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+    say(f"{parser.prog}: {message}", sys.stderr)
     os._exit(1)
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Prints a line in one piece, to stdout or a stream: other threads and libraries print there,
+    too, and Python may be told not to buffer."""
+    print(f"{line}\n", end="", file=stream, flush=True)
 
 
 def use_cpu(devices: int | None = None) -> None:
@@ -232,7 +243,7 @@ def _keep_compiled(folder: str | None) -> None:
             tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         why = error.strerror or error
-        print(f"{path} keeps no compiled programs: {why}", file=sys.stderr, flush=True)
+        say(f"{path} keeps no compiled programs: {why}", sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -248,7 +259,7 @@ def _print_anything() -> None:
 
 
 def _fail(parser: Parser, message: str, code: int) -> int:
-    print(f"{parser.prog}: {message}", file=sys.stderr)
+    say(f"{parser.prog}: {message}", sys.stderr)
     _end_in_time(code)
     return code
 

@@ -22,7 +22,7 @@ from mlra_jax.attention.base import Attention
 from mlra_jax.attention.latent import LatentAttention
 from mlra_jax.attention.parted import part_columns, parted
 from mlra_jax.config import ModelConfig
-from mlra_jax.layers import Projection, RMSNorm, SummedProjection
+from mlra_jax.layers import Projection, RMSNorm, SummedProjection, additions
 from mlra_jax.model import Block, Embedding, Model, positions
 
 _LEAST_ROWS = 8
@@ -172,13 +172,19 @@ class Decoder:
         form, (B, T), layers = self._form(), tokens_BT.shape, []
         positions_BT = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
         beyond = ((0, self._rows(B, T) - B), (0, 0))
-        positions_BT = jnp.pad(positions_BT, beyond)
-        x_BTD = form.embed(jnp.pad(tokens_BT, beyond))
-        for block, layer in zip(form.layers, cache.layers, strict=True):
-            x_BTD, layer = block.decode(x_BTD, positions_BT, layer, cache.lengths)
+        positions_BT, tokens_BT = (jnp.pad(x, beyond) for x in (positions_BT, tokens_BT))
+        stream = jax.eval_shape(form.embed, tokens_BT)
+        summed = [p for block in form.layers for p in (block.attention.out, block.mlp.down)]
+        add = additions(self.mesh, stream, [form.embed, *summed])
+        x_BTD, normed_BTD = add(None, form.embed(tokens_BT), form.layers[0].attention_norm)
+        next_norms = (*(block.attention_norm for block in form.layers[1:]), form.final_norm)
+        for block, layer, next_norm in zip(form.layers, cache.layers, next_norms, strict=True):
+            y, layer = block.attention.decode(normed_BTD, positions_BT, layer, cache.lengths)
+            x_BTD, normed_BTD = add(x_BTD, y, block.mlp_norm)
+            x_BTD, normed_BTD = add(x_BTD, block.mlp(normed_BTD), next_norm)
             layers.append(layer)
         cache = kv.Cache(tuple(layers), cache.lengths + T)
-        return form.embed.logits(form.final_norm(x_BTD))[:B], cache
+        return form.embed.logits(normed_BTD)[:B], cache
 
     def _rows(self, batch: int, queries: int) -> int:
         """Rows that a step computes: of fewer, XLA makes reductions on GPUs, not products."""
@@ -293,6 +299,9 @@ def _decoding(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attent
             }
             others = (n for n in self.input_names(self.config) if n not in y)
             return y | {name: getattr(self, name)(x_BTD) for name in others}
+
+        def input_summands(self, x_BTD):
+            return self.joined.summands(x_BTD, self.mesh) if names == self.reads else None
 
     return Decoding
 

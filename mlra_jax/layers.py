@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import all_reduce
+from mlra_jax.kernels import between_products, exchange
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -97,33 +97,53 @@ class Projection(nnx.Module):
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
         return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
 
+    def summands(self, x: jax.Array, mesh: Mesh) -> jax.Array:
+        """`[N, ..., out dims]`, which add up to the product, for a decoding step on `mesh`.
+
+        Where kernels add them up (`between_products`) they are float32, each of a part of what is
+        contracted; elsewhere there is one, the product.
+        """
+        shape, of_kernel = x.shape[: -self.num_in], self.kernel.shape
+        outer = of_kernel[self.num_in :]
+        rows, columns = math.prod(shape), math.prod(outer)
+        N = between_products.summands(mesh, rows, math.prod(of_kernel[: self.num_in]), columns)
+        if N == 1:
+            return Projection.__call__(self, x)[None]
+        y_NRE = einsum(
+            "rnd,nde->nre",
+            x.reshape(rows, N, -1),
+            self.kernel[...].astype(x.dtype).reshape(N, -1, columns),
+            "float32",
+        )
+        return y_NRE.reshape(N, *shape, *outer)
+
 
 class SummedProjection(Projection):
-    """`projection` in a decoding step, its contracted dimensions split over the devices of `mesh`.
+    """`projection` in the decoding form, its contracted dimensions split over `mesh`."""
 
-    Of a few rows on GPUs the devices add up their parts by `kernels.all_reduce`, otherwise by XLA.
-    """
+    apart = False
+    """Whether what is to be added up stays in parts, `[N, rows, out dims]`, for `additions`: one of
+    each device in float32, or on one device the product's own `summands`."""
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
         self.axes = tuple(projection.kernel.get_metadata()["out_sharding"][: self.num_in])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        mesh = self.mesh
-        size = math.prod((*x.shape[: -self.num_in], *self.kernel.shape[self.num_in :]))
-        if all_reduce.supports(mesh, sharding.MODEL, size) is not None:
+        if not self.apart:
             return super().__call__(x)
+        if self.mesh.size == 1:
+            return self.summands(x, self.mesh)
 
         def local(x, kernel):
-            part = jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)
-            return all_reduce.all_reduce(part, mesh=mesh, axis_names=sharding.MODEL, dtype=x.dtype)
+            return jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)[None]
 
         rows = ("batch", "length")
         return jax.shard_map(
             local,
-            mesh=mesh,
+            mesh=self.mesh,
             in_specs=(sharding.spec(*rows, *self.axes), sharding.spec(*self.axes)),
-            out_specs=sharding.spec(*rows),
+            out_specs=sharding.spec("latent", *rows),
             check_vma=False,
         )(x, self.kernel[...].astype(x.dtype))
 
@@ -161,25 +181,79 @@ class RMSNorm(nnx.Module):
         normed = blocked * jax.lax.rsqrt(jnp.mean(blocked**2, axis=-1, keepdims=True) + self.eps)
         return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(self.dtype)
 
+    def of_sum(self, x: jax.Array, summands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x and `summands` `[N, ..., width]` added up, in the dtype of `x`; that, normed)."""
+        if not between_products.sums(self.width):
+            x = (x + summands.sum(0)).astype(x.dtype)
+            return x, self(x)
+        rows = lambda y: y.reshape(*y.shape[: y.ndim - x.ndim], -1, self.width)
+        how = dict(factor=self.factor, eps=self.eps, dtype=self.dtype)
+        both = between_products.sum_and_norm(rows(summands), rows(x), self.scale[...], **how)
+        return tuple(y.reshape(x.shape) for y in both)
+
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`.
+    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`."""
+    cos, sin = (y[:, :, None] for y in angles(positions_BT, x_BTHR.shape[-1], base))
+    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
+    return rotated.astype(x_BTHR.dtype)
+
+
+def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """(cosines, sines) of `rotate`, float32 `[B, T, width / 2]`.
 
     Positions are cut into two digits whose angles are reduced modulo 2π in float64 beforehand:
     float32 angles of positions in the millions would be wrong in the second decimal.
     """
-    half = x_BTHR.shape[-1] // 2
-    digit = 1024
+    half, digit = width // 2, 1024
     frequency = base ** (-np.arange(half, dtype=np.float64) / half)
     high, low = jnp.divmod(positions_BT[..., None].astype(jnp.int32), digit)
     high = high * np.float32(np.mod(digit * frequency, 2 * np.pi))
     low = low * np.float32(frequency)
     cos = jnp.cos(high) * jnp.cos(low) - jnp.sin(high) * jnp.sin(low)
     sin = jnp.sin(high) * jnp.cos(low) + jnp.cos(high) * jnp.sin(low)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
-    return rotated.astype(x_BTHR.dtype)
+    return cos, sin
+
+
+def additions(
+    mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]
+) -> Callable[[jax.Array | None, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
+    """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
+
+    `x` is the stream, at first None, and `y` a result of `summed`, an embedding or projections. On
+    one device, and where `kernels.exchange` serves, these results stay in parts from now on
+    (`apart`), and one kernel does all at once.
+    """
+    B, T, D = stream.shape
+
+    def add(x_BTD, y_BTD, norm):
+        x_BTD = y_BTD if x_BTD is None else x_BTD + y_BTD
+        x_BTD = sharding.constrain(x_BTD, mesh, "batch", "length", None)
+        return x_BTD, norm(x_BTD)
+
+    def add_summands(x_BTD, y, norm):
+        if x_BTD is None:
+            return add(x_BTD, y, norm)
+        return norm.of_sum(x_BTD, y) if len(y) > 1 else add(x_BTD, y[0], norm)
+
+    if mesh.size == 1:
+        for module in summed:
+            module.apart = isinstance(module, SummedProjection)
+        return add_summands
+    if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
+        return add
+    for module in summed:
+        module.apart = True
+    exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
+
+    def add_parts(x_BTD, y_NBTD, norm):
+        x_BTD = jnp.zeros((B, T, D), stream.dtype) if x_BTD is None else x_BTD
+        parts_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
+        both = exchanged(parts_NRD, x_RD, norm.scale[...], eps=norm.eps, dtype=norm.dtype)
+        return tuple(x.reshape(B, T, D) for x in both)
+
+    return add_parts
 
 
 class SwiGLU(nnx.Module):

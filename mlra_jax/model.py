@@ -42,12 +42,6 @@ class Block(nnx.Module):
         y_BTD, entries = self.attention.prefill(self.attention_norm(x_BTD), positions_BT)
         return self._rest(x_BTD, y_BTD), entries
 
-    def decode(self, x_BTD, positions_BT, cache, lengths_B):
-        y_BTD, cache = self.attention.decode(
-            self.attention_norm(x_BTD), positions_BT, cache, lengths_B
-        )
-        return self._rest(x_BTD, y_BTD), cache
-
     def extend(self, x_BTD, positions_BT, cache, lengths_B, over=None):
         y_BTD, cache = self.attention.extend(
             self.attention_norm(x_BTD), positions_BT, cache, lengths_B, over
@@ -75,6 +69,9 @@ def logits(x_BTD: jax.Array, table_VD: jax.Array, mesh: Mesh) -> jax.Array:
 class Embedding(nnx.Module):
     """Token vectors, and the output head that is the same tensor."""
 
+    apart = False
+    """As of `layers.SummedProjection`: whether each device gives the vectors of its own tokens."""
+
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         how = config.execution
         self.mesh, self.dtype = mesh, "float32" if how.float32_stream else how.dtype
@@ -88,6 +85,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """`[B, T, D]` in the dtype of the stream that blocks add to."""
+        if self.apart:
+            return self._parts(tokens_BT)
         # Not the tokens' vectors: those would be far more.
         table_VD = sharding.gathered(
             self.embedding[...], self.mesh, TABLE, sharding.BATCH, self.dtype
@@ -95,6 +94,22 @@ class Embedding(nnx.Module):
         # Cast after the look-up: else gradients of a token seen often are summed in that dtype.
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
+
+    def _parts(self, tokens_BT):
+        def local(tokens_BT, table_vD):
+            own_BT = tokens_BT - jax.lax.axis_index(sharding.MODEL) * len(table_vD)
+            mine_BT = (own_BT >= 0) & (own_BT < len(table_vD))
+            part_BTD = jnp.take(table_vD, own_BT, axis=0, mode="clip").astype(jnp.float32)
+            return jnp.where(mine_BT[..., None], part_BTD, 0)[None]
+
+        rows = ("batch", "length")
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(sharding.spec(*rows), sharding.spec("vocab", None)),
+            out_specs=sharding.spec("latent", *rows),
+            check_vma=False,
+        )(tokens_BT, self.embedding[...])
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]`, split over the vocabulary."""

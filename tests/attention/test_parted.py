@@ -11,6 +11,7 @@ from decoding import decoding_error, lower_step
 from mlra_jax import sharding
 from mlra_jax.attention.parted import part_heads
 from mlra_jax.config import LatentConfig
+from mlra_jax.kernels import exchange
 from mlra_jax.sharding import make_mesh
 
 
@@ -57,3 +58,13 @@ def test_rows_that_a_gpu_wants_change_nothing(mesh, monkeypatch):
     jax.clear_caches()
     assert decoding_error(tiny.LATENT["mlra_2"], *mesh, num_layers=2) < 1e-5
     assert decoding_error(tiny.LATENT["mlra_2"], *mesh, lengths=(7,), queries=2) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "context"), [("mlra_4", 2), ("gqa_gated", 1)])
+def test_parts_added_by_exchanges_are_the_same_numbers(name, context, monkeypatch):
+    """As on Hopper GPUs, in plain JAX; two tokens at a time."""
+    monkeypatch.setattr(exchange, "supports", lambda *_: None)
+    jax.clear_caches()
+    config = tiny.config(name, 2)
+    lengths = dict(lengths=(7,)) if context == 1 else {}
+    assert decoding_error(config.attention, 2, context, num_layers=2, queries=2, **lengths) < 1e-5

@@ -1,0 +1,107 @@
+"""What the devices of a mesh add up in a decoding step: parts, residual and norm in one go."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from mlra_jax.kernels import target
+from mlra_jax.kernels.exchange import mosaic_gpu, reference
+
+# Beyond, what the devices send each other takes longer than starting NCCL.
+_MOST_NUMBERS = 2**19
+
+
+def supports(mesh: Mesh, axis_names: Sequence[str], rows: int, width: int) -> str | None:
+    """None if an `Exchange` serves rows of this width, otherwise why not, in one phrase."""
+    devices = mesh.devices.ravel()
+    if len(devices) == 1:
+        return "there is one device"
+    if not all(map(target.is_hopper, devices)):
+        return "the devices are no Hopper GPUs"
+    # All devices of the mesh take part, and one process knows all their addresses.
+    if math.prod(mesh.shape[a] for a in axis_names) != mesh.size:
+        return "the mesh has more axes"
+    if len({d.process_index for d in devices}) > 1 or len(devices) != jax.local_device_count():
+        return "the mesh is not all devices of one process"
+    if width % mosaic_gpu.THREADS or width > mosaic_gpu.WIDEST:
+        return f"width {width} is no multiple of {mosaic_gpu.THREADS} up to {mosaic_gpu.WIDEST}"
+    if rows * width > _MOST_NUMBERS:
+        return f"{rows} rows of {width} are more than {_MOST_NUMBERS} numbers"
+    return None
+
+
+class Exchange:
+    """The exchanges of one decoding step, made while it is traced and called once for each.
+
+    All devices of `mesh` take part, over those of `axis_names` that it has more than one of. On
+    Hopper GPUs each device has inboxes, which the others write into (see `mosaic_gpu`); on others
+    JAX gathers the parts.
+    """
+
+    def __init__(self, mesh: Mesh, axis_names: Sequence[str], rows: int, width: int):
+        self.mesh, self.axes = mesh, tuple(a for a in axis_names if mesh.shape[a] > 1)
+        self.turn, self.inbox = 0, None
+        if target.is_hopper(mesh.devices.flat[0]):
+            shape = (mesh.size, *mosaic_gpu.inbox_shape(mesh.size, rows, width))
+            inbox = jnp.full(shape, mosaic_gpu.EMPTY, jnp.int32)
+            there = jax.NamedSharding(mesh, PartitionSpec(self.axes))
+            self.inbox = jax.lax.with_sharding_constraint(inbox, there)
+
+    def __call__(
+        self, parts_NRD: jax.Array, x_RD: jax.Array, scale_D: jax.Array, *, eps: float, dtype: str
+    ) -> tuple[jax.Array, jax.Array]:
+        """The stream with what the parts add up to, and its RMSNorm.
+
+        Args:
+          parts_NRD: float32, a part of each device, split over them.
+          x_RD: the stream, on every device.
+          scale_D: of the norm.
+          eps: of the norm, added to the mean square.
+          dtype: of the normed rows. The stream keeps its own; the sum is taken in float32, on all
+            devices in the same order, and rounded once.
+        """
+        how = dict(mesh=self.mesh, axes=self.axes, eps=eps, dtype=jnp.dtype(dtype))
+        if self.inbox is None:
+            return _in_plain(parts_NRD, x_RD, scale_D, **how)
+        turn = np.array([self.turn % mosaic_gpu.INBOXES], np.int32)
+        x_RD, normed_RD, self.inbox = _by_kernel(
+            parts_NRD, x_RD, scale_D, self.inbox, turn, first=self.turn == 0, **how
+        )
+        self.turn += 1
+        return x_RD, normed_RD
+
+
+def _in_plain(parts_NRD, x_RD, scale_D, *, mesh, axes, eps, dtype):
+    def local(part_1RD, x_RD, scale_D):
+        x_RD, normed_RD = reference.add(part_1RD[0], x_RD, scale_D, axes=axes, eps=eps)
+        return x_RD, normed_RD.astype(dtype)
+
+    split, whole = PartitionSpec(axes), PartitionSpec()
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(split, whole, whole), out_specs=whole, check_vma=False
+    )(parts_NRD, x_RD, scale_D)
+
+
+# A function of its own in a program, so that all layers compile one.
+@functools.partial(jax.jit, static_argnames=("first", "mesh", "axes", "eps", "dtype"))
+@target.int32_indices
+def _by_kernel(parts_NRD, x_RD, scale_D, inbox, turn, *, first, mesh, axes, eps, dtype):
+    add = functools.partial(mosaic_gpu.add, mesh=mesh, axes=axes, eps=eps, dtype=dtype, first=first)
+
+    def local(part_1RD, x_RD, scale_D, inbox_1, turn):
+        x_RD, normed_RD, inbox = add(part_1RD[0], x_RD, scale_D, inbox_1[0], turn)
+        return x_RD, normed_RD, inbox[None]
+
+    split, whole = PartitionSpec(axes), PartitionSpec()
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(split, whole, whole, split, whole),
+        out_specs=(whole, whole, split),
+        check_vma=False,
+    )(parts_NRD, x_RD, scale_D, inbox, turn)

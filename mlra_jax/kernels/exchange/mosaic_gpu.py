@@ -1,0 +1,216 @@
+"""An exchange on Hopper GPUs: every device writes its part into all others' inboxes.
+
+XLA runs its all-reduces between CUDA graphs, so that they cut a step into two graphs a layer, which
+the host launches one by one. A custom call is a node of the graph. XLA puts a barrier of all
+devices in front of one that reads or writes other devices' memory; it is left out of all exchanges
+of a step but the first, as devices share nothing but inboxes, and these need none:
+
+- A word of an inbox is `EMPTY` until it is written, and no part has such a word. Who reads waits
+  for each word by itself, so that nothing else tells of its arrival, and no order matters.
+- There are three inboxes, by turns. Exchange k writes the others' inbox k % 3, reads its own, and
+  empties its own of exchange k - 1, for exchange k + 2. No device is in k + 2 before this one is in
+  k + 1, as it needs this one's part of that; and launches on a device follow each other, so that
+  the inbox is empty by then.
+- All inboxes are emptied when a step begins; the barrier in front of its first exchange says that
+  all devices have done so. After its last nothing more arrives.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+INBOXES = 3
+EMPTY = -(2**31)
+"""As float32 it is -0.0; a part's are sent as 0.0."""
+THREADS = 128
+"""Of a CTA, which takes one row."""
+WIDEST = 8192
+"""Beyond, a row does not fit the registers of one CTA."""
+
+
+def inbox_shape(devices: int, rows: int, width: int) -> tuple[int, ...]:
+    """Of a device's int32 inboxes: by turn and by sender."""
+    return INBOXES, devices, rows, width
+
+
+def add(
+    part_RD: jax.Array,
+    x_RD: jax.Array,
+    scale_D: jax.Array,
+    inbox: jax.Array,
+    turn: jax.Array,
+    *,
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    eps: float,
+    dtype: jnp.dtype,
+    first: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(the stream, its norm in `dtype`, the inboxes) of one device, within `shard_map`.
+
+    Args:
+      part_RD: float32.
+      x_RD: the stream; scale_D: of the norm.
+      inbox: int32 of `inbox_shape`, from the exchange before; changed in place.
+      turn: int32 `[1]`, the number of this exchange in its step modulo `INBOXES`.
+      axes: the mesh axes of more than one device.
+      first: whether it is the first of its step, before which inboxes are new.
+    """
+    R, D = part_RD.shape
+    places = list(itertools.product(*(range(mesh.shape[a]) for a in axes)))
+    vector_size = next(n for n in (4, 2, 1) if D % (THREADS * n) == 0)
+    layout = plgpu.Layout.WG_STRIDED((D,), vec_size=vector_size)
+
+    def body(part_ref, x_ref, scale_ref, turn_ref, inbox_ref, out_ref, normed_ref):
+        row, turn = lax.axis_index("row"), turn_ref[0]
+        me = jnp.int32(0)
+        for a in axes:
+            me = me * mesh.shape[a] + lax.axis_index(a)
+        load = functools.partial(plgpu.load, layout=layout)
+        part_D = load(part_ref.at[row])
+        for place in places:
+            device = dict(zip(axes, map(jnp.int32, place), strict=True))
+            _send(part_D, plgpu.remote_ref(inbox_ref, device).at[turn, me, row], layout)
+        x_D = load(x_ref.at[row]).astype(jnp.float32)
+        scale_D = load(scale_ref).astype(jnp.float32)
+        before = lax.rem(turn + jnp.int32(INBOXES - 1), jnp.int32(INBOXES))
+        for n in range(len(places)):
+            _empty(inbox_ref.at[before, n, row], layout)
+        parts = [_receive(inbox_ref.at[turn, n, row], D, layout) for n in range(len(places))]
+        x_D = (x_D + sum(parts[1:], parts[0])).astype(out_ref.dtype)
+        out_ref[row] = x_D
+        x_D = x_D.astype(jnp.float32)
+        mean = jnp.sum(x_D * x_D) * (1 / D)
+        normed_ref[row] = (x_D * lax.rsqrt(mean + eps) * scale_D).astype(dtype)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((R, D), x_RD.dtype),
+            jax.ShapeDtypeStruct((R, D), dtype),
+        ),
+        grid=(R,),
+        grid_names=("row",),
+        kernel_name="exchange",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=not first
+        ),
+    )
+    inbox_ref = jax.new_ref(inbox)
+    x_RD, normed_RD = kernel(part_RD, x_RD, scale_D, turn, inbox_ref)
+    return x_RD, normed_RD, jax.freeze(inbox_ref)
+
+
+def _send(row_D: jax.Array, ref, layout) -> None:
+    """Writes a row of float32 into an inbox, perhaps another device's."""
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def send(ctx, row, ref):
+        for pointer, value in zip(_places(ref, row.layout), row.registers.flat, strict=True):
+            words = vector.bitcast(_words(row.layout.vec_size), value)
+            empty = arith.cmpi(arith.CmpIPredicate.eq, words, _all(words.type, EMPTY))
+            _write(pointer, arith.select(empty, _all(words.type, 0), words))
+
+    send(row_D, ref)
+
+
+def _empty(ref, layout) -> None:
+    """Makes a row of an inbox of this device ready to be written again."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def empty(ctx, ref):
+        strided = layout.to_mgpu()
+        words = _all(_words(strided.vec_size), EMPTY)
+        for pointer in _places(ref, strided):
+            _write(pointer, words)
+
+    empty(ref)
+
+
+def _receive(ref, width: int, layout) -> jax.Array:
+    """The row of float32 in an inbox of this device, when all of it has arrived."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((width,), jnp.float32, layout=layout),
+    )
+    def receive(ctx, ref):
+        strided = layout.to_mgpu()
+        pointers = list(_places(ref, strided))
+        kind = _words(strided.vec_size)
+        loop = scf.WhileOp([kind] * len(pointers), [_all(kind, EMPTY)] * len(pointers))
+        with ir.InsertionPoint(loop.before.blocks.append(*[kind] * len(pointers))):
+            rows = [_read(pointer, strided.vec_size) for pointer in pointers]
+            missing = [
+                arith.cmpi(arith.CmpIPredicate.eq, vector.extract(words, [], [i]), _word(EMPTY))
+                for words in rows
+                for i in range(strided.vec_size)
+            ]
+            scf.condition(functools.reduce(arith.ori, missing), rows)
+        block = loop.after.blocks.append(*[kind] * len(pointers))
+        with ir.InsertionPoint(block):
+            scf.yield_(list(block.arguments))
+        real = ir.VectorType.get((strided.vec_size,), ir.F32Type.get())
+        registers = np.empty(strided.registers_shape((width,)), dtype=object)
+        registers.flat = [vector.bitcast(real, words) for words in loop.results]
+        return mgpu.FragmentedArray(_registers=registers, _layout=strided, _is_signed=None)
+
+    return receive(ref)
+
+
+def _word(value: int):
+    return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def _words(count: int) -> ir.Type:
+    return ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
+
+
+def _all(kind: ir.Type, value: int):
+    return vector.broadcast(kind, _word(value))
+
+
+def _places(ref, layout):
+    """Pointers to what of a row a thread holds, in the order of its registers."""
+    base = mgpu.utils.memref_ptr(ref)
+    for index in layout.linear_thread_idxs():
+        offset = arith.index_cast(ir.IntegerType.get_signless(64), index)
+        yield mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(32))
+
+
+# At once and in the order of the program: not to be moved to the other side of the wait.
+def _write(pointer, words) -> None:
+    n = ir.VectorType(words.type).shape[0]
+    values = [vector.extract(words, [], [i]) for i in range(n)]
+    text = f"st.relaxed.sys.global{_listed(1, n)[0]}.b32 [$0], {_listed(1, n)[1]};"
+    constraints = ",".join(["l", *["r"] * n, "~{memory}"])
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, [pointer, *values], text, constraints, has_side_effects=True)
+
+
+def _read(pointer, n: int):
+    i32 = ir.IntegerType.get_signless(32)
+    text = f"ld.relaxed.sys.global{_listed(0, n)[0]}.b32 {_listed(0, n)[1]}, [${n}];"
+    constraints = ",".join([*["=r"] * n, "l", "~{memory}"])
+    kind = llvm.StructType.get_literal([i32] * n) if n > 1 else i32
+    found = llvm.inline_asm(kind, [pointer], text, constraints, has_side_effects=True)
+    words = _all(_words(n), 0)
+    for i in range(n):
+        word = llvm.extractvalue(i32, found, [i]) if n > 1 else found
+        words = vector.insert(word, words, [], [i])
+    return words
+
+
+def _listed(first: int, n: int) -> tuple[str, str]:
+    """(suffix of an instruction on n words, its operands from `first` on)."""
+    operands = ", ".join(f"${first + i}" for i in range(n))
+    return (f".v{n}", f"{{{operands}}}") if n > 1 else ("", operands)
