@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from mlra_jax import snapshots
 from mlra_jax.storage.paths import AnyPath, files_below, kvstore
 
 CHECKSUMS_FILE = "checksums.json"
@@ -47,9 +48,7 @@ class ArrayHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(self, values, infos, args=None) -> Sequence[ocp.future.Future]:
         """Copies the values to the host; the future that comes back writes them."""
         values = [x if isinstance(x, jax.Array) else np.array(x) for x in values]
-        for shard in (s for x in values if isinstance(x, jax.Array) for s in _own_shards(x)):
-            shard.data.copy_to_host_async()
-        parts = [_parts(value) for value in values]
+        parts = _parts(values)
         args = args or [ocp.SaveArgs()] * len(values)
 
         async def write():
@@ -58,6 +57,8 @@ class ArrayHandler(ocp.type_handlers.NumpyHandler):
             except Exception as error:
                 self.failure = error
                 raise
+            finally:  # The next save copies to the same memory.
+                parts.clear()
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="arrays")]
 
@@ -167,25 +168,21 @@ def _check_stored(item: AnyPath) -> None:
         end.result()
 
 
-def _own_shards(value: jax.Array) -> list[jax.Shard]:
-    """Each part of an array is written by one of the devices that hold it."""
-    return [shard for shard in value.addressable_shards if shard.replica_id == 0]
+def _parts(values: Sequence[jax.Array | np.ndarray]) -> list[list[snapshots.Part]]:
+    """What this process writes of each value; arrays may be donated when this returns."""
+    taken = iter(snapshots.take([x for x in values if isinstance(x, jax.Array)]))
+    first = jax.process_index() == 0
+    whole = lambda x: [(..., x)] if first else []
+    return [next(taken) if isinstance(x, jax.Array) else whole(x) for x in values]
 
 
-def _parts(value: jax.Array | np.ndarray) -> list[tuple[Any, np.ndarray]]:
-    """(where, values) of what this process writes of an array."""
-    if isinstance(value, jax.Array):
-        return [(shard.index, np.asarray(shard.data)) for shard in _own_shards(value)]
-    return [(..., value)] if jax.process_index() == 0 else []
-
-
-async def _write(value, parts: list[tuple[Any, np.ndarray]], info: Any, arg: Any) -> None:
+async def _write(value, parts: list[snapshots.Part], info: Any, arg: Any) -> None:
     shape = value.shape
     chunk = value.sharding.shard_shape(shape) if isinstance(value, jax.Array) else shape
     array = await create_array(info, arg, shape, chunk, value.dtype)
     await _all(
         *(
-            array[where].write(part, can_reference_source_data_indefinitely=True)
+            array[where].write(np.asarray(part), can_reference_source_data_indefinitely=True)
             for where, part in parts
         )
     )

@@ -1,7 +1,8 @@
 """One way for all command lines.
 
 Wrong flags end with exit code 2, a failure of the work with 1, an interruption (Ctrl-C, SIGTERM)
-with 130, each in one line on stderr. `--help` lists the flags and ends with 0.
+with 130, each in one line on stderr. Training that was told to stop, and has saved before its last
+step, ends with 75. `--help` lists the flags and ends with 0.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from absl import logging
 from tqdm import tqdm
 
 from mlra_jax.storage import paths
+
+STOPPED = 75
+"""As EX_TEMPFAIL of sysexits.h: nothing failed, and the same command has more to do."""
 
 _SECONDS_TO_END = 3.0
 

@@ -172,11 +172,10 @@ class Decoder:
         form, (B, T), layers = self._form(), tokens_BT.shape, []
         positions_BT = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
         beyond = ((0, self._rows(B, T) - B), (0, 0))
-        positions_BT = jnp.pad(positions_BT, beyond)
-        tokens_BT = jnp.pad(tokens_BT, beyond)
+        tokens_BT, positions_BT = (jnp.pad(x, beyond) for x in (tokens_BT, positions_BT))
         stream = jax.eval_shape(form.embed, tokens_BT)
         summed = [p for block in form.layers for p in (block.attention.out, block.mlp.down)]
-        add = additions(self.mesh, stream, [form.embed, *summed])
+        add = additions(self.mesh, stream, form.embed, summed)
         x_BTD, normed_BTD = add(None, form.embed(tokens_BT), form.layers[0].attention_norm)
         next_norms = (*(block.attention_norm for block in form.layers[1:]), form.final_norm)
         for block, layer, next_norm in zip(form.layers, cache.layers, next_norms, strict=True):
@@ -300,6 +299,9 @@ def _decoding(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attent
             }
             others = (n for n in self.input_names(self.config) if n not in y)
             return y | {name: getattr(self, name)(x_BTD) for name in others}
+
+        def input_summands(self, x_BTD):
+            return self.joined.summands(x_BTD, self.mesh) if names == self.reads else None
 
     return Decoding
 

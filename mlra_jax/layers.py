@@ -1,6 +1,7 @@
 """The parts every block is made of: RMSNorm, projections, rotary positions, SwiGLU."""
 
 import functools
+import math
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import exchange
+from mlra_jax.kernels import between_products, exchange
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -42,10 +43,11 @@ def weigh(
       subscripts: `x,kernel->result`, each letter in two of the three.
       out_dtype: of the result, if it is not that of `x`.
     """
-    return _einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
+    return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
 
 
-def _einsum(subscripts, x, y, out_dtype=None):
+def einsum(subscripts: str, x: jax.Array, y: jax.Array, out_dtype=None) -> jax.Array:
+    """`jnp.einsum` in the precision of the arrays' dtype; the result has it, or `out_dtype`."""
     return jnp.einsum(
         subscripts, x, y, precision=precision(x.dtype), preferred_element_type=out_dtype
     )
@@ -53,14 +55,14 @@ def _einsum(subscripts, x, y, out_dtype=None):
 
 def _weigh_forward(x, kernel, subscripts, out_dtype):
     # Not by calling `weigh`: policies of `jax.checkpoint` do not look inside of it.
-    return _einsum(subscripts, x, kernel.astype(x.dtype), out_dtype), (x, kernel)
+    return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype), (x, kernel)
 
 
 def _weigh_backward(subscripts, out_dtype, kept, slope):
     (x, kernel), (of_x, of_kernel, of_out) = kept, re.split(",|->", subscripts)
     slope = slope.astype(x.dtype)
-    x_slope = _einsum(f"{of_out},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
-    kernel_slope = _einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
+    x_slope = einsum(f"{of_out},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
+    kernel_slope = einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
     return x_slope, kernel_slope.astype(kernel.dtype)
 
 
@@ -95,13 +97,33 @@ class Projection(nnx.Module):
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
         return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
 
+    def summands(self, x: jax.Array, mesh: Mesh) -> jax.Array:
+        """`[N, ..., out dims]`, which add up to the product, for a decoding step on `mesh`.
+
+        Where kernels add them up (`between_products`) they are float32, each of a part of what is
+        contracted; elsewhere there is one, the product.
+        """
+        shape, of_kernel = x.shape[: -self.num_in], self.kernel.shape
+        outer = of_kernel[self.num_in :]
+        rows, columns = math.prod(shape), math.prod(outer)
+        N = between_products.summands(mesh, rows, math.prod(of_kernel[: self.num_in]), columns)
+        if N == 1:
+            return Projection.__call__(self, x)[None]
+        y_NRE = einsum(
+            "rnd,nde->nre",
+            x.reshape(rows, N, -1),
+            self.kernel[...].astype(x.dtype).reshape(N, -1, columns),
+            "float32",
+        )
+        return y_NRE.reshape(N, *shape, *outer)
+
 
 class SummedProjection(Projection):
     """`projection` in the decoding form, its contracted dimensions split over `mesh`."""
 
     apart = False
-    """Whether what the devices have to add up stays in parts: float32 `[devices, rows, out dims]`,
-    to be added by `kernels.exchange`."""
+    """Whether what is to be added up stays in parts, `[N, rows, out dims]`, for `additions`: one of
+    each device in float32, or on one device the product's own `summands`."""
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
@@ -110,6 +132,8 @@ class SummedProjection(Projection):
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.apart:
             return super().__call__(x)
+        if self.mesh.size == 1:
+            return self.summands(x, self.mesh)
 
         def local(x, kernel):
             return jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)[None]
@@ -157,47 +181,69 @@ class RMSNorm(nnx.Module):
         normed = blocked * jax.lax.rsqrt(jnp.mean(blocked**2, axis=-1, keepdims=True) + self.eps)
         return (normed.reshape(x.shape) * (self.scale[...] * self.factor)).astype(self.dtype)
 
+    def of_sum(self, x: jax.Array, summands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x and `summands` `[N, ..., width]` added up, in the dtype of `x`; that, normed)."""
+        if not between_products.sums(self.width):
+            x = (x + summands.sum(0)).astype(x.dtype)
+            return x, self(x)
+        rows = lambda y: y.reshape(*y.shape[: y.ndim - x.ndim], -1, self.width)
+        how = dict(factor=self.factor, eps=self.eps, dtype=self.dtype)
+        both = between_products.sum_and_norm(rows(summands), rows(x), self.scale[...], **how)
+        return tuple(y.reshape(x.shape) for y in both)
+
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`.
+    """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`."""
+    cos, sin = (y[:, :, None] for y in angles(positions_BT, x_BTHR.shape[-1], base))
+    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
+    return rotated.astype(x_BTHR.dtype)
+
+
+def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """(cosines, sines) of `rotate`, float32 `[B, T, width / 2]`.
 
     Positions are cut into two digits whose angles are reduced modulo 2π in float64 beforehand:
     float32 angles of positions in the millions would be wrong in the second decimal.
     """
-    half = x_BTHR.shape[-1] // 2
-    digit = 1024
+    half, digit = width // 2, 1024
     frequency = base ** (-np.arange(half, dtype=np.float64) / half)
     high, low = jnp.divmod(positions_BT[..., None].astype(jnp.int32), digit)
     high = high * np.float32(np.mod(digit * frequency, 2 * np.pi))
     low = low * np.float32(frequency)
     cos = jnp.cos(high) * jnp.cos(low) - jnp.sin(high) * jnp.sin(low)
     sin = jnp.sin(high) * jnp.cos(low) + jnp.cos(high) * jnp.sin(low)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
-    return rotated.astype(x_BTHR.dtype)
+    return cos, sin
 
 
 def additions(
-    mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]
+    mesh: Mesh, stream: jax.ShapeDtypeStruct, embed: nnx.Module, summed: Iterable[SummedProjection]
 ) -> Callable[[jax.Array | None, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
     """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
 
-    `x` is the stream, at first None, and `y` a result of `summed`, an embedding or projections.
-    Where `kernels.exchange` serves, their results stay in parts from now on (`apart`), and it does
-    all at once.
+    `x` is the stream, at first None, and `y` what `embed`, at first, or one of `summed` gives. On
+    one device, and where `kernels.exchange` serves, these stay in parts from now on (`apart`), and
+    one kernel does all at once.
     """
     B, T, D = stream.shape
-    if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
 
-        def add(x_BTD, y_BTD, norm):
-            x_BTD = y_BTD if x_BTD is None else x_BTD + y_BTD
-            x_BTD = sharding.constrain(x_BTD, mesh, "batch", "length", None)
-            return x_BTD, norm(x_BTD)
+    def add(x_BTD, y_BTD, norm):
+        x_BTD = y_BTD if x_BTD is None else x_BTD + y_BTD
+        x_BTD = sharding.constrain(x_BTD, mesh, "batch", "length", None)
+        return x_BTD, norm(x_BTD)
 
+    def add_summands(x_BTD, y_NBTD, norm):
+        if x_BTD is None:
+            return add(None, y_NBTD, norm)
+        return norm.of_sum(x_BTD, y_NBTD) if len(y_NBTD) > 1 else add(x_BTD, y_NBTD[0], norm)
+
+    if mesh.size > 1 and exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
         return add
-    for module in summed:
-        module.apart = True
+    for projection in summed:
+        projection.apart = True
+    if mesh.size == 1:
+        return add_summands
+    embed.apart = True
     exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
 
     def add_parts(x_BTD, y_NBTD, norm):

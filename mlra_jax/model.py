@@ -56,11 +56,22 @@ class Block(nnx.Module):
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
 
 
+TABLE = ("vocab", "embed")
+"""Logical axes of the token vectors."""
+
+
+def logits(x_BTD: jax.Array, table_VD: jax.Array, mesh: Mesh) -> jax.Array:
+    """float32 `[B, T, V]`, split over the vocabulary."""
+    logits_BTV = weigh(x_BTD, table_VD, "btd,vd->btv", "float32")
+    return sharding.constrain(logits_BTV, mesh, "batch", "length", "vocab")
+
+
 class Embedding(nnx.Module):
     """Token vectors, and the output head that is the same tensor."""
 
     apart = False
-    """As of `layers.SummedProjection`: whether each device gives the vectors of its own tokens."""
+    """Whether each device gives the vectors of the ids that it has, zeros for the others: float32
+    `[devices, B, T, D]`, for `layers.additions`."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         how = config.execution
@@ -69,7 +80,7 @@ class Embedding(nnx.Module):
             rngs,
             nnx.initializers.normal(INIT_STDDEV),
             (config.vocab_size, config.embed_dim),
-            ("vocab", "embed"),
+            TABLE,
             config.param_dtype,
         )
 
@@ -77,8 +88,10 @@ class Embedding(nnx.Module):
         """`[B, T, D]` in the dtype of the stream that blocks add to."""
         if self.apart:
             return self._parts(tokens_BT)
-        # Gathered over the devices that split the batch: their tokens' vectors would be far more.
-        table_VD = sharding.constrain(self.embedding[...], self.mesh, "vocab", None)
+        # Not the tokens' vectors: those would be far more.
+        table_VD = sharding.gathered(
+            self.embedding[...], self.mesh, TABLE, sharding.BATCH, self.dtype
+        )
         # Cast after the look-up: else gradients of a token seen often are summed in that dtype.
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
@@ -101,8 +114,7 @@ class Embedding(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]`, split over the vocabulary."""
-        logits_BTV = weigh(x_BTD, self.embedding[...], "btd,vd->btv", "float32")
-        return sharding.constrain(logits_BTV, self.mesh, "batch", "length", "vocab")
+        return logits(x_BTD, self.embedding[...], self.mesh)
 
 
 class Model(nnx.Module):
@@ -137,15 +149,24 @@ class Model(nnx.Module):
         positions_BT = positions(tokens_BT) if positions_BT is None else positions_BT
         graphdef, stacked = nnx.split(self.layers)
 
+        together, how = unrolled(self.config, self.mesh), self.config.execution
+        in_loop = together < self.config.num_layers
+        once = how.remat == "none" and not in_loop
+
         def body(x_BTD, layer):
+            layer = nnx.map_state(self._gathered, layer) if once else layer
             block = nnx.merge(graphdef, layer)
             return block(remat.name_stream(x_BTD), positions_BT), None
 
-        together = unrolled(self.config, self.mesh)
-        in_loop = together < self.config.num_layers
-        body = remat.checkpointed(body, self.config.execution.remat, in_loop=in_loop)
+        body = remat.checkpointed(body, how.remat, in_loop=in_loop)
         x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=together)
         return self.final_norm(x_BTD)
+
+    def _gathered(self, path, weight: nnx.Variable) -> nnx.Variable:
+        """Of one layer; where all is kept for the backward pass, so are gathered weights."""
+        axes = weight.get_metadata()["out_sharding"][1:]  # That of the layers is first.
+        where, dtype = (self.mesh, axes, sharding.BATCH), self.config.execution.dtype
+        return weight.replace(sharding.gathered(weight[...], *where, dtype))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]` from `hidden`'s output, split over the vocabulary."""

@@ -9,11 +9,13 @@ Nothing outside this file names a mesh axis.
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -186,6 +188,37 @@ def constrain(x: jax.Array, mesh: Mesh, *axes: str | None) -> jax.Array:
     if mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, named(mesh, *axes))
+
+
+def gathered(
+    x: jax.Array, mesh: Mesh, axes: Sequence[str | None], over: Sequence[str], dtype: str = ""
+) -> jax.Array:
+    """An array with these logical names, whole on the devices along the mesh axes `over`.
+
+    They exchange it once for all that is computed of it, where XLA would for each product; weights
+    rounded to `dtype`, if one is given and narrower. The gradient is summed over them in the dtype
+    of `x` on its way to where each part belongs, and never whole anywhere.
+    """
+    split = {a for names in mesh_axes(*axes) for a in names}
+    if all(mesh.shape[a] == 1 for a in split.intersection(over)):
+        return x
+    return _gathered(x, mesh, tuple(axes), tuple(over), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(x, mesh, axes, over, dtype):
+    narrow = min(x.dtype, jnp.dtype(dtype or x.dtype), key=lambda d: d.itemsize)
+    # Named as it is split first: else XLA would round it, or project it, behind the exchange.
+    parts = constrain(x.astype(narrow), mesh, *axes)
+    kept = (tuple(a for a in names if a not in over) for names in mesh_axes(*axes))
+    where = NamedSharding(mesh, PartitionSpec(*(names or None for names in kept)))
+    return jax.lax.with_sharding_constraint(parts, where).astype(x.dtype)
+
+
+_gathered.defvjp(
+    lambda x, *how: (_gathered(x, *how), None),
+    lambda mesh, axes, over, dtype, _, slope: (constrain(slope, mesh, *axes),),
+)
 
 
 def abstract(make: Callable[[], nnx.Module], mesh: Mesh) -> tuple[nnx.GraphDef, dict]:

@@ -152,8 +152,9 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
     import matplotlib.figure
 
     by_cache = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
-    by_tokens = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
-    caches, tokens = by_cache.subplots(), by_tokens.subplots()
+    by_tokens = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
+    caches, (tokens, beside_reference) = by_cache.subplots(), by_tokens.subplots(1, 2)
+    reference, late = _curves(results.get(study.reference, ())), [0.0]
     places = {name: cache_values(study.model(name), _AT) for name in results}
     for i, (name, runs) in enumerate(results.items()):
         style: dict = dict(color=f"C{i % 10}", label=name)
@@ -166,9 +167,16 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
             caches.errorbar(
                 values, mean, None if math.isnan(error) else error, fmt="osD^v"[i // 10], **style
             )
-        curves = np.array([run["validation_loss"] for run in runs])
-        seen = curves[0, :, 0] * runs[0]["tokens"] / curves[0, -1, 0]
-        tokens.plot(seen, curves[:, :, 1].mean(0), "-" if i < 10 else "--", linewidth=1, **style)
+        curves, line = _curves(runs), dict(linestyle="-" if i < 10 else "--", color=f"C{i % 10}")
+        steps = np.array(runs[0]["validation_loss"])[:, 0]
+        seen = steps * runs[0]["tokens"] / steps[-1]
+        tokens.plot(seen, np.mean([*curves.values()], 0), label=name, linewidth=1, **line)
+        pairs = [curves[seed] - reference[seed] for seed in curves.keys() & reference.keys()]
+        for pair in pairs:
+            beside_reference.plot(seen, pair, linewidth=0.6, alpha=0.3, **line)
+            late += pair[len(pair) // 2 :].tolist()
+        if pairs:
+            beside_reference.plot(seen, np.mean(pairs, 0), linewidth=1.5, **line)
     by_cache.legend(loc="outside right upper", fontsize=7)
     caches.set(
         xlabel=f"cached values per token, layer and device, {_AT}-way",
@@ -180,9 +188,18 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
     caches.minorticks_off()
     tokens.set(xlabel="training tokens", ylabel="validation loss, mean over seeds (nats per token)")
     tokens.legend(fontsize=7, ncols=2)
-    for axes, figure, file_name in (
-        (caches, by_cache, "loss_by_cache.png"),
-        (tokens, by_tokens, "loss_by_tokens.png"),
-    ):
-        axes.grid(alpha=0.3)
+    beside_reference.set(
+        xlabel="training tokens",
+        ylabel=f"less that of {study.reference} with the same seed: each, and their mean",
+        # The first steps differ by more than all that comes later.
+        ylim=(1.1 * min(late) - 0.02, 1.1 * max(late) + 0.02),
+    )
+    for figure, file_name in ((by_cache, "loss_by_cache.png"), (by_tokens, "loss_by_tokens.png")):
+        for axes in figure.axes:
+            axes.grid(alpha=0.3)
         whole_figure(folder / file_name, figure)
+
+
+def _curves(runs: Sequence[Result]) -> dict[int, np.ndarray]:
+    """The validation losses of each run, by seed."""
+    return {run["seed"]: np.array(run["validation_loss"])[:, 1] for run in runs}

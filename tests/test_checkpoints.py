@@ -340,7 +340,9 @@ def test_a_save_that_cannot_be_read_does_not_count(tmp_path, monkeypatch, lost):
         seal(step)
 
     if lost == "a part":
-        monkeypatch.setattr(checksums, "_parts", lambda value: parts(value)[:1])
+        monkeypatch.setattr(
+            checksums, "_parts", lambda values: [part[:1] for part in parts(values)]
+        )
     else:
         monkeypatch.setattr(checksums, "seal", losing)
     manager = checkpoints.make_manager(tmp_path, keep=1)

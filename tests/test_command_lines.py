@@ -337,7 +337,7 @@ def test_only_errors_of_one_line_are_the_users(capsys):
 def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_path):
     training = module("mlra_jax.training")
     seen = []
-    monkeypatch.setattr(training, "train", lambda experiment, *_: seen.append(experiment))
+    monkeypatch.setattr(training, "train", lambda experiment, *_: not seen.append(experiment))
     file = f"{ROOT}/configs/paper.py"
 
     def experiment(*arguments):

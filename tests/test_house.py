@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "mlra_jax"
 # From the ground up; a room imports rooms of lower floors only (CONTRIBUTING.md has the figure).
 FLOORS = (
     {"extras"},
-    {"storage"},
+    {"storage", "snapshots"},
     {"files", "settings_tree", "command", "checksums"},
     {"scaling", "execution"},
     {"config", "data", "kernels", "remat"},

@@ -14,6 +14,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from jax._src.clusters import cloud_tpu_cluster
+
+from mlra_jax.command import STOPPED
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -92,9 +95,8 @@ def test_the_manifest_is_valid_and_asks_for_the_whole_slice():
     assert job["replicas"] == 2 and hosts["parallelism"] == hosts["completions"] == 16
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert VALUES["TRAIN_FLAGS"] in container["command"][-1]
-    # What cannot be repeated in a pod is left to JobSet.
-    assert container["env"] == [{"name": "RESTARTS", "value": "0"}]
+    assert container["command"][-1] == f"exec python train.py {VALUES['TRAIN_FLAGS']}"
+    assert {"containerPort": int(cloud_tpu_cluster.coordinator_port)} in container["ports"]
     assert pod["restartPolicy"] == "Never" and manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
 
 
@@ -145,13 +147,14 @@ exit "${codes[$(wc -l <"$RUNS") - 1]}"
     [
         ("0", 5, 0, 1),
         ("1 137 0", 5, 0, 3),
+        (f"{STOPPED} {STOPPED} 0", 5, 0, 3),
         ("1 1 1 1", 2, 1, 3),
         ("1 2 0", 5, 2, 2),
         ("130 0", 5, 130, 1),
         ("1 0", 0, 1, 1),
     ],
 )
-def test_again_repeats_failures_only(tmp_path, codes, restarts, code, runs):
+def test_again_repeats_what_failed_or_has_more_to_do(tmp_path, codes, restarts, code, runs):
     env = dict(RUNS=str(tmp_path / "runs"), CODES=codes, RESTARTS=str(restarts))
     done = run(LAUNCH / "again.sh", "bash", "-c", COUNTED, env=env)
     assert done.returncode == code, done.stderr
@@ -166,18 +169,19 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def test_again_hands_sigterm_on_and_waits_for_the_save(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_again_hands_a_signal_on_and_waits_for_the_save(tmp_path, number):
     saved, begun = tmp_path / "saved", tmp_path / "begun"
     training = (
-        f'trap "sleep 0.3; echo saved >>{saved}; exit 0" TERM; touch {begun}; '
+        f'trap "sleep 0.3; echo saved >>{saved}; exit {STOPPED}" TERM; touch {begun}; '
         "while :; do sleep 0.05; done"
     )
     command = [LAUNCH / "again.sh", "bash", "-c", training]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         wait_for(begun.exists)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 143
+        process.send_signal(number)
+        assert process.wait(30) == STOPPED
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

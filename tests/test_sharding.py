@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from flax import traverse_util
@@ -204,3 +207,28 @@ def test_a_parameter_that_does_not_divide_is_named():
 def test_a_mesh_that_names_an_axis_twice_is_refused():
     with pytest.raises(ConfigError, match=r"--mesh=data=2,data=4 names data twice; give each axis"):
         parse_mesh("data=2, data=4")
+
+
+def test_what_is_gathered_travels_once_and_its_gradient_to_where_it_belongs():
+    """Rounded as it is asked to be, its gradient not rounded."""
+    mesh, axes = sharding.make_mesh(fsdp=2, tensor=2), ("embed", "mlp")
+    w_DF = jax.random.normal(jax.random.key(0), (64, 128))
+    x_BD = jax.random.normal(jax.random.key(1), (16, 64))
+
+    def loss(w_DF, x_BD):
+        whole_DF = sharding.gathered(w_DF, mesh, axes, sharding.BATCH, "bfloat16")
+        return (jnp.tanh(x_BD @ whole_DF) @ whole_DF.T).sum()
+
+    split = jax.device_put(w_DF, sharding.named(mesh, *axes))
+    rows = jax.device_put(x_BD, sharding.named(mesh, "batch", None))
+    step = jax.jit(jax.value_and_grad(loss)).lower(split, rows).compile()
+    assert len(re.findall(r"\[64,64\]\S* all-gather\(", step.as_text())) == 1
+    got, gradient = step(split, rows)
+    assert gradient.sharding.is_equivalent_to(split.sharding, 2)
+    rounded = w_DF.astype(jnp.bfloat16).astype(jnp.float32)
+    plain = lambda w_DF: (jnp.tanh(x_BD @ w_DF) @ w_DF.T).sum()
+    want, slope = jax.value_and_grad(plain)(rounded)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-4)
+    alone = sharding.make_mesh()
+    assert sharding.gathered(w_DF, alone, axes, sharding.BATCH, "bfloat16") is w_DF

@@ -63,7 +63,7 @@ def report(what: str, found: compiled.Compiled, row: dict, capsys) -> None:
 
 
 def test_training_step(v5e_16, capsys):
-    row = ROWS["v5e:4x4", 1, 2048, None, None]
+    row = ROWS["v5e:4x4", 1, 2048, None, None, None]
     run, mesh = of_row(row), v5e_16.mesh(all_axes(row["mesh"]))
     found = compiled.compile_for(compiled.lower_training(run, mesh), mesh, None, lambda line: None)
     report(
@@ -84,7 +84,7 @@ def test_training_step(v5e_16, capsys):
 def test_decoding_step(v5e_16, capsys):
     config = preset("mlra_4", param_dtype="bfloat16")
     batch, slots = 4, 131072
-    row = ROWS["v5e:4x4", 1, None, f"{batch}x{slots}", None]
+    row = ROWS["v5e:4x4", 1, None, f"{batch}x{slots}", None, None]
     mesh = v5e_16.mesh(all_axes(row["mesh"]))
     program = lower_step(config, mesh, batch, slots, vocabulary=Vocabulary(50257)).compile()
     memory, text = program.memory_analysis(), program.as_text()

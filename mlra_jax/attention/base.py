@@ -77,22 +77,36 @@ class Attention(nnx.Module):
         """T new tokens in each row's slots from `lengths[b]` on, over what is cached.
 
         Rows of `x` beyond those of the cache are computed and mean nothing.
+
+        Returns:
+          what `out` makes of the heads' results (`SummedProjection`), and the cache.
         """
         rows = lengths_B.shape[0]
-        y = self.inputs(x_BTD)
         of_cache = lambda tree: jax.tree.map(lambda x: x[:rows], tree)
+        y, q_BTHK, new, cache = self._enter(x_BTD, positions_BT, cache, lengths_B)
         o_BTHV, cache = sharded.decode_step(
             self._attend,
-            self._ask(of_cache(self._queries(y, positions_BT))),
-            of_cache(self._entries(self._kept(y, positions_BT))),
+            self._ask(of_cache(q_BTHK)),
+            of_cache(new),
             cache,
             lengths_B,
             cache_axes=self.cache_axes,
             mesh=self.mesh,
         )
         o_BTHV = self._answer(of_cache(y), o_BTHV)
-        beyond = [(0, x_BTD.shape[0] - rows)] + [(0, 0)] * (o_BTHV.ndim - 1)
-        return self._output(y, jnp.pad(o_BTHV, beyond)), cache
+        if rows == 1:
+            # Read by the product as often as it needs it, where a pad would be an array.
+            o_BTHV = jnp.broadcast_to(o_BTHV, (x_BTD.shape[0], *o_BTHV.shape[1:]))
+        else:
+            beyond = [(0, x_BTD.shape[0] - rows)] + [(0, 0)] * (o_BTHV.ndim - 1)
+            o_BTHV = jnp.pad(o_BTHV, beyond)
+        return self._output(y, o_BTHV), cache
+
+    def _enter(self, x_BTD, positions_BT, cache, lengths_B):
+        """(`inputs`, queries, entries by name that are not in the cache yet, the cache)."""
+        y = self.inputs(x_BTD)
+        new = self._entries(self._kept(y, positions_BT))
+        return y, self._queries(y, positions_BT), new, cache
 
     def extend(
         self,
@@ -174,7 +188,14 @@ class Attention(nnx.Module):
 
     def inputs(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Every projection of the block's input, by name."""
-        return {name: getattr(self, name)(x_BTD) for name in self.input_names(self.config)}
+        # Gradients of `x` are added in the opposite order. That of the rotary key, which no device
+        # has a part of, comes last: those before it are then exchanged as one.
+        names = sorted(self.input_names(self.config), key=lambda name: name != "k_rope")
+        return {name: getattr(self, name)(x_BTD) for name in names}
+
+    def input_summands(self, x_BTD: jax.Array) -> jax.Array | None:
+        """`[N, B, T, E]`, which add up to what `reads` names, side by side, where that is all."""
+        return None
 
     @classmethod
     def input_names(cls, a: AttentionConfig) -> tuple[str, ...]:

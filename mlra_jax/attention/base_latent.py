@@ -6,7 +6,6 @@ its own heads' queries. The latents beside it are split as ever.
 
 import jax.numpy as jnp
 
-from mlra_jax import sharding
 from mlra_jax.attention import heads
 from mlra_jax.attention.from_latents import keys_and_values, up_projected
 from mlra_jax.attention.latent import LatentAttention, absorbs
@@ -74,7 +73,7 @@ class BaseLatentAttention(LatentAttention):
 
     def _ask(self, q_BTHK):
         # As in `_ask_latents`.
-        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+        q_BTHK = self._all_heads(q_BTHK)
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
         q_nope_BTHK = self._by_branch_head(q_nope_BTHK)
         q_BTHC = weigh(q_nope_BTHK, self._per_head(self.base_k_up), "bthk,hck->bthc")

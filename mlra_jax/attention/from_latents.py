@@ -54,7 +54,10 @@ class FromLatents(Attention):
 
     def _queries(self, y, positions_BT):
         """`[nope | rotary]` in the last dimension."""
-        q_BTHK = self._by_head(self.q_up(self.q_norm(self._down(y["q_down"], "q_latent"))))
+        q_BTHK = self.q_up(self.q_norm(self._down(y["q_down"], "q_latent")))
+        return self._turned(self._by_head(q_BTHK), positions_BT)
+
+    def _turned(self, q_BTHK, positions_BT):
         q_nope, q_rope = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
         return jnp.concatenate([q_nope, rotate(q_rope, positions_BT, self.rope_base)], axis=-1)
 

@@ -12,8 +12,9 @@ from mlra_jax import sharding
 from mlra_jax.attention import heads
 from mlra_jax.attention.from_latents import FromLatents, up_projected
 from mlra_jax.config import LatentConfig
+from mlra_jax.kernels import between_products
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
-from mlra_jax.layers import weigh
+from mlra_jax.layers import angles, weigh
 
 
 class LatentAttention(FromLatents):
@@ -49,7 +50,7 @@ class LatentAttention(FromLatents):
         """The same without a key or value of any branch head: each latent is a key/value head."""
         a, (B, T, H, _) = self.config, q_BTHK.shape
         # As in `_ask_latents`; the branches of a head are columns of one product.
-        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+        q_BTHK = self._all_heads(q_BTHK)
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
         k_up_bHCK = self._per_head(self.k_up).reshape(a.branches, H, -1, a.nope_dim)
         q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
@@ -68,15 +69,35 @@ class LatentAttention(FromLatents):
         copies = heads.held_copies(self.config.num_latents, tensor) // self.config.num_latents
         return kept | {"latents": jnp.repeat(kept["latents"], copies, axis=2)}
 
+    def _enter(self, x_BTD, positions_BT, cache, lengths_B):
+        summands_NBTE, norms = self.input_summands(x_BTD), (self.q_norm, self.kv_norm)
+        kept = cache["latents"], cache["k_rope"]
+        if not between_products.enters(summands_NBTE, self.config.q_latent_dim, *kept):
+            return super()._enter(x_BTD, positions_BT, cache, lengths_B)
+        q_BTQ, *kept = between_products.enter(
+            summands_NBTE,
+            angles(positions_BT, self.config.rope_dim, self.rope_base),
+            [norm.scale[...] for norm in norms],
+            lengths_B,
+            *kept,
+            factors=tuple(norm.factor for norm in norms),
+            eps=self.q_norm.eps,
+        )
+        q_BTHK = self._turned(self.q_up(q_BTQ), positions_BT)
+        return {}, q_BTHK, {}, dict(zip(("latents", "k_rope"), kept, strict=True))
+
     def _ask(self, q_BTHK):
         return self._ask_latents(q_BTHK)
+
+    def _all_heads(self, q_BTHK):
+        return heads.all_heads(q_BTHK, self.mesh)
 
     def _ask_latents(self, q_BTHK):
         """Queries of the latents themselves, by branch head, and the rotary queries."""
         # Every device needs all heads' queries for its latents: gathered once, before the split.
-        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
-        q_BTPK = jnp.tile(q_BTHK, (1, 1, self.config.branches, 1))
-        q_nope_BTPK, q_rope_BTPR = jnp.split(q_BTPK, [self.config.nope_dim], axis=-1)
+        q_BTHK = self._all_heads(q_BTHK)
+        split = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
+        q_nope_BTPK, q_rope_BTPR = (jnp.tile(x, (1, 1, self.config.branches, 1)) for x in split)
         q_nope_BTPK = self._by_branch_head(q_nope_BTPK)
         q_BTPC = weigh(q_nope_BTPK, self._per_head(self.k_up), "btpk,pck->btpc")
         return self._by_branch_head(q_BTPC), q_rope_BTPR
@@ -102,7 +123,7 @@ class LatentAttention(FromLatents):
         """Where latents are wider than keys, a chunk attends to keys and values made of them."""
         if absorbs(self.config):
             return self._ask_latents(q_BTHK), ()
-        q_BTHK = sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+        q_BTHK = self._all_heads(q_BTHK)
         up = (self._per_head(self.k_up), self._per_head(self.v_up))
         return jnp.tile(q_BTHK, (1, 1, self.config.branches, 1)), up
 
@@ -128,6 +149,9 @@ class LatentAttention(FromLatents):
         return self._from_latents(y, z_BTPC)
 
     def _from_latents(self, y, z_BTPC):
+        if z_BTPC.shape[:2] == (1, 1):
+            # One reduction; of more rows XLA would turn the weights around.
+            return self._joined(y, z_BTPC)
         o_BTPK = weigh(z_BTPC, self._per_head(self.v_up), "btpc,pck->btpk")
         return self._sum(y, self._by_branch_head(o_BTPK))
 

@@ -70,6 +70,9 @@ def parted(mechanism: type[LatentAttention]) -> type[LatentAttention]:
         def _by_head(self, x_BTHK):
             return x_BTHK
 
+        def _all_heads(self, q_BTHK):
+            return sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+
         def _parts(self):
             ways = sharding.size(self.mesh, sharding.MODEL)
             return _summed_heads(self.config, ways).shape

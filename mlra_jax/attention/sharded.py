@@ -63,7 +63,8 @@ def decode_step(
         of the heads over its share of the positions, query `t` seeing those before `lengths[b, t]`;
         each of the two may be a tuple, for heads in latents of several widths.
       queries: of the T new tokens, a tree of `[B, T, H, ...]`.
-      new: their cache entries, `[B, T, ...]`; cache: `[B, S, ...]`, both by name.
+      new: their cache entries, `[B, T, ...]`, as far as they are not in the cache by now; cache:
+        `[B, S, ...]`, both by name.
       lengths_B: int32, the slots that each row fills.
       within: `(queries, new, *weights) -> (o_BThV, lse_BTh)` of one device's share of the heads,
         causal attention of the new tokens to themselves; `attend` is then asked for what came
@@ -76,13 +77,14 @@ def decode_step(
     # A device attends for all heads of its `tensor` share, whatever its `context` share.
     asked = sharding.spec("batch", "length", "cache_latent", None)
     cached = {name: sharding.spec(*axes) for name, axes in cache_axes.items()}
-    added = {n: sharding.spec("batch", "length", *axes[2:]) for n, axes in cache_axes.items()}
+    added = {n: sharding.spec("batch", "length", *cache_axes[n][2:]) for n in new}
     shares = sharding.size(mesh, sharding.CONTEXT)
 
     def local(queries, new, cache, lengths_B, *weights):
         share = jax.lax.axis_index(sharding.CONTEXT)
         T = jax.tree.leaves(queries)[0].shape[1]
-        cache = {n: kv.write(cache[n], new[n], lengths_B, shares, share) for n in cache}
+        written = {n: kv.write(cache[n], new[n], lengths_B, shares, share) for n in new}
+        cache = cache | written
         if within is None:
             bounds_BT = kv.bounds(lengths_B, T, shares, share)
             o_BThV, lse_BTh = attend(queries, cache, bounds_BT, *weights)

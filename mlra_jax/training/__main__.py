@@ -4,6 +4,7 @@ FILE may be one of your own; configs/NAME.py, or NAME alone, is found from any f
 Without `--config.key` every setting is that of the file; `DIR/experiment.json` keeps what was used.
 The same command goes on where the last checkpoint of DIR stands. On GPUs 95% of the memory are
 reserved; XLA_CLIENT_MEM_FRACTION in the environment says otherwise.
+Exit code 75: saved and stopped before the last step, by a signal or because a machine goes away.
 """
 
 import re
@@ -13,7 +14,7 @@ from argparse import RawDescriptionHelpFormatter
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from mlra_jax.command import Parser, Switch, claim_gpu_memory, end_now, run, use_cpu
+from mlra_jax.command import STOPPED, Parser, Switch, claim_gpu_memory, end_now, run, use_cpu
 from mlra_jax.settings_tree import closest, flatten, meant
 from mlra_jax.training import reference
 from mlra_jax.training.cluster import joined
@@ -28,7 +29,7 @@ GPU_MEMORY = 0.95
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains as the flags say; see `command.run` for the exit codes."""
+    """Trains as the flags say; see `command` for the exit codes."""
     parser = Parser(
         "mlra_jax.training",
         __doc__,
@@ -55,15 +56,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--workdir is empty")
     settings = read_settings(parser, flags.config, overrides)
 
+    ended = True
+
     def work():
+        nonlocal ended
         experiment = prepared(settings)
         watching = Watching(Span.of(flags.profile_steps), flags.wandb)
         check_wandb(flags.wandb)
         say = lambda line: print(line, flush=True)
         with joined(flags, experiment, say, lambda line: end_now(parser, line)) as peers:
-            train(experiment, flags.workdir, say, peers, watching)
+            ended = train(experiment, flags.workdir, say, peers, watching)
 
-    return run(parser, work, "the same command goes on from the last checkpoint")
+    code = run(parser, work, "the same command goes on from the last checkpoint")
+    return code or (0 if ended else STOPPED)
 
 
 def prepared(settings: ConfigDict) -> Experiment:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mlra_jax.training.compiling import compile_with, options
 from mlra_jax.training.settings import Experiment
 
 FASTEST_FIRST = ("none", "products", "attention", "block")
@@ -50,16 +51,21 @@ def compile_step(
       experiment: what to train.
       mesh: of devices that are here.
       arguments: of the step, arrays or their shapes.
-      say: prints one line that names the choice with its memory.
+      say: prints one line that names the choice with its memory, and one with XLA's options.
+
+    Raises:
+      ConfigError: `xla_options` are not this JAX's.
     """
     model, limit = experiment.model, memory_limit(mesh)
+    if chosen := options(experiment, mesh):
+        say("XLA options: " + " ".join(f"{name}={value}" for name, value in chosen.items()))
     if model.execution.remat != "auto" or not limit:
-        return make_step(experiment, mesh).lower(*arguments).compile()
+        return compile_with(make_step(experiment, mesh), arguments, chosen)
     for remat in FASTEST_FIRST:
         last = remat == FASTEST_FIRST[-1]
-        chosen = dataclasses.replace(experiment, model=dataclasses.replace(model, remat=remat))
+        tried = dataclasses.replace(experiment, model=dataclasses.replace(model, remat=remat))
         try:
-            program = make_step(chosen, mesh).lower(*arguments).compile()
+            program = compile_with(make_step(tried, mesh), arguments, chosen)
         except jax.errors.JaxRuntimeError as error:  # TPUs refuse to compile what does not fit.
             if last or "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -46,12 +46,12 @@ def train(
     say: Callable[[str], None] = print,
     peers: Peers | None = None,
     watching: Watching = NOBODY,
-) -> None:
+) -> bool:
     """Trains, or goes on where the last finished checkpoint of `workdir` stands.
 
     Leaves in `workdir`: `checkpoints/`, `best/` if asked, `experiment.json`, `metrics.jsonl`,
     `tensorboard/`, `loss_curve.png`. With several processes all must see it. SIGTERM and Ctrl-C
-    save and return. Losses, data order and checkpoints depend on the settings alone.
+    save and return False, the end True. Losses, data and checkpoints depend on the settings alone.
 
     Args:
       experiment: what to train.
@@ -96,10 +96,10 @@ def train(
                 say(line)
             state = create_state(experiment, mesh) if state is None else state
             batch = next(batches)
-            compute = _compiled(experiment, mesh, state, batch, say)
+            with saver.reserving(state, experiment.keep_best, say):
+                compute = _compiled(experiment, mesh, state, batch, say)
             compute = enter(traced(compute, done.step, watching.profile_steps, workdir, say))
-            rate = _full_rate(model, mesh, state)
-            progress = _progress(experiment, done, rate, say, writer)
+            progress = _progress(experiment, done, _full_rate(model, mesh, state), say, writer)
             loop = _Loop(
                 due=_Due.of(experiment),
                 compute=compute,
@@ -115,10 +115,11 @@ def train(
             if experiment.validate_first and done.step == 0:
                 loop.check(state)
                 progress.restart_interval()
-            if loop.run(state, batch):
+            if not (ended := loop.run(state, batch)):
                 say(f"stopped and saved at step {progress.step}; the same command resumes")
         if first:
             say(f"loss curve: {plot_losses(workdir, model.vocab_size)}")
+    return ended
 
 
 def mean_loss(
@@ -177,7 +178,7 @@ class _Loop:
     stop: StopSignals
 
     def run(self, state: TrainState, batch: Batch) -> bool:
-        """True if a signal ended it before the last step. `batch` is the first."""
+        """Whether the last step is done, False if a signal came before; `batch` is the first."""
         owed = False
         while True:
             self.watch.begin(self.progress.step + 1)
@@ -193,8 +194,8 @@ class _Loop:
                 # Weights that gave no finite loss take a good checkpoint's place at the end only.
                 owed = save and not (good or stop or last)
                 save &= not owed
-                self.watch.rests()
             if log:
+                self.watch.pauses("writing metrics")
                 self.progress.log(values | by_host(self.progress.step_seconds))
                 save |= good and self.saver.due()
             # What is written for a step is on the disk before its checkpoint, which is where a
@@ -202,6 +203,7 @@ class _Loop:
             loss = self.check(state) if check else math.inf
             best = self.best if self.best and self.best.beaten_by(loss) else None
             if save or best:
+                self.watch.pauses("saving")
                 with self.progress.timed("save_seconds"):
                     self.progress.sync()
                     if best:
@@ -209,8 +211,9 @@ class _Loop:
                     if save:
                         self.saver.save(state, position, self.progress.done)
             if last or stop:
+                self.watch.pauses("waiting for the last save")
                 self.saver.finish()
-                return not last
+                return last
             self.watch.goes_on("waiting for input")
             with self.progress.timed("input_seconds"):
                 batch = next(self.batches)
@@ -219,6 +222,7 @@ class _Loop:
 
     def check(self, state: TrainState) -> float:
         """The mean loss over what is held out, which is reported."""
+        self.watch.pauses("validating")
         loss, tokens = self.validate(state.params)
         self.progress.validated(loss, tokens)
         return loss

@@ -88,6 +88,7 @@ class Peers:
             "facts": json.loads(json.dumps(facts)),
         }
         self._lines: dict[int, _Line] = {}
+        self._here: Callable[[], str] = lambda: "before its first step"
         self._stands: dict[int, str] = {}
         self._verdict, self._over, self._left = "", threading.Event(), threading.Event()
 
@@ -120,16 +121,25 @@ class Peers:
         if own and self._me.index > 0:
             raise PeerError(f"process {self._me.index}: {error}") from None
 
-    def stand(self, text: str) -> None:
-        """Lets process 0 know where this process stands."""
-        self._stands[self._me.index] = text
-        if self._me.index > 0:
-            self._tell({"stands": text})
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0."""
+        return self._me.index == 0
 
-    def stands(self) -> dict[int, str]:
-        """On process 0: where the others said that they stand, and forgets it."""
-        told, self._stands = self._stands, {}
-        return {i: told.get(i, "") for i in range(self._me.count)}
+    def stand_at(self, here: Callable[[], str]) -> None:
+        """Process 0 may ask where this one stands; `here` answers, in another thread."""
+        self._here = here
+
+    def stands(self, seconds: float) -> dict[int, str]:
+        """On process 0: where each of the others stands; empty for one that does not say so in
+        time."""
+        self._stands = {}
+        self._tell({"where": True})
+        deadline = time.monotonic() + seconds
+        while len(self._stands) < len(self._lines) and time.monotonic() < deadline:
+            if self._left.wait(0.05):
+                break
+        return {i: self._stands.get(i, "") for i in self._lines}
 
     def _call_roll(self) -> dict[int, "_Line"]:
         """On process 0: waits for all others, compares them and lets them go on."""
@@ -248,6 +258,8 @@ class Peers:
         for index, line in self._lines.items():
             if text := line.heard.pop("stands", ""):
                 self._stands[index] = text
+            if line.heard.pop("where", False):
+                line.send({"stands": self._here()})
             if "end" in line.heard:
                 return line.heard["end"]
             if "done" in line.heard:

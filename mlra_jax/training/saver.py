@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mlra_jax import checkpoints
+from mlra_jax import checkpoints, snapshots
 from mlra_jax.files import LOCK_FILE, AnyLock, DestinationError, only_writer, reason
 from mlra_jax.storage.paths import AnyPath
 from mlra_jax.training.progress import Done, TrainingError
@@ -68,6 +69,19 @@ class Saver:
             told = f"{error.filename}: {reason(error)}"
         if "\n" not in told:
             raise TrainingError(f"{told}; last good checkpoint: {self._last_good()}") from None
+
+    @contextlib.contextmanager
+    def reserving(
+        self, state: TrainState, best: bool, say: Callable[[str], None]
+    ) -> Iterator[None]:
+        """Meanwhile makes ready the memory that saves go through, with `best` those of `Best` too;
+        ends when that is done, before an array of the state is donated."""
+        twice = state.params if best else ()
+        leaves = jax.tree.leaves((state.params, state.optimizer, twice))
+        with ThreadPoolExecutor(1) as beside:
+            reserved = beside.submit(snapshots.reserve, leaves, say)
+            yield
+        reserved.result()
 
     def save(self, state: TrainState, position: dict, done: Done) -> None:
         """Begins to write step `done.step`; its arrays may be donated when this returns."""

@@ -152,6 +152,9 @@ class Experiment:
     not finite. One more ends the run."""
     loss_chunk: int = 512
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
+    xla_options: str = ""
+    """For the compiler of the step, over what the program sets, as `NAME=VALUE NAME=VALUE`; a line
+    at the start says what is in force."""
     virtual_cpu_devices: int = 0
     """From 0 on; if not 0, train on this many virtual devices of the CPU."""
     validate_first: bool = False
@@ -169,6 +172,11 @@ class Experiment:
         at_least(0, self, "", "seed", "virtual_cpu_devices")
         at_least(0, self, "", "save_minutes", "keep_every", "skip_budget")
         check_kinds(self, "")
+        for item in self.xla_options.split():
+            require(
+                item.startswith("xla_") and "=" in item,
+                f"xla_options has {item!r}, which is no NAME=VALUE with a NAME of XLA's",
+            )
         require(self.steps < 2**31, f"steps={self.steps} must lie in [1, 2**31)")
         require(self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(

@@ -11,54 +11,69 @@ from jax.sharding import Mesh
 
 from mlra_jax import model as models
 from mlra_jax import sharding
+from mlra_jax.layers import einsum
+from mlra_jax.model import TABLE, Model, logits
 from mlra_jax.training.optimizer import make_optimizer, make_schedule
 from mlra_jax.training.settings import Experiment
 from mlra_jax.training.state import TrainState, abstract_state
 
 
-def loss_sum(model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
+def loss_sum(model: Model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
     """Cross-entropy in nats, summed over all tokens of `batch`, float32 scalar.
 
     The logits of `chunk` positions exist at a time, and once: where a gradient is asked for, it is
     computed beside the loss. A last, shorter chunk takes what is left.
 
     Args:
-      model: with `hidden`, and `embed` whose `logits` are taken of it.
+      model: whose output head is the table of its token vectors.
       batch: `inputs` and `targets`, int32 [B, T]; if it has `weights`, float32 [B, T], each
         token's loss is multiplied by its own.
       chunk: positions per chunk.
     """
-    definition, head = nnx.split(model.embed)
-
-    def chunk_sum(x_BTD, head, targets_BT, weights_BT):
-        logits_BTV = nnx.merge(definition, head).logits(x_BTD)
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-        return losses_BT.sum() if weights_BT is None else (losses_BT * weights_BT).sum()
-
     x_BTD, known = model.hidden(batch["inputs"]), (batch["targets"], batch.get("weights"))
-    return _sum_of_chunks(chunk_sum, chunk, x_BTD, head, known)
+    table_VD, where = model.embed.embedding[...], (model.mesh, TABLE, sharding.BATCH)
+    table_VD = sharding.gathered(table_VD, *where, x_BTD.dtype.name)
+    return _sum_of_chunks(model.mesh, chunk, x_BTD, table_VD, known)
+
+
+def _losses(logits_BTV, targets_BT, weights_BT):
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    return losses_BT.sum() if weights_BT is None else (losses_BT * weights_BT).sum()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum_of_chunks(chunk_sum, chunk, x_BTD, head, known):
-    add = lambda total, x, *known: (total + chunk_sum(x, head, *known), None)
+def _sum_of_chunks(mesh, chunk, x_BTD, table_VD, known):
+    narrow_VD = table_VD.astype(x_BTD.dtype)
+    add = lambda total, x, *known: (total + _losses(logits(x, narrow_VD, mesh), *known), None)
     return _over_chunks(add, chunk, jnp.zeros((), jnp.float32), (x_BTD, *known))[0]
 
 
-def _sum_and_gradients(chunk_sum, chunk, x_BTD, head, known):
-    """The sum, and its gradients of `x_BTD` and, added up in float32, of `head`."""
+def _sum_and_gradients(mesh, chunk, x_BTD, table_VD, known):
+    """The sum, and its gradients of `x_BTD` and, added up in float32, of the table.
+
+    Devices that split the batch add up their own shares of the latter, and exchange them once.
+    """
+    narrow_VD, shares = table_VD.astype(x_BTD.dtype), sharding.size(mesh, sharding.BATCH)
+
+    def apart(x, axis):
+        x = x.reshape(shares, -1, *x.shape[1:])
+        return sharding.constrain(x, mesh, "batch", None, "length", axis)
 
     def add(sums, x, *known):
-        total, (x_slope, slope) = jax.value_and_grad(chunk_sum, (0, 1))(x, head, *known)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, (total, slope)), x_slope
+        total, slope = jax.value_and_grad(_losses)(logits(x, narrow_VD, mesh), *known)
+        slope = slope.astype(x.dtype)
+        x_slope = einsum("btv,vd->btd", slope, narrow_VD)
+        of_table = einsum("sbtv,sbtd->svd", apart(slope, "vocab"), apart(x, None), jnp.float32)
+        return jax.tree.map(jnp.add, sums, (total, of_table)), x_slope
 
-    none = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
-    sums = (jnp.zeros((), jnp.float32), none)
-    (total, head_slope), x_slope = _over_chunks(add, chunk, sums, (x_BTD, *known))
-    return total, (x_slope, jax.tree.map(lambda s, p: s.astype(p.dtype), head_slope, head))
+    none = jnp.zeros((shares, *table_VD.shape), jnp.float32)
+    sums = jnp.zeros((), jnp.float32), sharding.constrain(none, mesh, "batch", "vocab")
+    (total, slopes), x_slope = _over_chunks(add, chunk, sums, (x_BTD, *known))
+    slope = sharding.constrain(slopes.sum(0), mesh, *TABLE)
+    return total, (x_slope, slope.astype(table_VD.dtype))
 
 
-def _scaled(chunk_sum, chunk, gradients, slope):
+def _scaled(mesh, chunk, gradients, slope):
     scale = lambda x: (x.astype(jnp.float32) * slope).astype(x.dtype)
     return *jax.tree.map(scale, gradients), None
 

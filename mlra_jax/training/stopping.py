@@ -21,7 +21,7 @@ class StopSignals:
 
     With several processes, SIGTERM is left to jax.distributed, which tells all of them; Ctrl-C at
     one becomes a SIGTERM. So does, on machines of Google Cloud, the news that the machine will be
-    taken away.
+    taken away; a run that is started again in spite of it goes on until that happens.
     """
 
     def __init__(self):
@@ -55,13 +55,12 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _ask(self, host: str) -> None:
-        """Sends this process a SIGTERM when the machine is about to end."""
-        while not self._left.is_set():
-            for what, ending in _ENDINGS.items():
-                if _answer(host, what) == ending:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-            self._left.wait(_ASK_SECONDS)
+        """Sends this process a SIGTERM when there is news that the machine will end."""
+        known = _endings(host)
+        while not self._left.wait(_ASK_SECONDS):
+            if _endings(host) - known:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
 
 def _metadata_host() -> str | None:
@@ -70,6 +69,11 @@ def _metadata_host() -> str | None:
         if "Google" in Path("/sys/class/dmi/id/product_name").read_text():
             return os.environ.get("GCE_METADATA_HOST", _METADATA)
     return os.environ.get("GCE_METADATA_HOST")
+
+
+def _endings(host: str) -> set[str]:
+    """What a machine says of its own end."""
+    return {what for what, ending in _ENDINGS.items() if _answer(host, what) == ending}
 
 
 def _answer(host: str, what: str) -> str:

@@ -1,7 +1,9 @@
-"""Where a run stands while it stands still: steps that take many times as long as others."""
+"""Where a run stands while it stands still: what takes many times as long as it mostly does."""
 
 import collections
 import contextlib
+import dataclasses
+import itertools
 import statistics
 import sys
 import threading
@@ -15,17 +17,18 @@ from mlra_jax.training.peers import Peers
 
 TIMES = 10
 LEAST_SECONDS = 5.0
-_FEWEST = 5
+FIRST_SECONDS = 20.0
 _MEMORY = 50
 _ANSWER_SECONDS = 3.0
 _PACKAGE = Path(mlra_jax.__file__).parent
 
 
 class Watch:
-    """Tells of a step that takes 10 times the median of the last 50, and 5 s at least.
+    """Tells of a step, or of a pause between steps, that takes 10 times the median of the last 50
+    of its kind, and 5 s at least. The first two of a kind are told of after 20 s.
 
-    All processes notice that, as they wait for each other; each tells process 0 where it stands,
-    which says so, and names those that do not answer.
+    Process 0 looks, as all wait for each other; it asks the others where they stand, and names
+    those that do not answer.
 
     Args:
       say: prints a line, on process 0.
@@ -35,64 +38,122 @@ class Watch:
     def __init__(self, say: Callable[[str], None], peers: Peers | None = None):
         self._say, self._peers = say, peers
         self._main = threading.get_ident()
-        self._done = threading.Event()
-        self._seconds: collections.deque[float] = collections.deque(maxlen=_MEMORY)
-        self._step, self._doing, self._spent = 0, "", 0.0
-        self._since: float | None = None
-        self._told = 0
+        self._left = threading.Event()
+        self._seconds: dict[str, collections.deque[float]] = {}
+        self._now: _Work | None = None
+        self._step, self._spent = 0, 0.0
+        self._told = ""
 
     def __enter__(self) -> "Watch":
-        threading.Thread(target=self._look, daemon=True).start()
+        if self._peers is not None:
+            self._peers.stand_at(self._here)
+        if self._peers is None or self._peers.first:
+            threading.Thread(target=self._look, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._done.set()
+        self._turn()
+        self._left.set()
 
     def begin(self, step: int) -> None:
         """The step before has ended, and this one begins."""
+        self._turn()
         if self._step:
-            self._seconds.append(self._elapsed())
-        if self._told and self._told == self._step:
-            self._say(f"step {self._step} has ended after {self._elapsed():.0f} s")
-        self._step, self._spent, self._since = step, 0.0, None
-        self.goes_on("computing")
+            self._ended("step", f"step {self._step}", self._spent)
+        self._step, self._spent = step, 0.0
+        self._now = self._work("computing")
 
     def goes_on(self, doing: str) -> None:
         """What the step is at now."""
-        self._spent, self._doing, self._since = self._elapsed(), doing, time.monotonic()
+        self._turn()
+        self._now = self._work(doing)
 
-    def rests(self) -> None:
-        """What comes now is no part of a step and may last as long as it likes."""
-        self._spent, self._since = self._elapsed(), None
+    def pauses(self, doing: str) -> None:
+        """What comes now is no part of a step, and is compared with its like."""
+        self._turn()
+        self._now = self._work(doing, pause=True)
 
-    def _elapsed(self) -> float:
-        since = self._since
-        return self._spent + (0.0 if since is None else time.monotonic() - since)
+    def _turn(self) -> None:
+        """What the run was at until now is over."""
+        if (now := self._now) is not None and now.pause:
+            self._ended(now.kind, now.name, now.seconds)
+        elif now is not None:
+            self._spent = now.seconds
+
+    def _ended(self, kind: str, name: str, seconds: float) -> None:
+        memory = collections.deque[float](maxlen=_MEMORY)
+        self._seconds.setdefault(kind, memory).append(seconds)
+        if self._told == name:
+            self._say(f"{name} has ended after {seconds:.0f} s")
+
+    def _work(self, doing: str, pause: bool = False) -> "_Work":
+        seconds = self._seconds.get(doing if pause else "step", ())
+        # After a pause a step may be only begun, in no time; the next one ends both.
+        pairs = [(a + b) / 2 for a, b in itertools.pairwise(seconds)]
+        usual = statistics.median(pairs) if pairs else None
+        spent = 0.0 if pause else self._spent
+        return _Work(self._step, doing, pause, usual, time.monotonic(), spent)
 
     def _look(self) -> None:
-        while not self._done.wait(LEAST_SECONDS / 10):
-            step, seconds = self._step, list(self._seconds)
-            if self._since is None or step == self._told or len(seconds) < _FEWEST:
-                continue
-            median = statistics.median(seconds)
-            if (elapsed := self._elapsed()) > max(TIMES * median, LEAST_SECONDS):
-                self._told = step
-                self._tell(step, elapsed, median)
+        while not self._left.wait(LEAST_SECONDS / 10):
+            now = self._now
+            if now is not None and now.name != self._told and now.seconds > now.limit:
+                self._tell(now)
 
-    def _tell(self, step: int, elapsed: float, median: float) -> None:
-        here = f"step {step}, {self._doing}, {_place(self._main)}"
-        stands = {0: here}
+    def _tell(self, work: "_Work") -> None:
+        seconds = work.seconds
+        stands = {0: self._here()}
         if self._peers is not None:
-            self._peers.stand(here)
-            if self._done.wait(_ANSWER_SECONDS):
-                return
-            stands = self._peers.stands()
-        self._say(f"step {step} takes {elapsed:.0f} s so far; the median is {median:.2g} s")
+            stands |= self._peers.stands(_ANSWER_SECONDS)
+        now = self._now
+        if self._left.is_set() or now is None or now.name != work.name:
+            return
+        self._told = work.name
+        usual = "too early to say what is usual"
+        if work.usual is not None:
+            usual = f"the median is {work.usual:.2g} s"
+        self._say(f"{work.name} takes {seconds:.0f} s so far; {usual}")
         alike: dict[str, list[int]] = {}
         for index, text in stands.items():
             alike.setdefault(text or "no answer; it is stopped or its host hangs", []).append(index)
         for text, indices in alike.items():
             self._say(f"  process{'es' * (len(indices) > 1)} {_ranges(indices)}: {text}")
+
+    def _here(self) -> str:
+        """Where this process stands."""
+        now = self._now
+        doing = "before its first step" if now is None else f"step {now.step}, {now.doing}"
+        return f"{doing}, {_place(self._main)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a run is at: a part of a step, or a pause after it."""
+
+    step: int
+    doing: str
+    pause: bool
+    usual: float | None
+    """Median of the seconds that its like took; None where too few have ended."""
+    since: float
+    spent: float
+    """Seconds that the step had taken by then."""
+
+    @property
+    def kind(self) -> str:
+        return self.doing if self.pause else "step"
+
+    @property
+    def name(self) -> str:
+        return f"{self.doing} after step {self.step}" if self.pause else f"step {self.step}"
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.since
+
+    @property
+    def limit(self) -> float:
+        return FIRST_SECONDS if self.usual is None else max(TIMES * self.usual, LEAST_SECONDS)
 
 
 def _place(thread: int) -> str:

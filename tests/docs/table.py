@@ -86,6 +86,11 @@ APPENDED = (
         "--config.side_by_side=1 "
         "--config.optimizer.warmup_steps=1 --config.data.validation_tokens=512",
     ),
+    (
+        r"studies\.recovery ",
+        "--starts=gqa --percents=50 --config.steps=4 --config.validate_every=4 "
+        "--config.optimizer.warmup_steps=1 --config.data.validation_tokens=512",
+    ),
 )
 """(pattern of module and flags, flags put behind them). The later of two flags counts."""
 

@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks.plan import BY_HAND, RESULTS, chips_of, keys, markdown, of_row
+from benchmarks.plan import BY_HAND, RESULTS, chips_of, keys, markdown, models, of_row
 from mlra_jax.plan import planning, topology
 from mlra_jax.plan.chips import CHIPS
 from tests.plan.table import ROWS
@@ -22,9 +22,10 @@ def test_the_table_is_whole_and_its_rows_are_of_their_slices():
         assert not row["fits"] or ways == chips_of(row)
 
 
-def test_the_page_has_the_table():
+def test_the_page_has_the_tables():
     page = (RESULTS.parents[2] / "docs/plan.md").read_text()
     assert "\n".join(markdown(ROWS.values())) in page
+    assert "\n".join(models(ROWS)) in page
 
 
 def test_every_row_fits_its_chip():
@@ -32,8 +33,8 @@ def test_every_row_fits_its_chip():
     for row in fitting:
         chip = CHIPS[row["topology"].partition(":")[0]]
         assert sum(row["memory"].values()) <= chip.memory, row["topology"]
-    refused = [key for key, row in ROWS.items() if not row["fits"]]
-    assert len(refused) <= 1 and len(fitting) >= 30
+    refused = {key[:3] for key, row in ROWS.items() if not row["fits"]}
+    assert refused <= {("v5e:2x2", 1, 32768)} and len(fitting) >= 30
 
 
 @pytest.mark.skipif(
@@ -50,13 +51,13 @@ def test_the_formulas_are_near_the_compiler():
         assert 0.9 * needed < estimate.memory.bytes < 1.5 * needed, row
         assert estimate.times.matrix == pytest.approx(row["times"]["matrix"], rel=1e-3)
         for resource in ("links", "network"):
-            assert row["times"][resource] < 2 * getattr(estimate.times, resource) + 1e-9
-            assert getattr(estimate.times, resource) < 2 * row["times"][resource] + 1e-9
+            compiled, by_formula = row["times"][resource], getattr(estimate.times, resource)
+            assert 0.8 * compiled <= by_formula <= 2.1 * compiled, row
 
 
 @pytest.mark.parametrize("key", BY_HAND)
 def test_the_search_is_no_slower_than_the_hand(key):
-    found, hand = ROWS[*key, None, None], ROWS[*key, None, True]
+    found, hand = ROWS[*key, None, None, None], ROWS[*key, None, True, None]
     assert found["by"] == hand["by"] == "compiler"
     assert found["tokens_per_second"] >= hand["tokens_per_second"]
     assert sum(found["times"].values()) <= sum(hand["times"].values())

@@ -1,5 +1,7 @@
 """train.py as a user meets it: killed, stopped, resumed, on two processes, given wrong input."""
 
+import functools
+import http.server
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import numpy as np
 import pytest
 
 from mlra_jax import checkpoints
+from mlra_jax.command import STOPPED
 from mlra_jax.files import only_writer
 from mlra_jax.training.metrics import read_metrics
 
@@ -137,12 +141,12 @@ class Command:
         return Process(self.starter, self.arguments(workdir, *arguments), dict(environment))
 
 
-def finish(process) -> str:
+def finish(process, code: int = 0) -> str:
     try:
         out, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
     return out
 
 
@@ -217,9 +221,10 @@ def test_killed_twice_and_stopped_once_gives_the_undisturbed_losses(command, und
     process = command.train(tmp_path, "--config.save_every=1000")
     wait_for_step(tmp_path, moments[2], process)
     process.terminate()
-    out = finish(process)
+    out, err = process.communicate()
     stopped_at = checkpoints.finished_steps(tmp_path)[-1]
     assert moments[2] <= stopped_at <= STEPS
+    assert process.returncode == (STOPPED if stopped_at < STEPS else 0), err
     resumed = f"resuming {tmp_path} from step {stopped_at}"
     if stopped_at < STEPS:
         assert f"stopped and saved at step {stopped_at}; the same command resumes" in out
@@ -247,12 +252,16 @@ def several(command, workdir, count, *arguments, kind="") -> list[Process]:
 
 
 def as_cluster(kind: str, count: int) -> list[dict[str, str]]:
-    """The environments in which a cluster of this kind starts its processes, all on this host."""
+    """The environments in which a cluster of this kind starts its processes, all on this host.
+
+    In Kubernetes without TPUs JAX asks the cluster's own server, whom it knows by files of the pod
+    (`jax._src.clusters.k8s_cluster._namespace`, under /var/run/secrets): not on this host.
+    """
     others = {"JAX_COORDINATOR_PORT": str(free_port())}
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost,b"}
     mpi = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_VERSION": "4.1"}
     alone = {"MEGASCALE_COORDINATOR_ADDRESS": "", "MEGASCALE_NUM_SLICES": ""}
-    slices = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "2"}
+    slices = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080", "MEGASCALE_NUM_SLICES": "2"}
     hosts = lambda n: {"TPU_WORKER_HOSTNAMES": ",".join(["localhost", "b", "c", "d"][:n])}
     if kind == "slurm":
         of = lambda i: slurm | {"SLURM_NTASKS": count, "SLURM_PROCID": i, "SLURM_LOCALID": i}
@@ -261,19 +270,44 @@ def as_cluster(kind: str, count: int) -> list[dict[str, str]]:
         of = lambda i: mpi | {f"OMPI_COMM_WORLD_{name}": x for name, x in named(i).items()}
     elif kind == "tpu slice":
         of = lambda i: alone | hosts(count) | {"TPU_WORKER_ID": i, "MEGASCALE_SLICE_ID": ""}
-    else:
+    elif kind == "jobset":
+        # Of slices GKE says nothing where there is one, and JAX asks the machine in vain.
+        pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "GCE_METADATA_IP": nothing_known()}
+        of = lambda i: pod | hosts(count) | {"TPU_WORKER_ID": i, "JOB_COMPLETION_INDEX": i}
+    elif kind == "jobset of two slices":
         half = count // 2
+        pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"} | slices | hosts(half)
         of = lambda i: (
-            slices | hosts(half) | {"TPU_WORKER_ID": i % half, "MEGASCALE_SLICE_ID": i // half}
+            pod
+            | {
+                "TPU_WORKER_ID": i % half,
+                "JOB_COMPLETION_INDEX": i % half,
+                "MEGASCALE_SLICE_ID": i // half,
+            }
         )
     return [{k: str(v) for k, v in (others | of(i)).items()} for i in range(count)]
+
+
+@functools.cache
+def nothing_known() -> str:
+    """Address of a machine's metadata server that has nothing of what it is asked for."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_GET = lambda self: self.send_error(404)
+        log_message = lambda *_: None
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"localhost:{server.server_port}"
 
 
 ENDURANCE = int(os.environ.get("ENDURANCE_ROUNDS", "0"))
 
 
 @pytest.mark.skipif(not ENDURANCE, reason="four processes a cluster; set ENDURANCE_ROUNDS=1")
-@pytest.mark.parametrize("kind", ["slurm", "open mpi", "tpu slice", "two tpu slices"])
+@pytest.mark.parametrize(
+    "kind", ["slurm", "open mpi", "tpu slice", "jobset", "jobset of two slices"]
+)
 def test_four_processes_of_a_cluster_train_as_one(command, undisturbed, tmp_path, kind):
     """The same command on every host, without a word about the others."""
     outs = [finish(process) for process in several(command, tmp_path, 4, kind=kind)]
@@ -321,28 +355,30 @@ MESHES = (("data=2", "tensor=4"), ("data=4", "tensor=2"), ("fsdp=2", "tensor=4")
 def test_processes_killed_stopped_hung_and_told_to_end_at_random(command, undisturbed, tmp_path):
     """Others end with the number of one that is gone; what goes on has the undisturbed losses.
 
-    A kill, and a SIGTERM on two processes as Slurm starts them; with ENDURANCE_ROUNDS=50 in the
-    environment so many events, on one to four processes and three meshes, a SIGSTOP for good and
-    one for a while, too.
+    A kill of one of two processes as Slurm starts them, and a SIGTERM in two slices of a JobSet;
+    with ENDURANCE_ROUNDS=50 in the environment so many events, on one to four processes and three
+    meshes, a SIGSTOP for good and one for a while, too.
     """
     seed = int(os.environ.get("ENDURANCE_SEED", random.randrange(10**6)))
     print(f"seed {seed}")
     chance, events = random.Random(seed), ("kill", "term", "stop", "hang")
-    kinds = ("", "slurm", "open mpi") if ENDURANCE else ("slurm",)
-    of_any = lambda: (chance.choice(events), chance.choice((1, 2, 2, 4)), chance.choice(MESHES))
-    rounds = [of_any() for _ in range(ENDURANCE)]
+    kinds = ("", "slurm", "open mpi", "jobset of two slices")
+    choices = (events, (1, 2, 2, 4), MESHES, kinds)
+    rounds = [tuple(map(chance.choice, choices)) for _ in range(ENDURANCE)]
+    few = [("kill", 2, MESHES[0], "slurm"), ("term", 2, MESHES[0], "jobset of two slices")]
     # Rounding does not grow over hundreds of steps, so that one on other data would be seen.
     slow = ["--config.optimizer.peak_learning_rate=1e-4"] if ENDURANCE else []
-    for event, count, mesh in rounds or [("kill", 2, MESHES[0]), ("term", 2, MESHES[0])]:
+    for event, count, mesh, kind in rounds or few:
         sizes = dict.fromkeys(("data", "fsdp", "tensor"), 1) | dict(x.split("=") for x in mesh)
         sizes = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
         often = ["--config.save_minutes=0.02"]
-        flags, kind = ["--config.steps=100000", *often, *sizes, *slow], chance.choice(kinds)
+        flags = ["--config.steps=100000", *often, *sizes, *slow]
         processes = several(command, tmp_path, count, *flags, kind=kind if count > 1 else "")
         done = max([0, *checkpoints.finished_steps(tmp_path)])
         at = said_after(done + chance.randint(7, 12), *processes)
         one = chance.randrange(count)
-        print(f"{event} process {one} of {count} after step {at} ({' x '.join(mesh)})", flush=True)
+        where = f"process {one} of {count} after step {at} ({' x '.join(mesh)}, {kind or 'flags'})"
+        print(f"{event} {where}", flush=True)
         died = rf"train\.py: process {one} on \S+ \(PID {processes[one].pid}\) "
         if event == "kill":
             processes[one].kill()
@@ -358,24 +394,30 @@ def test_processes_killed_stopped_hung_and_told_to_end_at_random(command, undist
             processes[one].communicate()
         else:
             if event == "hang":
+                before = len(processes[0].said())
                 processes[one].send_signal(signal.SIGSTOP)
                 # Ten steps' time, however slow they are.
-                deadline = time.monotonic() + (35 if one > 0 else 12)
-                while " takes " not in processes[0].said() and time.monotonic() < deadline:
+                deadline = time.monotonic() + (30 if one > 0 else 12)
+                while "no answer" not in processes[0].said()[before:]:
+                    if time.monotonic() > deadline:
+                        break
                     time.sleep(0.1)
-                time.sleep(4)
                 processes[one].send_signal(signal.SIGCONT)
                 said_after(at + 3, *processes)
             for i in {one, chance.randrange(count)}:
                 processes[i].send_signal(chance.choice((signal.SIGTERM, signal.SIGINT)))
-            outs = [finish(process) for process in processes]
+            outs = [finish(process, STOPPED) for process in processes]
             stopped = re.search(r"stopped and saved at step (\d+); the same", outs[0])
             assert int(stopped[1]) == checkpoints.finished_steps(tmp_path)[-1] >= at
             assert "step" not in "".join(outs[1:]), "one process speaks for all"
             if event == "hang" and one > 0:
-                slow_one = re.search(r"step (\d+) takes \d+ s so far; the median", outs[0])
-                assert slow_one and f"process {one}: no answer; it is stopped" in outs[0], outs[0]
-                assert f"step {slow_one[1]} has ended after" in outs[0]
+                told_of = re.search(
+                    rf"^(.*step \d+) takes \d+ s so far; (.*\n)+?  process {one}: no answer; it is "
+                    r"stopped or its host hangs\n(.*\n)*\1 has ended after \d+ s$",
+                    outs[0][before:],
+                    re.MULTILINE,
+                )
+                assert told_of, outs[0]
     last = checkpoints.finished_steps(tmp_path)[-1] + 3
     finish(command.train(tmp_path, f"--config.steps={last}", *slow))
     steps = [step for step, name, _ in losses(tmp_path) if name == "loss"]

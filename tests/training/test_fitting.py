@@ -7,19 +7,21 @@ import jax
 import pytest
 
 from mlra_jax import sharding
-from mlra_jax.training import fitting
+from mlra_jax.config import ConfigError
+from mlra_jax.training import compiling, fitting
 from tests.training import tiny
 
 GIB = 2**30
 
 
-def choose(monkeypatch, sizes, limit, remat="auto", refused=()):
+def choose(monkeypatch, sizes, limit, remat="auto", refused=(), options=""):
     """(the value of remat, the lines said), the step of each value taking `sizes` GiB."""
 
     def make_step(experiment, mesh):
         name = experiment.model.execution.remat
 
-        def compile():
+        def compile(compiler_options):
+            assert compiler_options == ({"xla_a": "1", "xla_b": "x=y"} if options else None)
             if name in refused:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: hbm")
             memory = SimpleNamespace(
@@ -34,7 +36,7 @@ def choose(monkeypatch, sizes, limit, remat="auto", refused=()):
 
     monkeypatch.setattr(fitting, "memory_limit", lambda mesh: limit * GIB)
     model = dataclasses.replace(tiny.experiment().model, remat=remat)
-    experiment = dataclasses.replace(tiny.experiment(), model=model)
+    experiment = dataclasses.replace(tiny.experiment(), model=model, xla_options=options)
     lines = []
     mesh = sharding.make_mesh()
     program = fitting.compile_step(make_step, experiment, mesh, (), lines.append)
@@ -70,3 +72,40 @@ def test_a_value_that_is_given_and_a_device_that_says_no_limit_try_nothing(monke
 
 def test_the_virtual_devices_of_a_cpu_say_no_limit():
     assert fitting.memory_limit(sharding.make_mesh(data=2)) == 0
+
+
+@pytest.mark.parametrize("remat", ["auto", "none"])
+def test_options_are_said_and_reach_the_compiler_in_every_form(monkeypatch, remat):
+    options = "xla_a=1 xla_b=x=y"
+    _, lines = choose(monkeypatch, SIZES, 50, remat=remat, options=options)
+    assert lines[0] == f"XLA options: {options}"
+
+
+KNOWN = "xla_gpu_dot_merger_threshold_mb"
+
+
+def with_options(text):
+    return dataclasses.replace(tiny.experiment(), xla_options=text)
+
+
+def test_what_the_program_sets_is_what_this_jax_knows_and_the_setting_wins(monkeypatch):
+    own = {"cpu": {"xla_no_such": "1", KNOWN: "7"}}
+    monkeypatch.setattr(compiling, "_OF_SEVERAL", own)
+    several = sharding.make_mesh(fsdp=2)
+    assert compiling.options(with_options(""), several) == {KNOWN: "7"}
+    assert compiling.options(with_options(f"{KNOWN}=3"), several) == {KNOWN: "3"}
+    assert compiling.options(with_options(""), sharding.make_mesh()) == {}
+
+
+@pytest.mark.parametrize("option", ["xla_no_such=1", f"{KNOWN}=many"])
+def test_an_option_that_this_jax_refuses_is_named(option):
+    step = lambda experiment, mesh: jax.jit(lambda: 1)
+    with pytest.raises(ConfigError, match=f"xla_options: JAX .*{option.split('=')[0]}") as error:
+        fitting.compile_step(step, with_options(option), sharding.make_mesh(), (), print)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("item", ["latency", "gpu=1", "xla_gpu"])
+def test_what_is_no_option_is_refused_before_anything_is_done(item):
+    with pytest.raises(ConfigError, match=f"xla_options has '{item}'"):
+        with_options(f"{KNOWN}=3 {item}")

@@ -171,7 +171,7 @@ class Lab:
             if when and line.startswith(when):
                 act()
 
-        loop.train(experiment, workdir, say)
+        self.ended = loop.train(experiment, workdir, say)
         return self.lines
 
 
@@ -341,13 +341,13 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     stop = lambda: os.kill(os.getpid(), number)
     lines = lab.train(experiment, tmp_path, when="step 3/", act=stop)
-    assert "stopped and saved at step 4; the same command resumes" in lines
+    assert "stopped and saved at step 4; the same command resumes" in lines and not lab.ended
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert checkpoints.finished_steps(tmp_path) == [4]
     assert checkpoints.open_checkpoint(tmp_path).read_json("progress")["seconds"] == 60
     assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4]
     lines = lab.train(experiment, tmp_path)
-    assert lines[0] == f"resuming {tmp_path} from step 4"
+    assert lines[0] == f"resuming {tmp_path} from step 4" and lab.ended
     # The time left is judged by the steps of this start: two in 11 s, four to go.
     assert next(line for line in lines if line.startswith("step 6/")).endswith("  0:22 left")
     assert without_times(tmp_path) == without_times(undisturbed[0])

@@ -254,17 +254,22 @@ def test_what_fails_on_all_is_said_by_each():
     assert run.lines()[1] == "process 1: steps=0 must be at least 1" and not run.ended
 
 
-def test_process_0_gathers_where_all_stand():
-    def work(run, key, peers):
-        if key != 1:
-            peers.stand(f"step {key}")
-        if key == 0:
-            until(lambda: len(peers._stands) == 2)
-            run.said.append(peers.stands())
-        peers.stands()
+def test_process_0_asks_where_the_others_stand():
+    ready, asked = threading.Barrier(4), threading.Event()
 
-    (stands,) = (x for x in Run(work, [{}, {}, {}]).said if isinstance(x, dict))
-    assert stands == {0: "step 0", 1: "", 2: "step 2"}
+    def work(run, key, peers):
+        if key == 2:
+            peers.stand_at(lambda: "step 7")
+        if key == 3:
+            peers.stand_at(lambda: asked.wait(20) and "late")
+        ready.wait(20)
+        if key == 0:
+            run.said.append(peers.stands(1.0))
+            asked.set()
+        assert asked.wait(20)
+
+    (stands,) = (x for x in Run(work, [{}, {}, {}, {}]).said if isinstance(x, dict))
+    assert stands == {1: "before its first step", 2: "step 7", 3: ""}
 
 
 def flags(**changes):
@@ -296,6 +301,17 @@ SLICES = GKE | {
     "MEGASCALE_NUM_SLICES": "2",
     "MEGASCALE_SLICE_ID": "1",
 }
+# A pod of the second of two slices that a JobSet has, as GKE tells it since JAX reads it by port.
+JOBSET = {
+    "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+    "JOB_COMPLETION_INDEX": "1",
+    "TPU_PROCESS_ADDRESSES": "mlra-slice-1-0.mlra:8471,mlra-slice-1-1.mlra:8471",
+    "TPU_WORKER_HOSTNAMES": "mlra-slice-1-0.mlra,mlra-slice-1-1.mlra",
+    "TPU_WORKER_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
 EXPLICIT = dict(coordinator="h:1", num_processes=2, process_id=1)
 
 
@@ -311,6 +327,7 @@ EXPLICIT = dict(coordinator="h:1", num_processes=2, process_id=1)
         (OPEN_MPI, {}, (Member(3, 4, "10.96.0.1:61445"), [0])),
         (GKE, {}, (Member(1, 4, "localhost:8482"), None)),
         (SLICES, {}, (Member(5, 8, "localhost:8482"), None)),
+        (JOBSET, {}, (Member(3, 4, "localhost:8482"), None)),
         # A single host asks nobody.
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, {}, None),
         ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, {}, None),

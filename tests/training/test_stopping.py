@@ -64,6 +64,16 @@ def test_a_machine_that_will_be_taken_away_stops_the_run(metadata, what, ending)
     assert {flavor for _, flavor in asked} == {"Google"}
 
 
+def test_what_was_known_when_the_run_was_started_again_does_not_stop_it(metadata):
+    answers, asked = metadata
+    answers["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    with StopSignals() as stop:
+        until(lambda: len(asked) > 5)
+        assert not stop.after(1)
+        answers["preempted"] = "TRUE"
+        until(lambda: stop.after(2))
+
+
 def test_a_server_that_does_not_answer_changes_nothing(monkeypatch):
     monkeypatch.setenv("GCE_METADATA_HOST", "localhost:1")
     monkeypatch.setattr(stopping, "_ASK_SECONDS", 0.01)

@@ -111,6 +111,6 @@ def absorbed_decode(
     cache = latents_BSLC.reshape(B, S, L * C), k_rope.reshape(B, S, -1)
     parts, lses = walk.launch(shape, float(scale))(*queries, *cache, *bounds)
     out_BLRC, lse_BLR = join.launch(shape)(parts, lses, *bounds)
-    out_BTLHC = jnp.swapaxes(out_BLRC[:, :, : T * H, :C].reshape(B, L, T, H, C), 1, 2)
-    lse_BTLH = jnp.swapaxes(lse_BLR[:, :, : T * H].reshape(B, L, T, H), 1, 2)
+    out_BTLHC = jnp.swapaxes(out_BLRC[..., :C].reshape(B, L, T, H, C), 1, 2)
+    lse_BTLH = jnp.swapaxes(lse_BLR.reshape(B, L, T, H), 1, 2)
     return out_BTLHC, lse_BTLH

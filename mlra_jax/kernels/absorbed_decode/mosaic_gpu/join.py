@@ -40,8 +40,8 @@ def launch(shape: Shape) -> Callable:
 
     Returns:
       A function of the parts and their LSEs, as `walk.launch` returns them, and of the bounds. It
-      returns `[B, L, rows, C]`, C rounded up to whole lines, whose columns from C on mean nothing,
-      and the LSEs of natural logarithm `[B, L, rows]`.
+      returns `[B, L, T * H, C]`, C rounded up to whole lines, whose columns from C on mean nothing,
+      and the LSEs of natural logarithm `[B, L, T * H]`.
     """
     if shape.config.stripes:
         return lambda parts, lses, *bounds: _of_teams(shape)(parts, lses)
@@ -167,7 +167,7 @@ def _store(shape: Shape, refs, place: _Place, acc, top, total) -> None:
     else:
         row = row + stream * plan.ROWS
 
-    @pl.when(row < shape.rows)
+    @pl.when(row < shape.problem.queries * shape.problem.heads)
     def _store_row():
         saw_any = total > 0
         scaled = acc * (1.0 / jnp.where(saw_any, total, 1.0))
@@ -184,7 +184,8 @@ def _kernel(shape: Shape, body: Callable, tasks: int, warpgroups: int = 1, **scr
     problem = shape.problem
     # A named single warpgroup would cost a barrier.
     threads = dict(num_threads=warpgroups, thread_name="wg") if warpgroups > 1 else {}
-    out = problem.batch, problem.latents, shape.rows, shape.lines * plan.LANES
+    rows = problem.queries * problem.heads
+    out = problem.batch, problem.latents, rows, shape.lines * plan.LANES
     return plgpu.kernel(
         body,
         out_type=(

@@ -1,0 +1,219 @@
+"""One launch from a product of a few rows to the next one, on Hopper GPUs.
+
+XLA cuts a product of a few rows into summands, so that there is work for all multiprocessors. It
+then has kernels of 1 to 4 us after each other: one that adds them up and adds the residual, one
+for the norm; at the entry of attention one for each norm, each rotation and each array of the
+cache. Here the product is cut by us, and one kernel does all of it. A warpgroup has a row, or one
+of the vectors that a row is made of.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh
+
+from mlra_jax.kernels import target
+
+_THREADS = 128
+# Tiles of a product, of 64 rows and 64 columns, that keep the multiprocessors busy. Of fewer XLA
+# would cut the summands once more.
+_TILES, _TILE = 384, 64
+_MOST = 8
+# Each number of a short vector is held by four threads.
+_SHORT = plgpu.Layout.WGMMA.reduce(1)
+_SHORT_WIDTHS = 64
+
+
+def summands(mesh: Mesh, rows: int, contracted: int, columns: int) -> int:
+    """In how many summands a product is to be made; 1 where no kernel adds them up.
+
+    Args:
+      mesh: of the step.
+      rows, contracted, columns: the product's sizes.
+    """
+    if mesh.size > 1 or not target.is_hopper(mesh.devices.flat[0]):
+        return 1
+    tiles = -(-rows // _TILE) * -(-columns // _TILE)
+    fit = [n for n in range(1, _MOST + 1) if contracted % (n * _THREADS) == 0]
+    return next((n for n in fit if n * tiles >= _TILES), max(fit, default=1))
+
+
+def sums(width: int) -> bool:
+    """Whether `sum_and_norm` serves rows of this width."""
+    return width % _THREADS == 0
+
+
+def _load(ref, layout) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+
+def _store(ref, value) -> None:
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value.astype(ref.dtype), optimized=False)
+    else:
+        ref[...] = value.astype(ref.dtype)
+
+
+def _long(width: int) -> plgpu.Layout:
+    """Of a vector whose width is a multiple of 128: up to four neighbours a thread at a time."""
+    neighbours = next(n for n in (4, 2, 1) if width % (n * _THREADS) == 0)
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=neighbours)
+
+
+def _normed(x, scale, eps: float) -> jax.Array:
+    return x * lax.rsqrt(jnp.sum(x * x) / x.size + eps) * scale
+
+
+def _launch(body, name: str, **how):
+    return plgpu.kernel(
+        body,
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **how,
+    )
+
+
+# Functions of their own in a program, so that all layers compile one.
+@functools.partial(jax.jit, static_argnames=("factor", "eps", "dtype"))
+@target.int32_indices
+def sum_and_norm(
+    summands_NRD: jax.Array,
+    x_RD: jax.Array,
+    scale_D: jax.Array,
+    *,
+    factor: float,
+    eps: float,
+    dtype: str,
+) -> tuple[jax.Array, jax.Array]:
+    """(x and the summands added up, in the dtype of `x`; that, normed, in `dtype`).
+
+    Args:
+      summands_NRD: float32.
+      x_RD: any float dtype.
+      scale_D: any float dtype; the norm multiplies by it and by `factor`.
+      eps: of the norm.
+      dtype: of what is normed.
+    """
+    (N, R, D), layout = summands_NRD.shape, _long(x_RD.shape[1])
+
+    def body(summands_ref, x_ref, scale_ref, sum_ref, normed_ref):
+        row = lax.axis_index("row")
+        # All is asked for before anything is waited for.
+        scale = _load(scale_ref, layout) * factor
+        x = _load(x_ref.at[row], layout)
+        for n in range(N):
+            x = x + _load(summands_ref.at[n, row], layout)
+        x = x.astype(sum_ref.dtype)
+        _store(sum_ref.at[row], x)
+        _store(normed_ref.at[row], _normed(x.astype(jnp.float32), scale, eps))
+
+    return _launch(
+        body,
+        "sum_and_norm",
+        out_type=[jax.ShapeDtypeStruct((R, D), to) for to in (x_RD.dtype, jnp.dtype(dtype))],
+        grid=(R,),
+        grid_names=("row",),
+    )(summands_NRD, x_RD, scale_D)
+
+
+def enters(
+    summands_NBTE: jax.Array | None, query: int, latents_BSLC: jax.Array, k_rope_BSR: jax.Array
+) -> bool:
+    """Whether `enter` serves these arrays, `query` being the width of the query's latent."""
+    (*_, L, C), R = latents_BSLC.shape, k_rope_BSR.shape[-1]
+    return (
+        summands_NBTE is not None
+        and len(summands_NBTE) > 1
+        and summands_NBTE.shape[-1] == query + L * C + R
+        and not (query % _THREADS or C % _THREADS or R % _SHORT_WIDTHS)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("factors", "eps"))
+@target.int32_indices
+def enter(
+    summands_NBTE: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    scales: Sequence[jax.Array],
+    lengths_B: jax.Array,
+    latents_BSLC: jax.Array,
+    k_rope_BSR: jax.Array,
+    *,
+    factors: tuple[float, float],
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The entry of latent attention, from one product to the next and to the cache.
+
+    Args:
+      summands_NBTE: float32; in E lie the query's latent, the latents and the rotary key. Rows
+        beyond those of the cache enter nothing.
+      angles: cosines and sines of the tokens' positions, float32 `[B, T, R / 2]`.
+      scales: of the norms of the query's latent, `[Q]`, and of the latents, `[L * C]`, which
+        multiply by them and by their `factors`.
+      lengths_B: int32, the first slot of each row's T tokens; what is beyond the last is dropped.
+      latents_BSLC, k_rope_BSR: the cache, changed in place where it is donated.
+      eps: of the norms.
+
+    Returns:
+      (the query's latent normed, `[B, T, Q]` in the cache's dtype; the latents; the rotary keys).
+    """
+    (N, rows, T, E), (B, S, L, C), R = summands_NBTE.shape, latents_BSLC.shape, k_rope_BSR.shape[-1]
+    Q = E - L * C - R
+    cos, sin = (x.reshape(rows * T, -1) for x in angles)
+    turns_2XR = jnp.stack([jnp.tile(cos, 2), jnp.concatenate([-sin, sin], axis=-1)])
+
+    def body(
+        summands_ref, turns_ref, q_scale, kv_scale, lengths_ref, latents, k_rope, q_ref, twice
+    ):
+        token, vector = lax.axis_index("token"), lax.axis_index("vector")
+        row, t = lax.div(token, jnp.int32(T)), lax.rem(token, jnp.int32(T))
+
+        slot = lengths_ref[jnp.minimum(row, B - 1)] + t
+        kept = (row < B) & (slot < S)
+
+        def added_up(start, width, layout):
+            at = pl.ds(start, width)
+            parts = [_load(summands_ref.at[n, token, at], layout) for n in range(N)]
+            return functools.reduce(jnp.add, parts)
+
+        def normed(start, scale_ref, factor):
+            (width,) = scale_ref.shape
+            scale = _load(scale_ref, _long(width)) * factor
+            return _normed(added_up(start, width, _long(width)), scale, eps)
+
+        @pl.when(vector == 0)
+        def _query():
+            _store(q_ref.at[token], normed(0, q_scale, factors[0]))
+
+        @pl.when((vector > 0) & (vector <= L))
+        def _latent():
+            latent = vector - 1
+            start = pl.multiple_of(latent * C, _THREADS)
+            x = normed(Q + start, kv_scale.at[pl.ds(start, C)], factors[1])
+            pl.when(kept)(lambda: _store(latents.at[row, slot, latent], x))
+
+        @pl.when(vector > L)
+        def _rotary():
+            cos, sin = (_load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
+            x = added_up(Q + L * C, R, _SHORT)
+            # Beside itself, each half has the other one behind it.
+            twice[pl.ds(0, R)], twice[pl.ds(R, R)] = x, x
+            plgpu.commit_smem()
+            x = x * cos + _load(twice.at[pl.ds(R // 2, R)], _SHORT) * sin
+            pl.when(kept)(lambda: _store(k_rope.at[row, slot], x))
+
+    latents, k_rope = jax.new_ref(latents_BSLC), jax.new_ref(k_rope_BSR)
+    q_XQ = _launch(
+        body,
+        "enter",
+        out_type=jax.ShapeDtypeStruct((rows * T, Q), latents_BSLC.dtype),
+        grid=(rows * T, 2 + L),
+        grid_names=("token", "vector"),
+        scratch_types=[plgpu.SMEM((2 * R,), jnp.float32)],
+    )(summands_NBTE.reshape(N, rows * T, E), turns_2XR, *scales, lengths_B, latents, k_rope)
+    return q_XQ.reshape(rows, T, Q), jax.freeze(latents), jax.freeze(k_rope)

@@ -1,0 +1,47 @@
+"""The options with which XLA compiles a training step."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mlra_jax import sharding
+from mlra_jax.settings_tree import ConfigError
+from mlra_jax.training.settings import Experiment
+
+_OF_SEVERAL: dict[str, dict[str, str]] = {}
+"""By platform, what steps on several devices are compiled with; measured in
+`benchmarks/NOTES_TRAIN.md`."""
+
+
+def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:
+    """What this program sets, as far as this JAX knows it, and `xla_options` over it."""
+    own = _OF_SEVERAL.get(sharding.platform(mesh), {}) if mesh.size > 1 else {}
+    known = {name: value for name, value in own.items() if _refusal({name: value}) is None}
+    return known | dict(item.split("=", 1) for item in experiment.xla_options.split())
+
+
+def compile_with(
+    step: Any, arguments: tuple[Any, ...], chosen: dict[str, str]
+) -> jax.stages.Compiled:
+    """The compiled step.
+
+    Raises:
+      ConfigError: this JAX does not know an option, or not its value.
+    """
+    try:
+        return step.lower(*arguments).compile(compiler_options=chosen or None)
+    except jax.errors.JaxRuntimeError:
+        if refusal := _refusal(chosen):
+            told = f"xla_options: JAX {jax.__version__} refuses: {refusal}; leave it out"
+            raise ConfigError(told) from None
+        raise
+
+
+def _refusal(chosen: dict[str, str]) -> str | None:
+    """What the compiler says against options, asked about next to nothing."""
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=chosen)
+    except jax.errors.JaxRuntimeError as error:
+        return str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+    return None
