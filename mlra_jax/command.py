@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import jax
 from absl import logging
@@ -127,8 +128,14 @@ def run(parser: Parser, work: Callable[[], object], interrupted: str = "nothing 
 
 def end_now(parser: Parser, message: str) -> None:
     """Ends the process at once as a failure of the work, whatever its main thread waits for."""
-    print(f"{parser.prog}: {message}", file=sys.stderr, flush=True)
+    say(f"{parser.prog}: {message}", sys.stderr)
     os._exit(1)
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Prints a line in one piece, to stdout or a stream: other threads and libraries print there,
+    too, and Python may be told not to buffer."""
+    print(f"{line}\n", end="", file=stream, flush=True)
 
 
 def use_cpu(devices: int | None = None) -> None:
@@ -236,7 +243,7 @@ def _keep_compiled(folder: str | None) -> None:
             tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         why = error.strerror or error
-        print(f"{path} keeps no compiled programs: {why}", file=sys.stderr, flush=True)
+        say(f"{path} keeps no compiled programs: {why}", sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -252,7 +259,7 @@ def _print_anything() -> None:
 
 
 def _fail(parser: Parser, message: str, code: int) -> int:
-    print(f"{parser.prog}: {message}", file=sys.stderr)
+    say(f"{parser.prog}: {message}", sys.stderr)
     _end_in_time(code)
     return code
 

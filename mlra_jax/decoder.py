@@ -172,10 +172,10 @@ class Decoder:
         form, (B, T), layers = self._form(), tokens_BT.shape, []
         positions_BT = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
         beyond = ((0, self._rows(B, T) - B), (0, 0))
-        tokens_BT, positions_BT = (jnp.pad(x, beyond) for x in (tokens_BT, positions_BT))
+        positions_BT, tokens_BT = (jnp.pad(x, beyond) for x in (positions_BT, tokens_BT))
         stream = jax.eval_shape(form.embed, tokens_BT)
         summed = [p for block in form.layers for p in (block.attention.out, block.mlp.down)]
-        add = additions(self.mesh, stream, form.embed, summed)
+        add = additions(self.mesh, stream, [form.embed, *summed])
         x_BTD, normed_BTD = add(None, form.embed(tokens_BT), form.layers[0].attention_norm)
         next_norms = (*(block.attention_norm for block in form.layers[1:]), form.final_norm)
         for block, layer, next_norm in zip(form.layers, cache.layers, next_norms, strict=True):

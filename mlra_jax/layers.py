@@ -217,13 +217,13 @@ def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array,
 
 
 def additions(
-    mesh: Mesh, stream: jax.ShapeDtypeStruct, embed: nnx.Module, summed: Iterable[SummedProjection]
+    mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]
 ) -> Callable[[jax.Array | None, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
     """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
 
-    `x` is the stream, at first None, and `y` what `embed`, at first, or one of `summed` gives. On
-    one device, and where `kernels.exchange` serves, these stay in parts from now on (`apart`), and
-    one kernel does all at once.
+    `x` is the stream, at first None, and `y` a result of `summed`, an embedding or projections. On
+    one device, and where `kernels.exchange` serves, these results stay in parts from now on
+    (`apart`), and one kernel does all at once.
     """
     B, T, D = stream.shape
 
@@ -232,18 +232,19 @@ def additions(
         x_BTD = sharding.constrain(x_BTD, mesh, "batch", "length", None)
         return x_BTD, norm(x_BTD)
 
-    def add_summands(x_BTD, y_NBTD, norm):
+    def add_summands(x_BTD, y, norm):
         if x_BTD is None:
-            return add(None, y_NBTD, norm)
-        return norm.of_sum(x_BTD, y_NBTD) if len(y_NBTD) > 1 else add(x_BTD, y_NBTD[0], norm)
+            return add(x_BTD, y, norm)
+        return norm.of_sum(x_BTD, y) if len(y) > 1 else add(x_BTD, y[0], norm)
 
-    if mesh.size > 1 and exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
-        return add
-    for projection in summed:
-        projection.apart = True
     if mesh.size == 1:
+        for module in summed:
+            module.apart = isinstance(module, SummedProjection)
         return add_summands
-    embed.apart = True
+    if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
+        return add
+    for module in summed:
+        module.apart = True
     exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
 
     def add_parts(x_BTD, y_NBTD, norm):

@@ -70,8 +70,7 @@ class Embedding(nnx.Module):
     """Token vectors, and the output head that is the same tensor."""
 
     apart = False
-    """Whether each device gives the vectors of the ids that it has, zeros for the others: float32
-    `[devices, B, T, D]`, for `layers.additions`."""
+    """As of `layers.SummedProjection`: whether each device gives the vectors of its own tokens."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         how = config.execution

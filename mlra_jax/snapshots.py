@@ -27,7 +27,7 @@ _reserved = False
 def reserve(arrays: Sequence[jax.Array], say: Callable[[str], None]) -> None:
     """On GPUs, has the memory for a copy of `arrays` pinned, for all that `take` copies later.
 
-    Half of the host's free memory is left alone. Takes about half a second a gigabyte, of which
+    Half of the host's free memory is left alone. Takes about a second a gigabyte, of which
     `say` prints a line, and must end before an array is donated.
     """
     global _reserved

@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -332,6 +333,18 @@ def test_only_errors_of_one_line_are_the_users(capsys):
     assert run(parser, raising(KeyboardInterrupt()), "so far") == 130
     assert capsys.readouterr().err == "python -m x: interrupted; so far\n"
     assert run(parser, lambda: 7) == 0
+
+
+def test_lines_of_others_come_before_or_after_an_error_not_into_it(monkeypatch):
+    """Each write is one of its own where Python does not buffer."""
+    written = []
+
+    def work():
+        raise ValueError("it is full")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    assert run(Parser("x", ""), work) == 1
+    assert [text for text in written if text] == ["python -m x: it is full\n"]
 
 
 def test_settings_are_those_of_the_file_and_the_command_line(monkeypatch, tmp_path):

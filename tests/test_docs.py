@@ -57,7 +57,8 @@ def test_sentences_name_what_exists():
         (
             "training",
             "--workdir=s3://b/x",
-            "s3://b/x is an address that is not served (gs:// is); mount it and give its path",
+            "s3://b/x is an address that is not served (gs:// is); "
+            "to read it, mount it and give its path",
         ),
         (
             "training",

@@ -64,6 +64,11 @@ class FromLatents(Attention):
     def _down(self, x_BTQ, axis):
         return heads.gathered(x_BTQ, axis, self.mesh)
 
+    def _all_heads(self, q_BTHK):
+        """Queries, each made on the device that has its head, of all heads on every device."""
+        axes = ("batch", "length", "heads", "head_dim")
+        return sharding.gathered(q_BTHK, self.mesh, axes, sharding.MODEL)
+
     def _kept(self, y, positions_BT):
         a, (B, T) = self.config, y["kv_down"].shape[:2]
         down_BTE = sharding.constrain(y["kv_down"], self.mesh, "batch", "length", "latent")

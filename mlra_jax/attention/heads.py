@@ -53,12 +53,6 @@ def gathered(x_BTQ: jax.Array, axis: str, mesh: Mesh) -> jax.Array:
     return sharding.constrain(x_BTQ, mesh, "batch", "length", None)
 
 
-def all_heads(q_BTHK: jax.Array, mesh: Mesh) -> jax.Array:
-    """Queries, made on the devices that have their heads, of all heads on every device."""
-    axes = ("batch", "length", "heads", "head_dim")
-    return sharding.gathered(q_BTHK, mesh, axes, sharding.MODEL)
-
-
 def repeat_for_mesh(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
     """Key/value heads repeated until they divide over the mesh, for `sharded.whole_sequence`.
 

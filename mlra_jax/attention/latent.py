@@ -89,9 +89,6 @@ class LatentAttention(FromLatents):
     def _ask(self, q_BTHK):
         return self._ask_latents(q_BTHK)
 
-    def _all_heads(self, q_BTHK):
-        return heads.all_heads(q_BTHK, self.mesh)
-
     def _ask_latents(self, q_BTHK):
         """Queries of the latents themselves, by branch head, and the rotary queries."""
         # Every device needs all heads' queries for its latents: gathered once, before the split.
@@ -149,8 +146,8 @@ class LatentAttention(FromLatents):
         return self._from_latents(y, z_BTPC)
 
     def _from_latents(self, y, z_BTPC):
-        if z_BTPC.shape[:2] == (1, 1):
-            # One reduction; of more rows XLA would turn the weights around.
+        if z_BTPC.shape[:2] == (1, 1) and sharding.platform(self.mesh) == "gpu":
+            # One reduction; of more rows, and on others, XLA would turn the weights around.
             return self._joined(y, z_BTPC)
         o_BTPK = weigh(z_BTPC, self._per_head(self.v_up), "btpc,pck->btpk")
         return self._sum(y, self._by_branch_head(o_BTPK))

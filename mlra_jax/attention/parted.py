@@ -67,11 +67,11 @@ def parted(mechanism: type[LatentAttention]) -> type[LatentAttention]:
         def _down(self, x_BTQ, axis):
             return x_BTQ
 
-        def _by_head(self, x_BTHK):
-            return x_BTHK
-
         def _all_heads(self, q_BTHK):
             return sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+
+        def _by_head(self, x_BTHK):
+            return x_BTHK
 
         def _parts(self):
             ways = sharding.size(self.mesh, sharding.MODEL)

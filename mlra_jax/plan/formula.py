@@ -66,7 +66,6 @@ class Training:
         self.tokens = self.rows * model.context_length
         """Of one part on one device."""
         self.size = jnp.dtype(model.execution.dtype).itemsize
-        self.chunks = -(-model.context_length // experiment.loss_chunk)
         remat = model.execution.remat
         self.remat = "block" if remat == "auto" else remat
 
@@ -136,7 +135,15 @@ class Training:
             "products": (D + self._widths()) * self.size,
             "none": self._everything() * self.size,
         }[self.remat]
-        return round(self.tokens * (self.model.num_layers * width + D * self.size))
+        weights = self.size * self._in_blocks() if self._keeps_gathered() else 0
+        return round(self.tokens * (self.model.num_layers * width + D * self.size) + weights)
+
+    def _in_blocks(self) -> float:
+        """Parameters of the blocks that a device has when it has gathered them."""
+        return (self.parameters - self.model.vocab_size * self.model.embed_dim) / self.split
+
+    def _keeps_gathered(self) -> bool:
+        return self.remat == "none" and not self.in_loop and self.fsdp > 1
 
     def _everything(self) -> float:
         """Values that `none` keeps of a token and layer; both factors are measured."""
@@ -156,9 +163,10 @@ class Training:
             if size:
                 found.append(Collective(kind, axes, links, count, round(size)))
 
-        head = 4 * (self.chunks - 1) * self.model.vocab_size * self.model.embed_dim / self.split
-        gathered = self.parts * (2 * weights * self.size + head / 2)
-        summed = self.parts * (4 * weights + head)
+        # The table of token vectors for the look-up and for the head, the others for each pass.
+        again = 0 if self._keeps_gathered() else self._in_blocks()
+        gathered = self.parts * self.size * (2 * weights - self._in_blocks() + again)
+        summed = self.parts * 4 * weights
         layers = self.parts * self.model.num_layers
         add("all-gather", ("fsdp",), 2 * layers, gathered * ring(inner))
         add("reduce-scatter", ("fsdp",), layers, summed * ring(inner))

@@ -180,7 +180,8 @@ def path(name: str | os.PathLike) -> AnyPath:
         return Path(name)
     if not text.startswith(SCHEME):
         raise BucketError(
-            f"{text} is an address that is not served ({SCHEME} is); mount it and give its path"
+            f"{text} is an address that is not served ({SCHEME} is); to read it, mount it and give "
+            "its path"
         )
     if not text.removeprefix(SCHEME).strip("/"):
         raise BucketError(f"{text} names no bucket: give {SCHEME}BUCKET/FOLDER")

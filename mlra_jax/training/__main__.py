@@ -14,7 +14,7 @@ from argparse import RawDescriptionHelpFormatter
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from mlra_jax.command import STOPPED, Parser, Switch, claim_gpu_memory, end_now, run, use_cpu
+from mlra_jax.command import STOPPED, Parser, Switch, claim_gpu_memory, end_now, run, say, use_cpu
 from mlra_jax.settings_tree import closest, flatten, meant
 from mlra_jax.training import reference
 from mlra_jax.training.cluster import joined
@@ -63,7 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         experiment = prepared(settings)
         watching = Watching(Span.of(flags.profile_steps), flags.wandb)
         check_wandb(flags.wandb)
-        say = lambda line: print(line, flush=True)
         with joined(flags, experiment, say, lambda line: end_now(parser, line)) as peers:
             ended = train(experiment, flags.workdir, say, peers, watching)
 

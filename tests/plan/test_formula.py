@@ -54,6 +54,8 @@ def test_memory_of_a_step():
     assert memory.activations == 2 * T * D * 2 * (L + 1)
     parts = training("block", dict(data=2, fsdp=2, tensor=2), accumulate=2).memory()
     assert parts.activations == memory.activations / 2
+    kept, alone = training("none", dict(fsdp=2)).memory(), training("none").memory()
+    assert kept.activations == alone.activations / 2 + 2 * (N - V * D)  # gathered weights
     order = [training(remat).memory().bytes for remat in ("none", "products", "attention", "block")]
     assert order == sorted(order, reverse=True)
     loop = Training(training("none").experiment, N, in_loop=True).memory()
@@ -64,14 +66,16 @@ def test_exchanges_of_a_step():
     step = training("block", dict(data=2, fsdp=4))
     sums = lambda found: {(c.kind, c.axes): c.bytes for c in found}
     one, two = sums(step.collectives()), sums(step.collectives(slices=2))
-    N, head = step.parameters, 3 * V * D  # four chunks of logits: three more rounds of the head
-    assert one["all-gather", ("fsdp",)] == (2 * 2 * N + 2 * head) * 3 / 4
-    assert one["reduce-scatter", ("fsdp",)] == (4 * N + 4 * head) * 3 / 4
+    N, table = step.parameters, V * D
+    assert one["all-gather", ("fsdp",)] == 2 * 2 * N * 3 / 4
+    kept = sums(training("none", dict(data=2, fsdp=4)).collectives())
+    assert kept["all-gather", ("fsdp",)] == 2 * (N + table) * 3 / 4
+    assert one["reduce-scatter", ("fsdp",)] == 4 * N * 3 / 4
     assert one["all-reduce", ("data",)] == 4 * N / 4
     assert two["all-reduce", ("slices",)] == 4 * N / 4 and ("all-reduce", ("data",)) not in two
     crossing = sums(training("block", dict(fsdp=8)).collectives(slices=2))
-    assert crossing["reduce-scatter", ("slices",)] == (4 * N + 4 * head) / 4 / 2
-    assert crossing["reduce-scatter", ("fsdp",)] == (4 * N + 4 * head) * 3 / 4
+    assert crossing["reduce-scatter", ("slices",)] == 4 * N / 4 / 2
+    assert crossing["reduce-scatter", ("fsdp",)] == 4 * N * 3 / 4
 
 
 def test_a_decoding_step_reads_weights_and_cache():

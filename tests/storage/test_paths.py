@@ -66,7 +66,7 @@ def test_lists_have_more_than_one_page(bucket):
 
 
 def test_only_buckets_that_are_served_are_taken(monkeypatch):
-    for address in ("s3x://bucket/run", "https://host/run", "hdfs://node/run"):
+    for address in ("s3://bucket/run", "https://host/run", "hdfs://node/run"):
         with pytest.raises(BucketError, match=f"^{address} is an address that is not served"):
             path(address)
     with pytest.raises(BucketError, match="names no bucket: give gs://BUCKET/FOLDER$"):

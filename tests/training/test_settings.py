@@ -205,6 +205,7 @@ def test_the_defaults_are_the_papers_recipe():
         "keep_best": False,
         "loss_chunk": 512,
         "virtual_cpu_devices": 0,
+        "xla_options": "",
     }
 
 
