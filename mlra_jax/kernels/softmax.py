@@ -80,11 +80,10 @@ def merge(out: jax.Array, lse: jax.Array, axis_name: str | tuple[str, ...], dim:
     Returns:
       The device's piece of the whole softmax's output, in the dtype of `out`.
     """
-    top = _finite(jax.lax.pmax(lse, axis_name))
-    weight = jnp.exp(lse - top)[..., None]
-    scatter = lambda x: jax.lax.psum_scatter(x, axis_name, scatter_dimension=dim, tiled=True)
-    total = scatter(weight)
-    merged = scatter(out.astype(jnp.float32) * weight) / _divisor(total)
+    packed = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
+    # One exchange: each device gets all parts of its piece.
+    parts = jax.lax.all_to_all(packed[None], axis_name, dim + 1, 0, tiled=True)
+    merged, _ = merge_partials(parts[..., :-1], parts[..., -1])
     return merged.astype(out.dtype)
 
 

@@ -52,6 +52,13 @@ def test_a_layer_exchanges_twice(name, tensor):
     assert {kind: n for kind, n in per_layer.items() if n} == {"all-reduce": 2}
 
 
+def test_shares_of_the_positions_are_joined_by_one_exchange():
+    """Beside the two of sums, and those of latents and queries."""
+    one, two = (exchanges("mla", make_mesh(context=2), layers) for layers in (1, 2))
+    more = {kind: two[kind] - one[kind] for kind in two}
+    assert more == {"all-reduce": 2, "all-gather": 2, "all-to-all": 1}
+
+
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1)], ids=["one", "two"])
 def test_rows_that_a_gpu_wants_change_nothing(mesh, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
