@@ -33,8 +33,8 @@ def share_of(config: ModelConfig, tensor: int, context: int = 1) -> ModelConfig:
     It has the latents (or key heads, with their weights) of its tensor share, and its parts of the
     other weights, which both axes split. What devices exchange is left out, and so are the queries
     of other devices' heads: those that attend to this one's positions where `context` is not 1, and
-    the projections of a latent model's queries that are whole on every device (up to a tenth of
-    its weights).
+    what a latent model has on several devices, its queries' projections and what makes its latents
+    (on eight devices up to a sixth of the weights of one layer and the vocabulary).
     """
     a, ways = config.attention, tensor * context
     part = lambda n: -(-n // ways)

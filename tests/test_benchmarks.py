@@ -28,7 +28,7 @@ def test_a_share_holds_what_a_device_of_the_mesh_holds(name, tensor, context):
     assert held(of_share.layers) == held(cache.layers)
     if context == 1 or isinstance(config.attention, LatentConfig):
         weights = held(abstract_decoder(config, mesh).weights)
-        assert held(abstract_decoder(share, alone).weights) == pytest.approx(weights, rel=0.12)
+        assert held(abstract_decoder(share, alone).weights) == pytest.approx(weights, rel=0.16)
 
 
 def test_points_are_read():

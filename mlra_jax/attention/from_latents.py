@@ -71,7 +71,7 @@ class FromLatents(Attention):
 
     def _kept(self, y, positions_BT):
         a, (B, T) = self.config, y["kv_down"].shape[:2]
-        down_BTE = sharding.constrain(y["kv_down"], self.mesh, "batch", "length", "latent")
+        down_BTE = self._as_projected(y["kv_down"])
         down_BTLC = down_BTE.reshape(B, T, a.num_latents, a.latent_head_dim)
         fewer = a.num_latents % sharding.size(self.mesh, sharding.TENSOR)
         axes = ("batch", "length", None if fewer else "cache_latent", None)
@@ -79,6 +79,9 @@ class FromLatents(Attention):
         c_BTLC = self.kv_norm(down_BTLC.reshape(B, T, -1)).reshape(down_BTLC.shape)
         k_rope_BTR = rotate(y["k_rope"][:, :, None], positions_BT, self.rope_base)[:, :, 0]
         return {"latents": sharding.constrain(c_BTLC, self.mesh, *axes), "k_rope": k_rope_BTR}
+
+    def _as_projected(self, down_BTE):
+        return sharding.constrain(down_BTE, self.mesh, "batch", "length", "latent")
 
     def _operands(self, q_BTHK, kept):
         q_BTPK = self._by_branch_head(jnp.tile(q_BTHK, (1, 1, self.config.branches, 1)))

@@ -95,9 +95,12 @@ class LatentAttention(FromLatents):
         q_BTHK = self._all_heads(q_BTHK)
         split = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
         q_nope_BTPK, q_rope_BTPR = (jnp.tile(x, (1, 1, self.config.branches, 1)) for x in split)
-        q_nope_BTPK = self._by_branch_head(q_nope_BTPK)
+        q_nope_BTPK = self._as_asked(q_nope_BTPK)
         q_BTPC = weigh(q_nope_BTPK, self._per_head(self.k_up), "btpk,pck->btpc")
-        return self._by_branch_head(q_BTPC), q_rope_BTPR
+        return self._as_asked(q_BTPC), q_rope_BTPR
+
+    def _as_asked(self, q_BTPX):
+        return self._by_branch_head(q_BTPX)
 
     def _attend(self, queries, cache, lengths_BT):
         """One device: its latents, its share of the positions, all branch heads of its latents."""

@@ -3,8 +3,10 @@
 Everything behind the branch outputs is linear, so each device multiplies what its own latents gave
 by the output projection of the heads they serve, and the sums over devices become the one sum that
 follows. A head that several devices serve has its rows of that projection on each of them; the
-queries' projections, small beside the rest, are whole on every device. What is exchanged for
-attention is then one vector of the width of the model a token, not queries and branch outputs.
+queries' projections, small beside the rest, are whole on every device, and what makes latents and
+their queries is so on all devices that share the positions of the same latents. What is exchanged
+for attention is then one vector of the width of the model a token, not queries and branch outputs,
+and what joins shares of the positions.
 """
 
 import functools
@@ -48,6 +50,11 @@ def parted(mechanism: type[LatentAttention]) -> type[LatentAttention]:
             D, Q = config.embed_dim, a.q_latent_dim
             self.q_down = project((D, Q), ("embed", None))
             self.q_up = project((Q, a.num_heads, a.query_dim), (None, None, "head_dim"))
+            whole = a.num_latents % sharding.size(self.mesh, sharding.TENSOR)
+            latents = None if whole else "cache_latent"
+            self.kv_down = project((D, a.latent_dim), ("embed", latents))
+            shape, (heads, *axes) = self._up_shape(a.branches * a.kv_heads, a.latent_head_dim)
+            self.k_up = project(shape, ("cache_latent" if heads else None, *axes))
             if a.base_dim:
                 self.base_down = project((D, a.base_dim), ("embed", None))
 
@@ -69,6 +76,12 @@ def parted(mechanism: type[LatentAttention]) -> type[LatentAttention]:
 
         def _all_heads(self, q_BTHK):
             return sharding.constrain(q_BTHK, self.mesh, "batch", "length", None, "head_dim")
+
+        def _as_asked(self, q_BTPX):
+            return sharding.constrain(q_BTPX, self.mesh, "batch", "length", "cache_latent", None)
+
+        def _as_projected(self, down_BTE):
+            return down_BTE
 
         def _by_head(self, x_BTHK):
             return x_BTHK

@@ -53,10 +53,10 @@ def test_a_layer_exchanges_twice(name, tensor):
 
 
 def test_shares_of_the_positions_are_joined_by_one_exchange():
-    """Beside the two of sums, and those of latents and queries."""
+    """Beside the two of sums: latents and queries are made where they are asked for."""
     one, two = (exchanges("mla", make_mesh(context=2), layers) for layers in (1, 2))
-    more = {kind: two[kind] - one[kind] for kind in two}
-    assert more == {"all-reduce": 2, "all-gather": 2, "all-to-all": 1}
+    more = {kind: two[kind] - one.get(kind, 0) for kind in two}
+    assert {kind: n for kind, n in more.items() if n} == {"all-reduce": 2, "all-to-all": 1}
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1)], ids=["one", "two"])
