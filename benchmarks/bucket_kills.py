@@ -61,11 +61,13 @@ def main() -> int:
         bucket.fault = faults(random.Random(flags.seed), flags.faults)
         os.environ.update(environment)
         for number in range(flags.kills):
-            step = rng.randrange(flags.steps * number // flags.kills + 1, flags.steps)
+            # Each in its own part of the run: one before the last checkpoint would kill nothing.
+            step = int(flags.steps * (number + rng.random()) / flags.kills)
             reached = follow(
                 "gs://bucket/run", "gs://bucket/shards", flags.steps, folder, step, 3 * rng.random()
             )
             print(f"killed after step {reached}", flush=True)
+            assert reached < flags.steps, "it had ended before it was killed"
         assert follow("gs://bucket/run", "gs://bucket/shards", flags.steps, folder) == flags.steps
         bucket.fault = lambda method, path: None
         wrong = differences(here, bucket, "gs://bucket/run")
@@ -81,7 +83,8 @@ def follow(
     kill_at: int | None = None,
     delay: float = 0.0,
 ) -> int:
-    """The step that a run told of last; it is killed some seconds after step `kill_at`."""
+    """The step that a run told of last; it is killed some seconds after it has told of one from
+    `kill_at` on."""
     command = [sys.executable, "train.py", "--config=configs/quickstart.py"]
     command += [f"--workdir={workdir}", f"--config.data.source={source}", "--config.log_every=1"]
     command += [f"--config.steps={steps}", "--config.save_every=20", "--config.validate_every=50"]
@@ -91,7 +94,7 @@ def follow(
         for line in run.stdout:
             if line.startswith("step "):
                 step = int(line.split()[1].partition("/")[0])
-                if step == kill_at:
+                if kill_at is not None and step >= kill_at and run.poll() is None:
                     time.sleep(delay)
                     run.kill()
             else:

@@ -149,9 +149,6 @@ class LatentAttention(FromLatents):
         return self._from_latents(y, z_BTPC)
 
     def _from_latents(self, y, z_BTPC):
-        if z_BTPC.shape[:2] == (1, 1) and sharding.platform(self.mesh) == "gpu":
-            # One reduction; of more rows, and on others, XLA would turn the weights around.
-            return self._joined(y, z_BTPC)
         o_BTPK = weigh(z_BTPC, self._per_head(self.v_up), "btpc,pck->btpk")
         return self._sum(y, self._by_branch_head(o_BTPK))
 

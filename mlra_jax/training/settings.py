@@ -152,9 +152,6 @@ class Experiment:
     not finite. One more ends the run."""
     loss_chunk: int = 512
     """Positions whose logits exist at a time: all of them would be `B * T * V` float32."""
-    xla_options: str = ""
-    """For the compiler of the step, over what the program sets, as `NAME=VALUE NAME=VALUE`; a line
-    at the start says what is in force."""
     virtual_cpu_devices: int = 0
     """From 0 on; if not 0, train on this many virtual devices of the CPU."""
     validate_first: bool = False
@@ -164,6 +161,9 @@ class Experiment:
     init_from: str = ""
     """Folder of a run or of a converted checkpoint: a new run takes its weights, and nothing
     else, from there. A run that goes on does not look at it."""
+    xla_options: str = ""
+    """For the compiler of the step, over what the program sets, as `NAME=VALUE NAME=VALUE`; a line
+    at the start says what is in force."""
 
     def __post_init__(self):
         at_least(

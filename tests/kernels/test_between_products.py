@@ -15,7 +15,7 @@ from jax import export
 
 from mlra_jax import cache as kv
 from mlra_jax.config import LatentConfig
-from mlra_jax.decoder import Decoder
+from mlra_jax.decoder import Decoder, abstract_cache
 from mlra_jax.kernels import between_products
 from mlra_jax.layers import angles, rotate
 from mlra_jax.sharding import make_mesh
@@ -90,12 +90,13 @@ def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, sizes):
     config = tiny.config(LatentConfig(num_heads=4, **widths, **sizes), embed_dim=128, mlp_dim=256)
     decoder = Decoder.from_model(tiny.random_model(config, make_mesh()))
     lengths = jnp.asarray(lengths, jnp.int32)
-    tokens = np.random.default_rng(5).integers(0, tiny.VOCAB, (len(lengths), 6), np.int32)
-    _, cache = jax.jit(decoder.prefill, static_argnums=2)(tokens[:, :5], lengths, 8)
+    tokens = np.random.default_rng(5).integers(0, tiny.VOCAB, (len(lengths), 1), np.int32)
+    shapes = abstract_cache(config, decoder.mesh, len(lengths), 8).layers
+    cache = kv.Cache(jax.tree.map(lambda x: normal(6, *x.shape), shapes), lengths)
     # As on GPUs, there are rows beyond those of the cache.
     monkeypatch.setattr(Decoder, "_rows", lambda *_: 4)
     step = lambda tokens, cache: decoder.step(tokens, cache)
-    expected = jax.jit(step)(tokens[:, 5:], cache)
+    expected = jax.jit(step)(tokens, cache)
     calls = []
 
     def two(*sizes):
@@ -103,7 +104,7 @@ def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, sizes):
         return 2
 
     monkeypatch.setattr(between_products, "summands", two)
-    found = interpreted(lambda *arrays: step(*arrays), tokens[:, 5:], cache)
+    found = interpreted(lambda *arrays: step(*arrays), tokens, cache)
     # In, out and down.
     D, F, E = 128, 256, 128 + 256 + 64
     assert calls == [(4, D, E), (4, 4 * 16, D), (4, F, D)]

@@ -90,7 +90,7 @@ class Steps:
             key = ("compiled", experiment.model, experiment.steps, experiment.data)
             if key not in self.made:
                 self.made[key] = step.lower(*arguments).compile()
-            return SimpleNamespace(compile=lambda: self.made[key])
+            return SimpleNamespace(compile=lambda compiler_options=None: self.made[key])
 
         return SimpleNamespace(lower=lower)
 
@@ -126,7 +126,7 @@ class Lab:
                     state, values = compiled(state, batch)
                     return state, self.spoil(int(state.step), values)
 
-                return SimpleNamespace(compile=lambda: compute)
+                return SimpleNamespace(compile=lambda compiler_options=None: compute)
 
             return SimpleNamespace(lower=lower)
 
