@@ -170,7 +170,7 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_again_hands_a_signal_on_and_waits_for_the_save(tmp_path, number):
+def test_again_hands_a_signal_on_and_waits_for_the_save(tmp_path, heeds_ctrl_c, number):
     saved, begun = tmp_path / "saved", tmp_path / "begun"
     training = (
         f'trap "sleep 0.3; echo saved >>{saved}; exit {STOPPED}" TERM; touch {begun}; '
