@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mlra_jax import costs, sharding
-from mlra_jax.command import Parser, run, use_cpu
+from mlra_jax.command import Parser, run, say, use_cpu
 from mlra_jax.config import NEIGHBOURS, PRESETS, VARIANTS, ConfigError, ModelConfig, preset
 from mlra_jax.model import structure
 from mlra_jax.scaling import SIZES
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         for line in lists[flags.what]():
-            print(line, flush=True)
+            say(line)
 
     return run(parser, work)
 

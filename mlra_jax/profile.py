@@ -22,7 +22,7 @@ import jax
 from jax.profiler import ProfileData
 
 from mlra_jax import sharding
-from mlra_jax.command import Parser, run
+from mlra_jax.command import Parser, run, say
 from mlra_jax.storage.paths import on_disk
 from mlra_jax.training.__main__ import prepared, read_settings
 from mlra_jax.training.feed import Feed, load_data
@@ -152,7 +152,6 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         folder = on_disk(flags.output, "--output")
-        say = lambda line: print(line, flush=True)
         profile_steps(prepared(settings), flags.steps, folder, say)
 
     return run(parser, work)

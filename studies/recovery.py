@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlra_jax.analysis.subject import of_params
-from mlra_jax.command import Parser, run
+from mlra_jax.command import Parser, run, say
 from mlra_jax.config import ConfigError, GroupedConfig, ModelConfig
 from mlra_jax.convert.branched import branched, branched_config, turn
 from mlra_jax.convert.factored import factored, factored_config
@@ -195,7 +195,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--percents", type=numbers, default=[5.0, 10.0, 25.0], help="of the steps")
     flags, overrides = parser.parse_known_args(argv)
     settings = read_settings(parser, flags.config, overrides)
-    say = lambda line: print(line, flush=True)
 
     def work():
         study, starts = Study.from_dict(settings.to_dict()), flags.starts.split(",")

@@ -13,7 +13,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 
-from mlra_jax.command import Parser, run
+from mlra_jax.command import Parser, run, say
 from mlra_jax.data.sources import describe, fingerprint
 from mlra_jax.files import whole_file
 from mlra_jax.settings_tree import ConfigError, flatten
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         study = Study.from_dict(settings.to_dict())
-        conduct(study, flags.workdir, flags.minutes, lambda line: print(line, flush=True))
+        conduct(study, flags.workdir, flags.minutes, say)
         if results := finished(study, flags.workdir):
             print(report.write(study, results, flags.workdir))
 

@@ -13,7 +13,7 @@ from absl import logging
 from tqdm import tqdm
 
 from mlra_jax import sharding
-from mlra_jax.command import Parser, Switch, compile_time, run, use_cpu
+from mlra_jax.command import Parser, Switch, compile_time, run, say, use_cpu
 from mlra_jax.costs import describe_cache
 from mlra_jax.data import text_reader
 from mlra_jax.generation import Sampling, Stream
@@ -233,7 +233,7 @@ def follow(
 
 def _say(line: str) -> None:
     if line:
-        print(line, file=sys.stderr, flush=True)
+        say(line, sys.stderr)
 
 
 if __name__ == "__main__":

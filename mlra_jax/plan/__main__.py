@@ -16,7 +16,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from mlra_jax import sharding
+from mlra_jax import command, sharding
 from mlra_jax.command import Parser, run, use_cpu
 from mlra_jax.config import ConfigError
 from mlra_jax.plan import report, topology
@@ -65,7 +65,7 @@ def _experiment(values: dict[str, Any], flags: argparse.Namespace) -> Experiment
 
 def run_plan(experiment: Experiment, flags: argparse.Namespace) -> None:
     """Plans or searches, and prints what was found."""
-    say = lambda line: print(line, file=sys.stderr, flush=True)
+    say = lambda line: command.say(line, sys.stderr)
     where, cache = topology.describe(flags.topology, flags.slices), _cache(flags.cache)
     if flags.output and not flags.output.absolute().parent.is_dir():
         raise ConfigError(f"--output={flags.output}: its folder does not exist")

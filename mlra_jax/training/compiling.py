@@ -10,8 +10,8 @@ from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training.settings import Experiment
 
 _OF_SEVERAL: dict[str, dict[str, str]] = {}
-"""By platform, what steps on several devices are compiled with; measured in
-`benchmarks/NOTES_TRAIN.md`."""
+"""By platform, what steps on several devices are compiled with. Empty, as no option was measured to
+help; latency hiding is on by default (`benchmarks/NOTES_TRAIN.md`)."""
 
 
 def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:
