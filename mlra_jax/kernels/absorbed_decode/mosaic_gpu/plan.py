@@ -14,6 +14,8 @@ ALIGN = 8
 # Threads of a warpgroup, and the columns of a partial result that lie together, a line.
 LANES = 128
 SMEM_BYTES = 227 * 1024
+# Numbers through which a warpgroup reduces over the rows of an accumulator: 2 of each thread.
+REDUCTION = 2 * LANES
 
 _WIDTHS = (32, 64, 128, 256, 512)
 _ROPES = (16, 32, 64, 128, 256)
@@ -33,12 +35,14 @@ class Config:
       block: cache positions per tile, a multiple of 64.
       stages: tiles in flight per CTA; an even number where two warpgroups take turns.
       ctas: how many CTAs share the work, so at most how many parts a query row's result has.
-      shared: latents that a tile holds, 1 or 2.
+      shared: latents that a tile holds, 1 or 2, or 4 where `swap`.
       query_stages: 2 loads the next visit's queries while the present ones are in use.
       stripes: give CTAs every n-th tile instead of a run of neighbours; for a batch of one row,
         whose units then divide the CTAs among themselves.
       join_rows: query rows that a CTA of the second launch joins, where tiles are not in stripes.
       overlap: let each launch begin while the one before it drains.
+      swap: make cache positions the rows of the products instead of query rows, of which a few
+        then are not padded to 64; for tiles of several latents.
     """
 
     block: int = 64
@@ -49,6 +53,7 @@ class Config:
     stripes: bool = False
     join_rows: int = 4
     overlap: bool = True
+    swap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,7 @@ ALTERNATE = Mode("alternate", takers=2)
 LATENTS = Mode("latents")
 TOGETHER = Mode("together", row_tiles=2)
 COLUMNS = Mode("columns", multipliers=3)
+SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Shape:
     def mode(self) -> Mode:
         if self.problem.width == 512:
             return COLUMNS
+        if self.config.swap:
+            return SWAPPED[self.config.shared]
         if self.config.shared > 1:
             return LATENTS
         return ALTERNATE if self.rows <= ROWS else TOGETHER
@@ -160,7 +168,8 @@ class Shape:
 
     def query_rows(self, streams: int) -> int:
         """Rows of queries in shared memory: a product of 64 rows may begin at any stream's."""
-        return streams * self.stream_rows + ROWS - self.stream_rows
+        beyond = 0 if self.config.swap else ROWS - self.stream_rows
+        return streams * self.stream_rows + beyond
 
 
 def cdiv(a: int, b: int) -> int:
@@ -182,6 +191,10 @@ def smem_bytes(shape: Shape) -> int:
     if shape.mode is COLUMNS:
         # Probabilities; results pass through the space of the queries.
         exchange = ROWS * config.block * shape.dtype.itemsize
+    elif config.swap:
+        # Probabilities and space for reductions of each latent.
+        exchange = config.shared * shape.stream_rows * config.block * shape.dtype.itemsize
+        exchange += config.shared * REDUCTION * 4
     else:
         wide = 4 if shape.mode is ALTERNATE else shape.dtype.itemsize
         exchange = 2 * ROWS * shape.piece * wide

@@ -15,13 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu import plan, schedule
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import Shape
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import Bounds, Place, Visit, at
 
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 # A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
 LOWEST = -1e30
 
@@ -173,6 +177,8 @@ def _memory(shape: Shape) -> dict[str, Any]:
     problem, config, mode = shape.problem, shape.config, shape.mode
     rope_rows = shape.query_rows(shape.rope_streams)
     copies, queries = shape.rope_streams, {}
+    # Warpgroups that read every tile, unless they take turns.
+    readers = max(config.shared, 2)
     if not problem.values_only:
         copies += shape.streams * problem.width // shape.chunk
         queries = dict(q=_queries(shape))
@@ -183,10 +189,9 @@ def _memory(shape: Shape) -> dict[str, Any]:
         ),
         k_rope=_swizzled((config.stages, config.block, shape.rope_width), shape.dtype),
         q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
-        q_empty=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
+        q_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=config.query_stages),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-        # Two warpgroups read every tile, unless they take turns.
-        empty=plgpu.Barrier(num_arrivals=2 // mode.takers, num_barriers=config.stages),
+        empty=plgpu.Barrier(num_arrivals=readers // mode.takers, num_barriers=config.stages),
         statistics=plgpu.SMEM((4, plan.ROWS), jnp.float32),
     )
 
@@ -219,6 +224,15 @@ def _probability_memory(shape: Shape) -> dict[str, Any]:
         p_empty=plgpu.Barrier(num_arrivals=2),
         inverse_full=plgpu.Barrier(),
         inverse_empty=plgpu.Barrier(num_arrivals=2),
+    )
+
+
+def _swapped_memory(shape: Shape) -> dict[str, Any]:
+    """For each latent; results pass through the space of the probabilities."""
+    shared = shape.config.shared
+    return dict(
+        p=_swizzled((shared, shape.stream_rows, shape.config.block), shape.dtype),
+        reduction=plgpu.SMEM((shared, plan.REDUCTION), jnp.float32),
     )
 
 
@@ -355,7 +369,7 @@ def _scores(cta: _Cta, query_stage, stream, stage):
     return pl.run_scoped(products, plgpu.ACC((plan.ROWS, shape.config.block), jnp.float32))
 
 
-def _sight(cta: _Cta, batch_row, first_query_row):
+def _sight(cta: _Cta, batch_row, first_query_row, rows_axis: int = 0):
     """A function that puts -inf where a query does not see, given where a tile begins."""
     problem, block = cta.shape.problem, cta.shape.config.block
     start = cta.bounds.starts[batch_row]
@@ -367,9 +381,9 @@ def _sight(cta: _Cta, batch_row, first_query_row):
             iota = functools.partial(
                 plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA
             )
-            column, limit = position + iota(1), ends[0]
+            column, limit = position + iota(1 - rows_axis), ends[0]
             for t, end in enumerate(ends[1:], 1):
-                limit = jnp.where(first_query_row + iota(0) >= t * problem.heads, end, limit)
+                limit = jnp.where(first_query_row + iota(rows_axis) >= t * problem.heads, end, limit)
             return jnp.where((column >= start) & (column < limit), s, -jnp.inf)
 
         # Only the tiles at the edges need it.
@@ -402,8 +416,8 @@ def _rows_of(value: float):
     return plgpu.layout_cast(jnp.full((plan.ROWS,), value, jnp.float32), _ROW_LAYOUT)
 
 
-def _zeros(columns: int):
-    return plgpu.layout_cast(jnp.zeros((plan.ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+def _zeros(rows: int, columns: int):
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _accumulate(accs, weights, values):
@@ -457,7 +471,7 @@ def _attend(cta: _Cta, visit: Visit, stream, latent_in_tile):
         plgpu.barrier_arrive(cta.memory.empty.at[stage])
         return acc, top, denominator
 
-    state = _zeros(width), _rows_of(LOWEST), _rows_of(0.0)
+    state = _zeros(plan.ROWS, width), _rows_of(LOWEST), _rows_of(0.0)
     state = _walk_tiles(cta, visit, step, state)
     plgpu.barrier_arrive(cta.memory.q_empty.at[query_stage])
     return state
@@ -590,7 +604,7 @@ def _multiply_half(cta: _Cta) -> None:
             plgpu.barrier_arrive(memory.empty.at[stage])
             return accs
 
-        accs = _walk_tiles(cta, v, step, [_zeros(piece) for _ in columns])
+        accs = _walk_tiles(cta, v, step, [_zeros(plan.ROWS, piece) for _ in columns])
         plgpu.barrier_wait(memory.inverse_full)  # Also says that the queries were read.
         inverse = plgpu.load(inverse_smem, layout=_ROW_LAYOUT)
         plgpu.barrier_arrive(memory.inverse_empty)
@@ -606,6 +620,145 @@ def _multiply_half(cta: _Cta) -> None:
         plgpu.barrier_arrive(memory.p_empty)
 
     cta.for_each_visit(visit, drop)
+
+
+# --- The role in the modes where cache positions are the rows of the products ---
+
+
+def _multiply_swapped(cta: _Cta) -> None:
+    """Each warpgroup has a latent of the tile: scores [block, rows], sums [width, rows].
+
+    The weights are exp2 of scores less a reference, which follows the maximum only when that is
+    more than `_HEADROOM` above it: then no reduction over positions is needed for most tiles. The
+    denominators are sums of each thread until the visit ends.
+    """
+    shape, memory, stream = cta.shape, cta.memory, cta.wg
+    rows, block, width = shape.stream_rows, shape.config.block, shape.problem.width
+    p_smem, scratch = memory.p.at[stream], memory.reduction.at[stream]
+
+    def visit(v: Visit) -> None:
+        query_stage = cta.query_stage(v)
+        hide = _sight(cta, v.place.batch_row, 0, rows_axis=1)
+        plgpu.barrier_wait(memory.q_full.at[query_stage])
+
+        def step(stage, position, _, state):
+            s = hide(_swapped_scores(cta, query_stage, stream, stage), position) * cta.factor
+
+            def raise_reference(acc, reference, sums):
+                raised = jnp.maximum(reference, _over_rows("max", s, scratch))
+                fade = jnp.exp2(reference - raised)
+                return acc * _tall(fade, acc), raised, sums * _tall(fade, sums)
+
+            _, reference, _ = state
+            above = _any_above(s - _tall(reference + _HEADROOM, s))
+            state = lax.cond(above, raise_reference, lambda *state: state, *state)
+            acc, reference, sums = state
+            p = jnp.exp2(s - _tall(reference, s))
+            p_smem.transpose((1, 0))[...] = p.astype(shape.dtype)
+            plgpu.commit_smem()
+            values = memory.latents.at[stage, :, at(stream * width, width, width)]
+            acc = _add_product(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
+            plgpu.barrier_arrive(memory.empty.at[stage])
+            return acc, reference, sums + p
+
+        state = _zeros(width, rows), _columns_of(LOWEST, rows), _zeros(block, rows)
+        acc, reference, sums = _walk_tiles(cta, v, step, state)
+        plgpu.barrier_arrive(memory.q_empty.at[query_stage])
+        part = cta.part(v)
+        lse, inverse = _finish(reference, _over_rows("add", sums, scratch))
+        scratch.at[pl.ds(0, rows)][...] = lse
+        plgpu.commit_smem()
+        lse = plgpu.load(scratch.at[pl.ds(0, plan.ROWS)], layout=_ROW_LAYOUT)
+        _store_lse(cta, stream, part, lse)
+        acc = acc * _tall(inverse, acc)
+        piece = shape.piece
+        staging = p_smem.at[:, pl.ds(0, piece)]
+        for column in range(0, width, piece):
+            staging.transpose((1, 0))[...] = acc[column : column + piece].astype(shape.dtype)
+            plgpu.commit_smem()
+            target = cta.parts.at[stream, :, column // plan.LANES, part, pl.ds(column, piece)]
+            plgpu.copy_smem_to_gmem(staging, target)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    cta.for_each_visit(visit, lambda: _drop(cta))
+
+
+# Binary places by which a score may exceed the reference; float16 ends at 2**16.
+_HEADROOM = 8.0
+
+
+def _swapped_scores(cta: _Cta, query_stage, stream, stage):
+    """Products of keys and a stream's queries, float32 [block, rows]."""
+    shape, memory = cta.shape, cta.memory
+    rows, width, rope = shape.stream_rows, shape.problem.width, shape.problem.rope
+
+    def products(acc_ref):
+        if cta.q is not None:
+            keys = memory.latents.at[stage, :, at(stream * width, width, width)]
+            queries = memory.q.at[query_stage, 0, at(stream * rows, rows)]
+            plgpu.wgmma(acc_ref, keys, queries.transpose((1, 0)))
+        column = 0 if shape.rope_width == rope else stream * rope
+        keys = memory.k_rope.at[stage, :, at(column, rope, rope)]
+        queries = memory.q_rope.at[query_stage, at(stream % shape.rope_streams * rows, rows)]
+        plgpu.wgmma(acc_ref, keys, queries.transpose((1, 0)))
+        return acc_ref[...]
+
+    return pl.run_scoped(products, plgpu.ACC((shape.config.block, rows), jnp.float32))
+
+
+def _add_product(acc, left, right):
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
+
+
+def _tall(x, like):
+    return lax.broadcast_in_dim(x, like.shape, [1])
+
+
+def _columns_of(value: float, columns: int):
+    return plgpu.layout_cast(jnp.full((columns,), value, jnp.float32), _COLUMN_LAYOUT)
+
+
+def _over_rows(op: str, x, scratch_ref):
+    """The sum ("add") or maximum ("max") over the rows of an accumulator.
+
+    Mosaic GPU reduces through shared memory that all warpgroups of a CTA have in common; here each
+    has its own.
+    """
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=_COLUMN_LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+    def reduce(_, x, scratch):
+        return x.reduce(op, 0, scratch)
+
+    return reduce(x, scratch_ref)
+
+
+def _any_above(x):
+    """Whether an element of an accumulator is above zero, for all threads of the warpgroup."""
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
+    def vote(_, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        values = [
+            vector.extract(register, [], [k])
+            for register in x.registers.flat
+            for k in range(ir.VectorType(register.type).shape[0])
+        ]
+        top = functools.reduce(arith.maximumf, values)
+        zero = arith.constant(f32, 0.0)
+        mine = arith.extui(i32, arith.cmpf(arith.CmpFPredicate.OGT, top, zero))
+        barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
+        text = (
+            "{ .reg .pred mine, any; setp.ne.b32 mine, $1, 0; "
+            f"barrier.red.or.pred any, $2, {plan.LANES}, mine; selp.b32 $0, 1, 0, any; }}"
+        )
+        found = llvm.inline_asm(
+            i32, [mine, barrier], text, "=r,r,r,~{memory}", has_side_effects=True
+        )
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return vote(x) > 0
 
 
 # --- Who does what ---
@@ -635,6 +788,7 @@ class _Way(NamedTuple):
 
 
 _LOADER = _Role(lambda cta: cta.wg == cta.shape.mode.multipliers, 40, "decrease", _load)
+_all = lambda cta: cta.wg < cta.shape.mode.multipliers
 _both = lambda cta: cta.wg < 2
 _WAYS = {
     plan.ALTERNATE: _Way((_Role(_both, 232, "increase", _multiply_in_turns),), _exchange_memory),
@@ -647,4 +801,6 @@ _WAYS = {
         ),
         _probability_memory,
     ),
+    plan.SWAPPED[2]: _Way((_Role(_all, 232, "increase", _multiply_swapped),), _swapped_memory),
+    plan.SWAPPED[4]: _Way((_Role(_all, 112, "increase", _multiply_swapped),), _swapped_memory),
 }
