@@ -106,6 +106,11 @@ class Shape:
         return ALTERNATE if self.rows <= ROWS else TOGETHER
 
     @property
+    def slots(self) -> int:
+        """Parts of a tile that come and go by themselves, each a warpgroup's."""
+        return self.config.shared if self.config.swap else 1
+
+    @property
     def block_rows(self) -> int:
         """Query rows that a CTA has at once."""
         return ROWS * self.mode.row_tiles

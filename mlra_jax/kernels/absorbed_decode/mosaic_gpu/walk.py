@@ -63,6 +63,10 @@ class _Cta:
         """Which copy of the queries a visit uses."""
         return lax.rem(visit.number, self.shape.config.query_stages)
 
+    def slot(self, stage):
+        """What of the barriers of a stage is the present warpgroup's."""
+        return stage * self.shape.slots + (self.wg if self.shape.slots > 1 else 0)
+
     def part(self, visit: Visit):
         return schedule.part(self.shape, self.index, visit.place)
 
@@ -174,10 +178,10 @@ def _queries(shape: Shape):
 
 def _memory(shape: Shape) -> dict[str, Any]:
     """What every mode has: queries, the ring of tiles, their barriers, and row statistics."""
-    problem, config, mode = shape.problem, shape.config, shape.mode
+    problem, config = shape.problem, shape.config
     rope_rows = shape.query_rows(shape.rope_streams)
     copies, queries = shape.rope_streams, {}
-    # Warpgroups that read every tile, unless they take turns.
+    # COLUMNS has a third warpgroup, which is done with them before these two.
     readers = max(config.shared, 2)
     if not problem.values_only:
         copies += shape.streams * problem.width // shape.chunk
@@ -190,8 +194,15 @@ def _memory(shape: Shape) -> dict[str, Any]:
         k_rope=_swizzled((config.stages, config.block, shape.rope_width), shape.dtype),
         q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
         q_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=config.query_stages),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-        empty=plgpu.Barrier(num_arrivals=readers // mode.takers, num_barriers=config.stages),
+    )
+
+
+def _tile_barriers(shape: Shape) -> dict[str, Any]:
+    stages, takers = shape.config.stages, shape.mode.takers
+    return dict(
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        # Two warpgroups read every tile, unless they take turns.
+        empty=plgpu.Barrier(num_arrivals=2 // takers, num_barriers=stages),
         statistics=plgpu.SMEM((4, plan.ROWS), jnp.float32),
     )
 
@@ -199,7 +210,7 @@ def _memory(shape: Shape) -> dict[str, Any]:
 def _exchange_memory(shape: Shape) -> dict[str, Any]:
     """For two that join their states; each passes on sums, then results through the same space."""
     shapes = [_swizzled((plan.ROWS, shape.piece), dtype) for dtype in (jnp.float32, shape.dtype)]
-    return dict(
+    return _tile_barriers(shape) | dict(
         exchange_0=plgpu.RefUnion(*shapes),
         exchange_1=plgpu.RefUnion(*shapes),
         handed_over=plgpu.Barrier(num_arrivals=2),
@@ -208,7 +219,7 @@ def _exchange_memory(shape: Shape) -> dict[str, Any]:
 
 
 def _staging_memory(shape: Shape) -> dict[str, Any]:
-    return dict(out=_swizzled((2, plan.ROWS, shape.piece), shape.dtype))
+    return _tile_barriers(shape) | dict(out=_swizzled((2, plan.ROWS, shape.piece), shape.dtype))
 
 
 def _probability_memory(shape: Shape) -> dict[str, Any]:
@@ -217,7 +228,7 @@ def _probability_memory(shape: Shape) -> dict[str, Any]:
     out = _swizzled(
         (config.query_stages, width // shape.piece, plan.ROWS, shape.piece), shape.dtype
     )
-    return dict(
+    return _tile_barriers(shape) | dict(
         q=plgpu.RefUnion(_queries(shape), out),
         p=_swizzled((plan.ROWS, config.block), shape.dtype),
         p_full=plgpu.Barrier(),
@@ -228,9 +239,16 @@ def _probability_memory(shape: Shape) -> dict[str, Any]:
 
 
 def _swapped_memory(shape: Shape) -> dict[str, Any]:
-    """For each latent; results pass through the space of the probabilities."""
-    shared = shape.config.shared
+    """For each latent; results pass through the space of the probabilities.
+
+    Latents have barriers of their own, so that a warpgroup begins and ends with its own.
+    """
+    shared, stages = shape.config.shared, shape.config.stages
     return dict(
+        full=plgpu.Barrier(num_barriers=stages * shared),
+        empty=plgpu.Barrier(num_barriers=stages * shared),
+        rope_full=plgpu.Barrier(num_barriers=stages),
+        rope_empty=plgpu.Barrier(num_arrivals=shared, num_barriers=stages),
         p=_swizzled((shared, shape.stream_rows, shape.config.block), shape.dtype),
         reduction=plgpu.SMEM((shared, plan.REDUCTION), jnp.float32),
     )
@@ -247,7 +265,7 @@ def _load(cta: _Cta) -> None:
         # Without waiting for the lengths: a row hardly ever begins late or ends this early.
         last_tile = (cta.shape.problem.cache - 1) // config.block
         guess = jnp.minimum(cta.stripe.tile, last_tile) * config.block
-        _load_tile(cta, cta.stripe, guess, 0)
+        _load_tile(cta, cta.stripe, guess, 0, jnp.bool_(False))
         _load_queries(cta, cta.stripe, 0)
 
     def visit(v: Visit) -> None:
@@ -256,8 +274,7 @@ def _load(cta: _Cta) -> None:
         def load_next(i, _=None):
             stage = lax.rem(v.turn + i, config.stages)
             reused = v.turn + i >= config.stages
-            pl.when(reused)(lambda: plgpu.barrier_wait(memory.empty.at[stage]))
-            _load_tile(cta, v.place, cta.position(v, begin, i), stage)
+            _load_tile(cta, v.place, cta.position(v, begin, i), stage, reused)
 
         if config.stripes:
             lax.fori_loop(1 - v.turn, v.tiles, load_next, None)
@@ -272,19 +289,32 @@ def _load(cta: _Cta) -> None:
     cta.for_each_visit(visit)
 
 
-def _load_tile(cta: _Cta, place: Place, position, stage) -> None:
-    problem, shared = cta.shape.problem, cta.shape.config.shared
-    width, rope = problem.width, problem.rope
-    full = cta.memory.full.at[stage]
+def _load_tile(cta: _Cta, place: Place, position, stage, reused) -> None:
+    """Asks for a tile as soon as those who have read the stage say so, where it was in use."""
+    memory, problem, slots = cta.memory, cta.shape.problem, cta.shape.slots
     positions = at(position, cta.shape.config.block)
-    columns = at(place.latent * width, shared * width, width)
-    plgpu.copy_gmem_to_smem(
-        cta.latents.at[place.batch_row, positions, columns], cta.memory.latents.at[stage], full
-    )
-    columns = at(place.latent * rope if problem.rope_heads > 1 else 0, cta.shape.rope_width, rope)
-    plgpu.copy_gmem_to_smem(
-        cta.k_rope.at[place.batch_row, positions, columns], cta.memory.k_rope.at[stage], full
-    )
+
+    def copy(source, target, first_column, step, full, empty):
+        if empty is not None:
+            pl.when(reused)(lambda: plgpu.barrier_wait(empty))
+        columns = at(first_column, target.shape[1], step)
+        plgpu.copy_gmem_to_smem(source.at[place.batch_row, positions, columns], target, full)
+
+    def copy_rope(full, empty):
+        first = place.latent * problem.rope if problem.rope_heads > 1 else 0
+        copy(cta.k_rope, memory.k_rope.at[stage], first, problem.rope, full, empty)
+
+    if slots > 1:
+        copy_rope(memory.rope_full.at[stage], memory.rope_empty.at[stage])
+    width = cta.shape.config.shared // slots * problem.width
+    for slot in range(slots):
+        first, barrier = slot * width, stage * slots + slot
+        target = memory.latents.at[stage, :, pl.ds(first, width)]
+        full, empty = memory.full.at[barrier], memory.empty.at[barrier]
+        column = place.latent * problem.width + first
+        copy(cta.latents, target, column, problem.width, full, empty)
+    if slots == 1:
+        copy_rope(full, None)
 
 
 def _load_queries(cta: _Cta, place: Place, stage) -> None:
@@ -327,7 +357,7 @@ def _walk_tiles(cta: _Cta, visit: Visit, step: Callable, carry):
     def body(k, carry):
         i = others + k * takers
         stage = lax.rem(visit.turn + i, stages)
-        plgpu.barrier_wait(cta.memory.full.at[stage])
+        plgpu.barrier_wait(cta.memory.full.at[cta.slot(stage)])
         return step(stage, cta.position(visit, begin, i), visit.turn + i, carry)
 
     return lax.fori_loop(0, lax.div(visit.tiles - others + takers - 1, takers), body, carry)
@@ -335,10 +365,14 @@ def _walk_tiles(cta: _Cta, visit: Visit, step: Callable, carry):
 
 def _drop(cta: _Cta) -> None:
     """Uses up a tile that was loaded on a wrong guess."""
+    memory, slot = cta.memory, cta.slot(0)
 
     def pass_over():
-        plgpu.barrier_wait(cta.memory.full.at[0])
-        plgpu.barrier_arrive(cta.memory.empty.at[0])
+        plgpu.barrier_wait(memory.full.at[slot])
+        plgpu.barrier_arrive(memory.empty.at[slot])
+        if cta.shape.slots > 1:
+            plgpu.barrier_wait(memory.rope_full.at[0])
+            plgpu.barrier_arrive(memory.rope_empty.at[0])
 
     if cta.shape.mode.takers > 1:
         pl.when(cta.wg == 0)(pass_over)
@@ -642,7 +676,10 @@ def _multiply_swapped(cta: _Cta) -> None:
         plgpu.barrier_wait(memory.q_full.at[query_stage])
 
         def step(stage, position, _, state):
-            s = hide(_swapped_scores(cta, query_stage, stream, stage), position) * cta.factor
+            plgpu.barrier_wait(memory.rope_full.at[stage])
+            s = _swapped_scores(cta, query_stage, stream, stage)
+            plgpu.barrier_arrive(memory.rope_empty.at[stage])
+            s = hide(s, position) * cta.factor
 
             def raise_reference(acc, reference, sums):
                 raised = jnp.maximum(reference, _over_rows("max", s, scratch))
@@ -658,7 +695,7 @@ def _multiply_swapped(cta: _Cta) -> None:
             plgpu.commit_smem()
             values = memory.latents.at[stage, :, at(stream * width, width, width)]
             acc = _add_product(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
-            plgpu.barrier_arrive(memory.empty.at[stage])
+            plgpu.barrier_arrive(memory.empty.at[cta.slot(stage)])
             return acc, reference, sums + p
 
         state = _zeros(width, rows), _columns_of(LOWEST, rows), _zeros(block, rows)
