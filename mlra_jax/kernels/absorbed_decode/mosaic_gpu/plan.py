@@ -107,8 +107,13 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Parts of a tile that come and go by themselves, each a warpgroup's."""
+        """Parts of a stage that come and go by themselves, each a warpgroup's."""
         return self.config.shared if self.config.swap else 1
+
+    @property
+    def slot_width(self) -> int:
+        """Columns of latents in a slot."""
+        return self.config.shared // self.slots * self.problem.width
 
     @property
     def block_rows(self) -> int:

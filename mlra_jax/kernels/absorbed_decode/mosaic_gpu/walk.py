@@ -64,7 +64,7 @@ class _Cta:
         return lax.rem(visit.number, self.shape.config.query_stages)
 
     def slot(self, stage):
-        """What of the barriers of a stage is the present warpgroup's."""
+        """Which slot of the stage the present warpgroup reads."""
         return stage * self.shape.slots + (self.wg if self.shape.slots > 1 else 0)
 
     def part(self, visit: Visit):
@@ -189,7 +189,7 @@ def _memory(shape: Shape) -> dict[str, Any]:
     return queries | dict(
         q_rope=_swizzled((config.query_stages, rope_rows, problem.rope), shape.dtype),
         latents=_swizzled(
-            (config.stages, config.block, config.shared * problem.width), shape.dtype
+            (config.stages * shape.slots, config.block, shape.slot_width), shape.dtype
         ),
         k_rope=_swizzled((config.stages, config.block, shape.rope_width), shape.dtype),
         q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
@@ -306,13 +306,11 @@ def _load_tile(cta: _Cta, place: Place, position, stage, reused) -> None:
 
     if slots > 1:
         copy_rope(memory.rope_full.at[stage], memory.rope_empty.at[stage])
-    width = cta.shape.config.shared // slots * problem.width
-    for slot in range(slots):
-        first, barrier = slot * width, stage * slots + slot
-        target = memory.latents.at[stage, :, pl.ds(first, width)]
-        full, empty = memory.full.at[barrier], memory.empty.at[barrier]
-        column = place.latent * problem.width + first
-        copy(cta.latents, target, column, problem.width, full, empty)
+    for k in range(slots):
+        slot = stage * slots + k
+        first = place.latent * problem.width + k * cta.shape.slot_width
+        full, empty = memory.full.at[slot], memory.empty.at[slot]
+        copy(cta.latents, memory.latents.at[slot], first, problem.width, full, empty)
     if slots == 1:
         copy_rope(full, None)
 
@@ -693,7 +691,7 @@ def _multiply_swapped(cta: _Cta) -> None:
             p = jnp.exp2(s - _tall(reference, s))
             p_smem.transpose((1, 0))[...] = p.astype(shape.dtype)
             plgpu.commit_smem()
-            values = memory.latents.at[stage, :, at(stream * width, width, width)]
+            values = memory.latents.at[cta.slot(stage)]
             acc = _add_product(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
             plgpu.barrier_arrive(memory.empty.at[cta.slot(stage)])
             return acc, reference, sums + p
@@ -727,13 +725,12 @@ _HEADROOM = 8.0
 def _swapped_scores(cta: _Cta, query_stage, stream, stage):
     """Products of keys and a stream's queries, float32 [block, rows]."""
     shape, memory = cta.shape, cta.memory
-    rows, width, rope = shape.stream_rows, shape.problem.width, shape.problem.rope
+    rows, rope = shape.stream_rows, shape.problem.rope
 
     def products(acc_ref):
         if cta.q is not None:
-            keys = memory.latents.at[stage, :, at(stream * width, width, width)]
             queries = memory.q.at[query_stage, 0, at(stream * rows, rows)]
-            plgpu.wgmma(acc_ref, keys, queries.transpose((1, 0)))
+            plgpu.wgmma(acc_ref, memory.latents.at[cta.slot(stage)], queries.transpose((1, 0)))
         column = 0 if shape.rope_width == rope else stream * rope
         keys = memory.k_rope.at[stage, :, at(column, rope, rope)]
         queries = memory.q_rope.at[query_stage, at(stream % shape.rope_streams * rows, rows)]
