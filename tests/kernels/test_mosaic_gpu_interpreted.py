@@ -185,16 +185,16 @@ EDGES = [
             dict(ctas=3, stages=2, shared=4, swap=True, join_rows=2),
             [[([203, 130], 11), ([0, 0], 0), ([0, 65], 1), ([64, 63], 0)]],
         ),
-        # Two stages of queries; tiles of 128 positions; keys of their own.
+        # Two stages of queries; wide latents with keys of their own.
         (
             "swapped_2",
-            dict(B=2, T=1, L=4, H=7, C=128, S=264, G=2, N=4, dtype="float16"),
-            dict(ctas=4, stages=2, shared=2, swap=True, query_stages=2, block=128),
+            dict(B=2, T=1, L=4, H=7, C=256, S=264, G=2, N=4, dtype="float16"),
+            dict(ctas=4, stages=2, shared=2, swap=True, query_stages=2),
             [[([259], 11), ([65], 0)]],
         ),
         (
             "swapped_2",
-            dict(B=1, T=2, L=4, H=3, C=128, S=136, G=4),
+            dict(B=1, T=2, L=4, H=3, C=64, S=136, G=4),
             dict(ctas=6, stages=2, shared=2, swap=True, stripes=True),
             [[([130, 129], 9)]],
         ),
@@ -262,7 +262,7 @@ EDGES = [
         "pairs",
         "pairs-ragged",
         "swapped-four",
-        "swapped-blocks",
+        "swapped-wide",
         "swapped-stripes",
         "together",
         "MLA-stripes",

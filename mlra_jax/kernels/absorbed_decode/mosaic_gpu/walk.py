@@ -706,13 +706,13 @@ def _multiply_swapped(cta: _Cta) -> None:
         lse = plgpu.load(scratch.at[pl.ds(0, plan.ROWS)], layout=_ROW_LAYOUT)
         _store_lse(cta, stream, part, lse)
         acc = acc * _tall(inverse, acc)
-        piece = shape.piece
-        staging = p_smem.at[:, pl.ds(0, piece)]
-        for column in range(0, width, piece):
-            staging.transpose((1, 0))[...] = acc[column : column + piece].astype(shape.dtype)
+        for column in range(0, width, block):
+            value = acc[column : column + block].astype(shape.dtype)
+            p_smem.transpose((1, 0))[...] = value
             plgpu.commit_smem()
-            target = cta.parts.at[stream, :, column // plan.LANES, part, pl.ds(column, piece)]
-            plgpu.copy_smem_to_gmem(staging, target)
+            columns = at(column % plan.LANES, block, block)
+            target = cta.parts.at[stream, :, column // plan.LANES, part, columns]
+            plgpu.copy_smem_to_gmem(p_smem, target)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     cta.for_each_visit(visit, lambda: _drop(cta))
@@ -728,9 +728,10 @@ def _swapped_scores(cta: _Cta, query_stage, stream, stage):
     rows, rope = shape.stream_rows, shape.problem.rope
 
     def products(acc_ref):
-        if cta.q is not None:
-            queries = memory.q.at[query_stage, 0, at(stream * rows, rows)]
-            plgpu.wgmma(acc_ref, memory.latents.at[cta.slot(stage)], queries.transpose((1, 0)))
+        for chunk in range(0 if cta.q is None else shape.problem.width // shape.chunk):
+            keys = memory.latents.at[cta.slot(stage), :, pl.ds(chunk * shape.chunk, shape.chunk)]
+            queries = memory.q.at[query_stage, chunk, at(stream * rows, rows)]
+            plgpu.wgmma(acc_ref, keys, queries.transpose((1, 0)))
         column = 0 if shape.rope_width == rope else stream * rope
         keys = memory.k_rope.at[stage, :, at(column, rope, rope)]
         queries = memory.q_rope.at[query_stage, at(stream % shape.rope_streams * rows, rows)]
