@@ -127,7 +127,7 @@ def launch(shape: Shape, scale: float) -> Callable:
             stripe=schedule.stripe(shape, index) if config.stripes else None,
         )
         # The register file is divided anew: little for copies, much for accumulators.
-        for role in (_LOADER, *way.roles):
+        for role in (_loader(way.loader_registers), *way.roles):
 
             @pl.when(role.taken_by(cta))
             def _take(role=role):
@@ -414,8 +414,9 @@ def _sight(cta: _Cta, batch_row, first_query_row, rows_axis: int = 0):
                 plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA
             )
             column, limit = position + iota(1 - rows_axis), ends[0]
+            row = first_query_row + iota(rows_axis)
             for t, end in enumerate(ends[1:], 1):
-                limit = jnp.where(first_query_row + iota(rows_axis) >= t * problem.heads, end, limit)
+                limit = jnp.where(row >= t * problem.heads, end, limit)
             return jnp.where((column >= start) & (column < limit), s, -jnp.inf)
 
         # Only the tiles at the edges need it.
@@ -804,7 +805,8 @@ class _Role(NamedTuple):
 
     Attributes:
       taken_by: whether the present warpgroup has the role.
-      registers: of each of its threads; what a CTA's warpgroups have, times 128, is at most 65536.
+      registers: of each of its threads; what a CTA's warpgroups have, times 128, is at most what
+        it begins with: 65536 divided by its threads, rounded down to a multiple of 8, of each.
       change: whether that is more or less than an equal division gives, "increase" or "decrease".
       run: the role.
     """
@@ -820,9 +822,13 @@ class _Way(NamedTuple):
 
     roles: tuple[_Role, ...]
     memory: Callable[[Shape], dict[str, Any]]
+    loader_registers: int = 40
 
 
-_LOADER = _Role(lambda cta: cta.wg == cta.shape.mode.multipliers, 40, "decrease", _load)
+def _loader(registers: int) -> _Role:
+    return _Role(lambda cta: cta.wg == cta.shape.mode.multipliers, registers, "decrease", _load)
+
+
 _all = lambda cta: cta.wg < cta.shape.mode.multipliers
 _both = lambda cta: cta.wg < 2
 _WAYS = {
@@ -837,5 +843,5 @@ _WAYS = {
         _probability_memory,
     ),
     plan.SWAPPED[2]: _Way((_Role(_all, 232, "increase", _multiply_swapped),), _swapped_memory),
-    plan.SWAPPED[4]: _Way((_Role(_all, 112, "increase", _multiply_swapped),), _swapped_memory),
+    plan.SWAPPED[4]: _Way((_Role(_all, 112, "increase", _multiply_swapped),), _swapped_memory, 32),
 }
