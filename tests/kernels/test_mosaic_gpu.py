@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from mlra_jax.kernels.absorbed_decode.problem import Problem
 mosaic_gpu = pytest.importorskip(
     "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
 )
-plan, plgpu = mosaic_gpu.plan, mosaic_gpu.walk.plgpu
+plan, walk = mosaic_gpu.plan, mosaic_gpu.walk
+plgpu = walk.plgpu
 
 
 def problem(**changes):
@@ -90,10 +92,13 @@ def test_lowers_for_hopper(monkeypatch, changes):
         arrays[0] = None
     assert Problem.of(*arrays, p.device_kind) == p
     bounds = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((p.batch, p.queries), (p.batch,))]
-    op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=mosaic_gpu.heuristic(p))
+    config = mosaic_gpu.heuristic(p)
+    op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=config)
     text = jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 2
-    assert registers == REGISTERS[p.width == 512]
+    assert registers == REGISTERS.get(
+        plan.Shape(p, config).mode, [(40, "decrease"), (232, "increase")]
+    )
     # Each launch waits for the one before it, lets the next begin, and only then copies.
     waits = ["griddepcontrol_wait", "griddepcontrol_launch_dependents"]
     split, join = order[: order.index(waits[0], 1)], order[order.index(waits[0], 1) :]
@@ -103,12 +108,22 @@ def test_lowers_for_hopper(monkeypatch, changes):
     assert operations_on(text, *shapes[2:]) <= ONLY_READ
 
 
-# Registers per thread, by warpgroup: one that copies, and two or three that multiply. The hardware
-# has 512 for the warps of four SM parts, and a warpgroup may only give back or take what is there.
+# Registers per thread where others than one warpgroup that copies and two that multiply.
 REGISTERS = {
-    False: [(40, "decrease"), (232, "increase")],
-    True: [(40, "decrease"), (120, "decrease"), (176, "increase")],
+    plan.COLUMNS: [(40, "decrease"), (120, "decrease"), (176, "increase")],
+    plan.SWAPPED[4]: [(32, "decrease"), (112, "increase")],
 }
+
+
+@pytest.mark.parametrize("mode", walk._WAYS, ids=lambda mode: mode.name)
+def test_warpgroups_ask_for_no_more_registers_than_their_cta_has(mode):
+    """One that asks for more waits for ever."""
+    way, groups = walk._WAYS[mode], mode.multipliers + 1
+    roles = walk._loader(way.loader_registers), *way.roles
+    place = lambda wg: types.SimpleNamespace(wg=wg, shape=types.SimpleNamespace(mode=mode))
+    taken = [role.registers for wg in range(groups) for role in roles if role.taken_by(place(wg))]
+    # A CTA begins with as many for each thread as the hardware's 65536 give, in eights.
+    assert len(taken) == groups and sum(taken) <= groups * (512 // groups // 8 * 8)
 
 
 def recorded_calls(monkeypatch):
