@@ -21,6 +21,8 @@ _WIDTHS = (32, 64, 128, 256, 512)
 _ROPES = (16, 32, 64, 128, 256)
 # The code is unrolled over them: each more makes it longer to compile.
 _MOST_QUERIES = 16
+# Query rows that are columns of a product where `Config.swap`: more gain nothing over 64 rows.
+_FEW_ROWS = 32
 # All of two bytes, which `join.weigh` counts on.
 _DTYPES = ("bfloat16", "float16")
 # More in flight gains nothing, but memory then serves some CTAs long before others.
@@ -76,7 +78,7 @@ ALTERNATE = Mode("alternate", takers=2)
 LATENTS = Mode("latents")
 TOGETHER = Mode("together", row_tiles=2)
 COLUMNS = Mode("columns", multipliers=3)
-SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (2, 4)}
+SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (4, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +242,8 @@ def heuristic(problem: Problem) -> Config:
         tiles = cdiv(problem.cache, config.block)
         team = cdiv(tiles, cdiv(tiles, config.ctas // units))
         config = dataclasses.replace(config, stripes=True, ctas=team * units)
+    elif problem.rope_heads == 1 and (shared := _swaps(problem)):
+        config = dataclasses.replace(config, shared=shared[0], swap=True)
     elif problem.width <= 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
     return _with_most_stages(config, problem)
@@ -251,10 +255,10 @@ def candidates(problem: Problem) -> list[Config]:
     found = [first]
     # Tiles in stripes are joined by whole teams.
     join_rows = [first.join_rows] if first.stripes else [2, 4, 8]
-    for block, shared, query_stages, rows in itertools.product(
-        (64, 128), (1, 2) if _pairs(problem) else (1,), (1, 2), join_rows
-    ):
-        stripes = first.stripes and shared == first.shared
+    ways = [(64, shared, True) for shared in _swaps(problem)]
+    ways += itertools.product((64, 128), (1, 2) if _pairs(problem) else (1,), (False,))
+    for (block, shared, swap), query_stages, rows in itertools.product(ways, (1, 2), join_rows):
+        stripes = first.stripes and (shared, swap) == (first.shared, first.swap)
         config = dataclasses.replace(
             first,
             block=block,
@@ -263,6 +267,7 @@ def candidates(problem: Problem) -> list[Config]:
             query_stages=query_stages,
             join_rows=rows,
             stripes=stripes,
+            swap=swap,
         )
         config = _with_most_stages(config, problem)
         if config is None:
@@ -277,13 +282,31 @@ def candidates(problem: Problem) -> list[Config]:
 
 
 def _pairs(problem: Problem) -> bool:
-    """Whether tiles may be of two latents; swizzled keys are cut at multiples of 64 columns."""
+    """Whether tiles may be of two latents."""
     return (
         problem.width == 128
         and problem.latents % 2 == 0
         and problem.queries * problem.heads <= ROWS
-        and (problem.rope_heads == 1 or problem.rope % 64 == 0)
+        and _keys_divide(problem)
     )
+
+
+def _keys_divide(problem: Problem) -> bool:
+    """Whether latents of a tile find their keys; swizzled ones are cut at multiples of 64."""
+    return problem.rope_heads == 1 or problem.rope % 64 == 0
+
+
+def _swaps(problem: Problem) -> list[int]:
+    """How many latents a tile may have where `Config.swap`, the most first."""
+    if (
+        problem.queries * problem.heads > _FEW_ROWS
+        or problem.width not in (64, 128, 256)
+        or not _keys_divide(problem)
+    ):
+        return []
+    # One tile in use and one on its way.
+    taken = lambda shared: smem_bytes(Shape(problem, Config(stages=2, shared=shared, swap=True)))
+    return [n for n in SWAPPED if problem.latents % n == 0 and taken(n) <= SMEM_BYTES]
 
 
 def _with_most_stages(config: Config, problem: Problem) -> Config | None:
