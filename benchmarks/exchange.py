@@ -52,7 +52,7 @@ def _step(mesh: Mesh, parts_NRD, x_RD, scale_D, busy_EN):
     exchanged = Exchange(mesh, sharding.MODEL, *x_RD.shape)
     for k in range(_EXCHANGES):
         parts_NRD = delayed(parts_NRD, jnp.ones((1024, 1024), jnp.bfloat16), busy_EN[k])
-        x_RD, normed_RD = exchanged(parts_NRD, x_RD, scale_D, eps=_EPS, dtype="float32")
+        x_RD, normed_RD = exchanged(parts_NRD, x_RD, scale_D, factor=1.0, eps=_EPS, dtype="float32")
         parts_NRD = normed_RD * _factors(mesh.size).astype(jnp.float32)
     return x_RD, normed_RD
 
@@ -122,7 +122,9 @@ def microseconds(mesh: Mesh, rows: int, width: int, how: str) -> float:
         for pair in weights:
             part_NRD = parts(normed_RD, *pair)
             if how == "exchange":
-                x_RD, normed_RD = exchanged(part_NRD, x_RD, scale_D, eps=_EPS, dtype=x_RD.dtype)
+                x_RD, normed_RD = exchanged(
+                    part_NRD, x_RD, scale_D, factor=1.0, eps=_EPS, dtype=x_RD.dtype
+                )
             else:
                 total = (summed if how == "all-reduce" else alone)(part_NRD)
                 x_RD = x_RD + total.astype(x_RD.dtype)

@@ -7,20 +7,16 @@ tiles are, and on one device every projection of an attention's input as one.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import sharding
-from mlra_jax.attention import mechanism
-from mlra_jax.attention.base import Attention
-from mlra_jax.attention.latent import LatentAttention
-from mlra_jax.attention.parted import part_columns, parted
+from mlra_jax.attention import joined, mechanism
+from mlra_jax.attention.parted import part_columns
 from mlra_jax.config import ModelConfig
 from mlra_jax.layers import Projection, RMSNorm, SummedProjection, additions
 from mlra_jax.model import Block, Embedding, Model, positions
@@ -245,65 +241,13 @@ class _Form(nnx.Module):
     """The structure of the weights."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
-        attention = mechanism(config.attention)
-        attention = parted(attention) if _parted(config, mesh) else attention
-        attention = _decoding(attention, _joined_names(config, mesh))
+        attention = joined.mechanism_of(config, mesh)
         block = functools.partial(Block, config, mesh=mesh, rngs=rngs)
         self.embed = Embedding(config, mesh=mesh, rngs=rngs)
         self.layers = nnx.List(
             [block(attention=attention, mlp=_JoinedSwiGLU) for _ in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(config.embed_dim, config=config, rngs=rngs)
-
-
-def _joined_names(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
-    """The projections that are one matrix: what splits weights wants those it splits apart."""
-    names = mechanism(config.attention).input_names(config.attention)
-    if mesh.size == mesh.shape["data"]:
-        return names
-    split = ("kv_down", "gate")
-    return tuple(name for name in names if name not in split) if _parted(config, mesh) else ()
-
-
-def _parted(config: ModelConfig, mesh: Mesh) -> bool:
-    latent = issubclass(mechanism(config.attention), LatentAttention)
-    return latent and sharding.size(mesh, sharding.MODEL) > 1
-
-
-@functools.cache
-def _decoding(mechanism: type[Attention], names: tuple[str, ...]) -> type[Attention]:
-    """The mechanism with these projections of its input in one matrix `[D, N]`."""
-
-    class Decoding(mechanism):
-        def __init__(self, config, *, mesh, rngs):
-            super().__init__(config, mesh=mesh, rngs=rngs)
-            self.out = SummedProjection(self.out, mesh)
-            self.outputs = {name: getattr(self, name).kernel.shape[1:] for name in names}
-            if not names:
-                return
-            for name in names:
-                delattr(self, name)
-            columns = sum(map(math.prod, self.outputs.values()))
-            self.joined = Projection(
-                (config.embed_dim, columns), ("embed", None), config=config, rngs=rngs
-            )
-
-        def inputs(self, x_BTD):
-            if not names:
-                return super().inputs(x_BTD)
-            ends = np.cumsum([math.prod(shape) for shape in self.outputs.values()])
-            parts = jnp.split(self.joined(x_BTD), ends[:-1], axis=-1)
-            y = {
-                name: part.reshape(*x_BTD.shape[:2], *shape)
-                for (name, shape), part in zip(self.outputs.items(), parts, strict=True)
-            }
-            others = (n for n in self.input_names(self.config) if n not in y)
-            return y | {name: getattr(self, name)(x_BTD) for name in others}
-
-        def input_summands(self, x_BTD):
-            return self.joined.summands(x_BTD, self.mesh) if names == self.reads else None
-
-    return Decoding
 
 
 class _JoinedSwiGLU(nnx.Module):
@@ -365,22 +309,18 @@ def recipe(path: tuple[str, ...], config: ModelConfig, like: jax.ShapeDtypeStruc
         missing[axis] = (0, like.shape[axis] - x.shape[axis])
         return jnp.pad(x, missing)
 
-    parted = _parted(config, like.sharding.mesh)
     match path:
-        case ("attention", "out" | "gate" as name, "kernel") if parted:
-            ways, axis = sharding.size(like.sharding.mesh, sharding.MODEL), int(name == "gate")
-            return [path], lambda x: part_columns(x, config.attention, ways, axis)
+        case ("attention", "out", "kernel") if joined.is_parted(config, like.sharding.mesh):
+            ways = sharding.size(like.sharding.mesh, sharding.MODEL)
+            return [path], lambda x: part_columns(x, config.attention, ways, axis=0)
         case ("mlp", "gate_up", "kernel"):
             sources = [("mlp", "gate", "kernel"), ("mlp", "up", "kernel")]
             return sources, lambda gate, up: pad(jnp.stack([gate, up], axis=1), 2)
         case ("mlp", "down", "kernel"):
             return [path], lambda down: pad(down, 0)
         case ("attention", "joined", "kernel"):
-            names = _joined_names(config, like.sharding.mesh)
-            flat = lambda x: x.reshape(x.shape[0], -1)
-            return [
-                ("attention", name, "kernel") for name in names
-            ], lambda *kernels: jnp.concatenate([flat(x) for x in kernels], axis=1)
+            names, join = joined.recipe(config, like.sharding.mesh)
+            return [("attention", name, "kernel") for name in names], join
     return [path], lambda x: x
 
 

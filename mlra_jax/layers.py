@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import between_products, exchange
+from mlra_jax.kernels import between_products, exchange, target
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -97,33 +97,30 @@ class Projection(nnx.Module):
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
         return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
 
-    def summands(self, x: jax.Array, mesh: Mesh) -> jax.Array:
-        """`[N, ..., out dims]`, which add up to the product, for a decoding step on `mesh`.
 
-        Where kernels add them up (`between_products`) they are float32, each of a part of what is
-        contracted; elsewhere there is one, the product.
-        """
-        shape, of_kernel = x.shape[: -self.num_in], self.kernel.shape
-        outer = of_kernel[self.num_in :]
-        rows, columns = math.prod(shape), math.prod(outer)
-        N = between_products.summands(mesh, rows, math.prod(of_kernel[: self.num_in]), columns)
-        if N == 1:
-            return Projection.__call__(self, x)[None]
-        y_NRE = einsum(
-            "rnd,nde->nre",
-            x.reshape(rows, N, -1),
-            self.kernel[...].astype(x.dtype).reshape(N, -1, columns),
-            "float32",
-        )
-        return y_NRE.reshape(N, *shape, *outer)
+def summands(x: jax.Array, kernel: jax.Array, num_in: int, out_dtype=None) -> jax.Array:
+    """`[N, ..., out dims]`, which add up to a product of one device in a decoding step.
+
+    Where kernels add them up (`between_products`) they are float32, each of a part of what is
+    contracted; elsewhere there is one, the product, in `out_dtype` or that of `x`.
+    """
+    shape, outer = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
+    rows, contracted, columns = map(math.prod, (shape, kernel.shape[:num_in], outer))
+    N = between_products.summands(target.device(), rows, contracted, columns)
+    kernel = kernel.astype(x.dtype)
+    if N == 1:
+        how = dict(precision=precision(x.dtype), preferred_element_type=out_dtype)
+        return jnp.tensordot(x, kernel, num_in, **how)[None]
+    x_RND, kernel_NDE = x.reshape(rows, N, -1), kernel.reshape(N, -1, columns)
+    return einsum("rnd,nde->nre", x_RND, kernel_NDE, "float32").reshape(N, *shape, *outer)
 
 
 class SummedProjection(Projection):
     """`projection` in the decoding form, its contracted dimensions split over `mesh`."""
 
     apart = False
-    """Whether what is to be added up stays in parts, `[N, rows, out dims]`, for `additions`: one of
-    each device in float32, or on one device the product's own `summands`."""
+    """Whether what is to be added up stays in parts, `[N, rows, out dims]`, for `additions`: the
+    `summands` of each device."""
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
@@ -132,15 +129,11 @@ class SummedProjection(Projection):
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.apart:
             return super().__call__(x)
-        if self.mesh.size == 1:
-            return self.summands(x, self.mesh)
-
-        def local(x, kernel):
-            return jnp.tensordot(x, kernel, self.num_in, preferred_element_type=jnp.float32)[None]
-
+        # What several devices have is added up in float32.
+        out_dtype = "float32" if self.mesh.size > 1 else None
         rows = ("batch", "length")
         return jax.shard_map(
-            local,
+            functools.partial(summands, num_in=self.num_in, out_dtype=out_dtype),
             mesh=self.mesh,
             in_specs=(sharding.spec(*rows, *self.axes), sharding.spec(*self.axes)),
             out_specs=sharding.spec("latent", *rows),
@@ -249,8 +242,9 @@ def additions(
 
     def add_parts(x_BTD, y_NBTD, norm):
         x_BTD = jnp.zeros((B, T, D), stream.dtype) if x_BTD is None else x_BTD
-        parts_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
-        both = exchanged(parts_NRD, x_RD, norm.scale[...], eps=norm.eps, dtype=norm.dtype)
+        summands_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
+        how = dict(factor=norm.factor, eps=norm.eps, dtype=norm.dtype)
+        both = exchanged(summands_NRD, x_RD, norm.scale[...], **how)
         return tuple(x.reshape(B, T, D) for x in both)
 
     return add_parts

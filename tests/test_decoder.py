@@ -59,8 +59,8 @@ def test_weights_as_a_step_reads_them():
         assert "gate" not in weights["attention"]
     on_four = abstract_decoder(config, make_mesh(tensor=2, context=2)).weights["layers"][0]
     assert on_four["mlp"]["gate_up"]["kernel"].shape == (40, 2, 512)
-    # Over several devices only the queries' projections and the rotary key are whole, and joined.
-    assert on_four["attention"]["joined"]["kernel"].shape == (40, 24 + 6)
+    # Of several devices each has its own latents and gates beside what all have whole.
+    assert on_four["attention"]["joined"]["kernel"].shape == (40, 4 * (24 + 24 + 6 + 4 * 10))
 
 
 def test_weights_are_in_the_dtype_of_the_products_and_norms_as_stored():

@@ -9,10 +9,9 @@ part of its key.
 import jax.numpy as jnp
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads
+from mlra_jax.attention import heads, sharded
 from mlra_jax.attention.from_latents import FromLatents, up_projected
 from mlra_jax.config import LatentConfig
-from mlra_jax.kernels import between_products
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.layers import angles, weigh
 
@@ -70,21 +69,19 @@ class LatentAttention(FromLatents):
         return kept | {"latents": jnp.repeat(kept["latents"], copies, axis=2)}
 
     def _enter(self, x_BTD, positions_BT, cache, lengths_B):
-        summands_NBTE, norms = self.input_summands(x_BTD), (self.q_norm, self.kv_norm)
-        kept = cache["latents"], cache["k_rope"]
-        if not between_products.enters(summands_NBTE, self.config.q_latent_dim, *kept):
-            return super()._enter(x_BTD, positions_BT, cache, lengths_B)
-        q_BTQ, *kept = between_products.enter(
-            summands_NBTE,
+        entered = sharded.enter(
+            self.input_summands(x_BTD),
             angles(positions_BT, self.config.rope_dim, self.rope_base),
-            [norm.scale[...] for norm in norms],
+            (self.q_norm, self.kv_norm),
+            cache,
             lengths_B,
-            *kept,
-            factors=tuple(norm.factor for norm in norms),
-            eps=self.q_norm.eps,
+            cache_axes=self.cache_axes,
+            mesh=self.mesh,
         )
-        q_BTHK = self._turned(self.q_up(q_BTQ), positions_BT)
-        return {}, q_BTHK, {}, dict(zip(("latents", "k_rope"), kept, strict=True))
+        if entered is None:
+            return super()._enter(x_BTD, positions_BT, cache, lengths_B)
+        q_BTQ, cache = entered
+        return {}, self._turned(self.q_up(q_BTQ), positions_BT), {}, cache
 
     def _ask(self, q_BTHK):
         return self._ask_latents(q_BTHK)

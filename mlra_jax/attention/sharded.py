@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import remat, sharding
+from mlra_jax.kernels import between_products
 from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
 from mlra_jax.kernels.softmax import join, merge
+from mlra_jax.layers import RMSNorm
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -42,6 +44,64 @@ def whole_sequence(
     return jax.shard_map(
         local, mesh=mesh, in_specs=(split, split, split), out_specs=split, check_vma=False
     )(q_BTHK, k_BTJK, v_BTJV)
+
+
+def enter(
+    summands_NBTE: jax.Array | None,
+    angles: tuple[jax.Array, jax.Array],
+    norms: tuple[RMSNorm, RMSNorm],
+    cache: dict[str, jax.Array],
+    lengths_B: jax.Array,
+    *,
+    cache_axes: dict[str, tuple[str | None, ...]],
+    mesh: Mesh,
+) -> tuple[jax.Array, dict[str, jax.Array]] | None:
+    """Latents and rotary keys of new tokens into the cache by one kernel, on every device.
+
+    Args:
+      summands_NBTE: of each device, as `between_products.enter` takes them; None if there are none.
+      angles: of the T tokens, each `[B, T, R / 2]`.
+      norms: of the query's latent and of the latents.
+      cache: `latents` `[B, S, L, C]`, each repeated on the devices that hold it, and `k_rope`.
+      lengths_B: int32, the slots that each row fills.
+
+    Returns:
+      (the query's latent normed, `[B, T, Q]`; the cache), or None where no kernel serves.
+    """
+    names, (q_norm, kv_norm) = ("latents", "k_rope"), norms
+    kept, cached = [cache[n] for n in names], [sharding.spec(*cache_axes[n]) for n in names]
+    local_shape = lambda x, spec: jax.NamedSharding(mesh, spec).shard_shape(x.shape)
+    shapes = map(local_shape, kept, cached)
+    ways = sharding.size(mesh, sharding.MODEL)
+    if summands_NBTE is None or not between_products.enters(
+        len(summands_NBTE) // ways, summands_NBTE.shape[-1], q_norm.width, *shapes
+    ):
+        return None
+    how = dict(factors=(q_norm.factor, kv_norm.factor), eps=q_norm.eps)
+    shares, tensor = (sharding.size(mesh, axes) for axes in (sharding.CONTEXT, sharding.TENSOR))
+
+    def local(summands_NBTE, angles, scales, lengths_B, *kept):
+        T, S = summands_NBTE.shape[2], kept[0].shape[1]
+        slots_BT = kv.slots(lengths_B, T, S, shares, jax.lax.axis_index(sharding.CONTEXT))
+        first = jax.lax.axis_index(sharding.TENSOR) * kv_norm.blocks // tensor
+        first = first.astype(jnp.int32)[None]
+        return between_products.enter(summands_NBTE, angles, scales, slots_BT, first, *kept, **how)
+
+    rows, whole = sharding.spec("batch", "length"), jax.sharding.PartitionSpec()
+    q_BTQ, *kept = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(
+            sharding.spec("latent", "batch", "length"),
+            rows,
+            whole,
+            sharding.spec("batch"),
+            *cached,
+        ),
+        out_specs=(rows, *cached),
+        check_vma=False,
+    )(summands_NBTE, angles, [norm.scale[...] for norm in norms], lengths_B, *kept)
+    return q_BTQ, dict(zip(names, kept, strict=True))
 
 
 def decode_step(

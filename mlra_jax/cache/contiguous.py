@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.cache.layout import slots
+
 
 def write(
     cache_BS: jax.Array,
@@ -15,12 +17,9 @@ def write(
 
     What is beyond the last slot is dropped.
     """
-    (B, T), capacity = new_BT.shape[:2], cache_BS.shape[1]
-    slots_BT = lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-    # Slots of other shares are sent beyond the end, where nothing is written.
-    nowhere_T = capacity + jnp.arange(T, dtype=jnp.int32)
-    local_BT = jnp.where(slots_BT % num_shares == share, slots_BT // num_shares, nowhere_T)
-    return cache_BS.at[jnp.arange(B, dtype=jnp.int32)[:, None], local_BT].set(
+    B, T = new_BT.shape[:2]
+    slots_BT = slots(lengths_B, T, cache_BS.shape[1], num_shares, share)
+    return cache_BS.at[jnp.arange(B, dtype=jnp.int32)[:, None], slots_BT].set(
         new_BT.astype(cache_BS.dtype), mode="drop", unique_indices=True
     )
 

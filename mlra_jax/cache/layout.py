@@ -45,6 +45,18 @@ def shares(slots: jax.Array, num_shares: int, share: jax.Array | int) -> jax.Arr
     return (slots - share + num_shares - 1) // num_shares
 
 
+def slots(
+    lengths_B: jax.Array, T: int, capacity: int, num_shares: int, share: jax.Array | int
+) -> jax.Array:
+    """int32 `[B, T]`: where T new tokens of each row lie in one device's `capacity` slots.
+
+    Tokens of other shares are beyond the last one, where nothing is written, each by itself.
+    """
+    offset_T = jnp.arange(T, dtype=jnp.int32)
+    slots_BT = lengths_B[:, None] + offset_T
+    return jnp.where(slots_BT % num_shares == share, slots_BT // num_shares, capacity + offset_T)
+
+
 def bounds(lengths_B: jax.Array, T: int, num_shares: int, share: jax.Array | int) -> jax.Array:
     """int32 `[B, T]`: the end, within one device's share, of what each of T new queries sees.
 

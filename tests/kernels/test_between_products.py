@@ -60,15 +60,17 @@ def test_enter():
     rows, lengths = B + 2, jnp.asarray(lengths, jnp.int32)
     latents, k_rope = normal(0, B, S, L, C), normal(1, B, S, R)
     summands = normal(2, 2, rows, T, Q + L * C + R)
-    scales, factors = (normal(3, Q), normal(4, L * C)), (0.5, 2.0)
+    # Of a model with twice as many latents, of which the cache has the last ones.
+    scales, factors, first = (normal(3, Q), normal(4, 2 * L * C)), (0.5, 2.0), jnp.array([L])
     at = 2**20 + 7 * jnp.arange(rows, dtype=jnp.int32)[:, None] + jnp.arange(T)
+    slots = kv.slots(lengths, T, S, 1, 0)
     found = interpreted(
-        between.enter, summands, angles(at, R, 1e4), scales, lengths, latents, k_rope,
+        between.enter, summands, angles(at, R, 1e4), scales, slots, first, latents, k_rope,
         factors=factors, eps=EPS,
     )  # fmt: skip
     x = summands.sum(0)
     q, kept, rope = jnp.split(x, [Q, Q + L * C], -1)
-    kept = norm(kept.reshape(rows, T, L, C), scales[1].reshape(L, C), factors[1])[:B]
+    kept = norm(kept.reshape(rows, T, L, C), scales[1].reshape(-1, L, C)[1], factors[1])[:B]
     rope = rotate(rope[:, :, None], at, 1e4)[:B, :, 0]
     expected = (
         norm(q, scales[0], factors[0]),
@@ -81,17 +83,22 @@ def test_enter():
 
 
 @pytest.mark.parametrize(
-    "lengths, sizes",
-    [([4], dict(groups=1, branches=2)), ([5, 1, 3], dict(groups=1, branches=1))],
-    ids=["one_row", "mla_ragged"],
+    "lengths, groups, branches, mesh",
+    [
+        ([4], 1, 2, {}),
+        ([5, 1, 3], 1, 1, {}),
+        ([5, 1, 3], 2, 1, dict(tensor=4, context=2)),
+    ],
 )
-def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, sizes):
-    widths = dict(latent_dim=256, q_latent_dim=128, nope_dim=16, rope_dim=64)
-    config = tiny.config(LatentConfig(num_heads=4, **widths, **sizes), embed_dim=128, mlp_dim=256)
-    decoder = Decoder.from_model(tiny.random_model(config, make_mesh()))
+def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, groups, branches, mesh):
+    L, mesh = groups * branches, make_mesh(**mesh)
+    widths = dict(latent_dim=128 * L, q_latent_dim=128, nope_dim=16, rope_dim=64)
+    attention = LatentConfig(num_heads=8, groups=groups, branches=branches, **widths)
+    config = tiny.config(attention, embed_dim=128, mlp_dim=1024)
+    decoder = Decoder.from_model(tiny.random_model(config, mesh))
     lengths = jnp.asarray(lengths, jnp.int32)
     tokens = np.random.default_rng(5).integers(0, tiny.VOCAB, (len(lengths), 1), np.int32)
-    shapes = abstract_cache(config, decoder.mesh, len(lengths), 8).layers
+    shapes = abstract_cache(config, mesh, len(lengths), kv.round_capacity(8, mesh)).layers
     cache = kv.Cache(jax.tree.map(lambda x: normal(6, *x.shape), shapes), lengths)
     # As on GPUs, there are rows beyond those of the cache.
     monkeypatch.setattr(Decoder, "_rows", lambda *_: 4)
@@ -105,37 +112,36 @@ def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, sizes):
 
     monkeypatch.setattr(between_products, "summands", two)
     found = interpreted(lambda *arrays: step(*arrays), tokens, cache)
-    # In, out and down.
-    D, F, E = 128, 256, 128 + 256 + 64
-    assert calls == [(4, D, E), (4, 4 * 16, D), (4, F, D)]
+    # In, and on one device out and down.
+    E = 128 + 64 + max(L // mesh.shape["tensor"], L % mesh.shape["tensor"]) * 128
+    expected_calls = [(4, 128, E), (4, 8 * 16, 128), (4, 1024, 128)]
+    assert calls == expected_calls[: 3 if mesh.size == 1 else 1]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, found, expected)
 
 
 def test_summands_keep_multiprocessors_busy_and_are_whole_tiles():
-    def mesh(kind="NVIDIA H100 80GB HBM3", size=1):
+    def summands(*sizes, kind="NVIDIA H100 80GB HBM3"):
         device = types.SimpleNamespace(platform="gpu", device_kind=kind)
-        return types.SimpleNamespace(devices=np.array([device] * size), size=size)
+        return between.summands(device, *sizes)
 
-    assert between.summands(mesh(), 8, 3072, 3072) == 8
-    assert between.summands(mesh(), 128, 3072, 3072) == 4
-    assert between.summands(mesh(), 8, 9984, 3072) == 6  # 78 tiles of 128
-    assert between.summands(mesh(), 8, 100, 3072) == 1
-    assert between.summands(mesh(), 4096, 3072, 3072) == 1
-    assert between.summands(mesh("NVIDIA A100"), 8, 3072, 3072) == 1
-    assert between.summands(mesh(size=2), 8, 3072, 3072) == 1
+    assert summands(8, 3072, 3072) == 8
+    assert summands(128, 3072, 3072) == 4
+    assert summands(8, 9984, 3072) == 6  # 78 tiles of 128
+    assert summands(8, 2560, 3072) == 5  # 20 of 128
+    assert summands(8, 4992, 3072) == 6  # 39 of 128, 78 of 64
+    assert summands(8, 4736, 3072) == 8  # 37 of 128, 74 of 64, 296 of 16
+    assert summands(8, 3072, 1216) == 8
+    assert summands(8, 100, 3072) == 1
+    assert summands(4096, 3072, 3072) == 1
+    assert summands(8, 3072, 3072, kind="NVIDIA A100") == 1
 
 
 def test_what_no_kernel_serves_is_left_to_xla():
-    shapes = lambda Q, C, R: ((8, 1, 1, Q + C + R), Q, (1, 8, 1, C), (1, 8, R))
-
     def enters(Q, C, R, extra=0, N=2):
-        parts, Q, latents, k_rope = shapes(Q, C, R)
-        parts = (N, *parts[:-1], parts[-1] + extra)
-        arrays = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (latents, k_rope))
-        return between.enters(np.broadcast_to(np.float32(0), parts), Q, *arrays)
+        return between.enters(N, Q + C + R + extra, Q, (1, 8, 1, C), (1, 8, R))
 
-    assert enters(1024, 512, 64)
+    assert enters(1024, 512, 64) and enters(1024, 256, 64, extra=256)
     assert not enters(1024, 512, 64, extra=24)  # a gate
     assert not enters(1024, 512, 64, N=1)
     assert not enters(24, 512, 64) and not enters(1024, 48, 64) and not enters(1024, 512, 32)
@@ -143,9 +149,9 @@ def test_what_no_kernel_serves_is_left_to_xla():
 
 
 def test_lowers_for_hopper_and_changes_the_cache_in_place():
-    def step(summands, angles, scales, lengths, latents, k_rope, x):
+    def step(summands, angles, scales, slots, first, latents, k_rope, x):
         how = dict(factors=(1.0, 1.0), eps=EPS)
-        q, *cache = between.enter(summands, angles, scales, lengths, latents, k_rope, **how)
+        q, *cache = between.enter(summands, angles, scales, slots, first, latents, k_rope, **how)
         parts = summands[:, :, 0, :3072]
         return (
             q,
@@ -159,13 +165,14 @@ def test_lowers_for_hopper_and_changes_the_cache_in_place():
         of((8, 8, 1, 3072 + 512 + 64), f32),
         (of((8, 1, 32), f32), of((8, 1, 32), f32)),
         (of((3072,), f32), of((512,), f32)),
-        of((B,), jnp.int32),
+        of((B, 1), jnp.int32),
+        of((1,), jnp.int32),
         of((B, S, 4, 128), b16),
         of((B, S, 64), b16),
         of((8, 3072), b16),
     )
     safe = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    function = jax.jit(step, donate_argnums=(4, 5))
+    function = jax.jit(step, donate_argnums=(5, 6))
     text = export.export(function, platforms=["cuda"], disabled_checks=safe)(*arrays).mlir_module()
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line]
     assert len(calls) == 2

@@ -18,8 +18,9 @@ EPS = 1e-5
 
 
 def arguments(devices, rows, width, dtype, rng=None):
+    """Two summands of each device."""
     draw = (rng or np.random.default_rng(0)).standard_normal
-    shapes = (devices, rows, width), (rows, width), (width,)
+    shapes = (2 * devices, rows, width), (rows, width), (width,)
     return [draw(s).astype(t) for s, t in zip(shapes, ("float32", dtype, "float32"), strict=True)]
 
 
@@ -28,7 +29,7 @@ def chained(mesh, times, parts_NRD, x_RD, scale_D):
     N, rows, width = parts_NRD.shape
     exchanged = exchange.Exchange(mesh, sharding.MODEL, rows, width)
     for _ in range(times):
-        x_RD, normed_RD = exchanged(parts_NRD, x_RD, scale_D, eps=EPS, dtype="bfloat16")
+        x_RD, normed_RD = exchanged(parts_NRD, x_RD, scale_D, factor=1.5, eps=EPS, dtype="bfloat16")
         parts_NRD = jnp.broadcast_to(normed_RD.astype(jnp.float32), parts_NRD.shape)
     return x_RD, normed_RD
 
@@ -44,7 +45,7 @@ def test_adds_what_all_devices_have_and_norms_it(sizes, dtype):
     want = x.astype(np.float64) + parts.astype(np.float64).sum(0)
     step = 2**-8 if dtype == "bfloat16" else 1e-6
     np.testing.assert_allclose(got_x, want, rtol=step, atol=1e-6)
-    want = got_x / np.sqrt(np.mean(got_x**2, axis=-1, keepdims=True) + EPS) * scale
+    want = got_x / np.sqrt(np.mean(got_x**2, axis=-1, keepdims=True) + EPS) * scale * 1.5
     np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-6)
 
 

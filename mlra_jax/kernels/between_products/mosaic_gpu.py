@@ -9,43 +9,49 @@ of the vectors that a row is made of.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import Mesh
 
 from mlra_jax.kernels import target
+from mlra_jax.kernels.rows import THREADS, layout, normed
 
-_THREADS = 128
 # Tiles of a product, of 64 rows and 64 columns, that keep the multiprocessors busy. Of fewer XLA
-# would cut the summands once more.
-_TILES, _TILE = 384, 64
+# would cut the summands once more; below the second number, pieces that are not whole tiles of what
+# is contracted are better.
+_TILES, _FEWEST, _TILE = 384, 192, 64
+_PIECES = (THREADS, 64, 16)
 _MOST = 8
 # Each number of a short vector is held by four threads.
 _SHORT = plgpu.Layout.WGMMA.reduce(1)
 _SHORT_WIDTHS = 64
 
 
-def summands(mesh: Mesh, rows: int, contracted: int, columns: int) -> int:
-    """In how many summands a product is to be made; 1 where no kernel adds them up.
+def summands(device: Any, rows: int, contracted: int, columns: int) -> int:
+    """In how many summands a device is to make a product; 1 where no kernel adds them up.
 
     Args:
-      mesh: of the step.
-      rows, contracted, columns: the product's sizes.
+      device: with its kind.
+      rows, contracted, columns: the product's sizes, on this device.
     """
-    if mesh.size > 1 or not target.is_hopper(mesh.devices.flat[0]):
+    if not target.is_hopper(device):
         return 1
     tiles = -(-rows // _TILE) * -(-columns // _TILE)
-    fit = [n for n in range(1, _MOST + 1) if contracted % (n * _THREADS) == 0]
-    return next((n for n in fit if n * tiles >= _TILES), max(fit, default=1))
+    fits = [
+        [n for n in range(1, _MOST + 1) if contracted % (n * piece) == 0] or [1]
+        for piece in _PIECES
+    ]
+    fit = next((fit for fit in fits if fit[-1] * tiles >= _FEWEST), fits[0])
+    return next((n for n in fit if n * tiles >= _TILES), fit[-1])
 
 
 def sums(width: int) -> bool:
     """Whether `sum_and_norm` serves rows of this width."""
-    return width % _THREADS == 0
+    return width % THREADS == 0
 
 
 def _load(ref, layout) -> jax.Array:
@@ -57,16 +63,6 @@ def _store(ref, value) -> None:
         plgpu.store(ref, value.astype(ref.dtype), optimized=False)
     else:
         ref[...] = value.astype(ref.dtype)
-
-
-def _long(width: int) -> plgpu.Layout:
-    """Of a vector whose width is a multiple of 128: up to four neighbours a thread at a time."""
-    neighbours = next(n for n in (4, 2, 1) if width % (n * _THREADS) == 0)
-    return plgpu.Layout.WG_STRIDED((width,), vec_size=neighbours)
-
-
-def _normed(x, scale, eps: float) -> jax.Array:
-    return x * lax.rsqrt(jnp.sum(x * x) / x.size + eps) * scale
 
 
 def _launch(body, name: str, **how):
@@ -99,18 +95,18 @@ def sum_and_norm(
       eps: of the norm.
       dtype: of what is normed.
     """
-    (N, R, D), layout = summands_NRD.shape, _long(x_RD.shape[1])
+    (N, R, D), lying = summands_NRD.shape, layout(x_RD.shape[1])
 
     def body(summands_ref, x_ref, scale_ref, sum_ref, normed_ref):
         row = lax.axis_index("row")
         # All is asked for before anything is waited for.
-        scale = _load(scale_ref, layout) * factor
-        x = _load(x_ref.at[row], layout)
+        scale = _load(scale_ref, lying) * factor
+        x = _load(x_ref.at[row], lying)
         for n in range(N):
-            x = x + _load(summands_ref.at[n, row], layout)
+            x = x + _load(summands_ref.at[n, row], lying)
         x = x.astype(sum_ref.dtype)
         _store(sum_ref.at[row], x)
-        _store(normed_ref.at[row], _normed(x.astype(jnp.float32), scale, eps))
+        _store(normed_ref.at[row], normed(x.astype(jnp.float32), scale, eps))
 
     return _launch(
         body,
@@ -122,16 +118,18 @@ def sum_and_norm(
 
 
 def enters(
-    summands_NBTE: jax.Array | None, query: int, latents_BSLC: jax.Array, k_rope_BSR: jax.Array
+    summands: int, width: int, query: int, latents_BSLC: Sequence[int], k_rope_BSR: Sequence[int]
 ) -> bool:
-    """Whether `enter` serves these arrays, `query` being the width of the query's latent."""
-    (*_, L, C), R = latents_BSLC.shape, k_rope_BSR.shape[-1]
-    return (
-        summands_NBTE is not None
-        and len(summands_NBTE) > 1
-        and summands_NBTE.shape[-1] == query + L * C + R
-        and not (query % _THREADS or C % _THREADS or R % _SHORT_WIDTHS)
-    )
+    """Whether `enter` serves so many summands of this width on a device.
+
+    Args:
+      query: the width of the query's latent.
+      latents_BSLC, k_rope_BSR: shapes of the cache.
+    """
+    (*_, L, C), R = latents_BSLC, k_rope_BSR[-1]
+    latents, rest = divmod(width - query - R, C)
+    serves = not (rest or query % THREADS or C % THREADS or R % _SHORT_WIDTHS)
+    return summands > 1 and latents >= L and serves
 
 
 @functools.partial(jax.jit, static_argnames=("factors", "eps"))
@@ -140,22 +138,24 @@ def enter(
     summands_NBTE: jax.Array,
     angles: tuple[jax.Array, jax.Array],
     scales: Sequence[jax.Array],
-    lengths_B: jax.Array,
+    slots_BT: jax.Array,
+    first: jax.Array,
     latents_BSLC: jax.Array,
     k_rope_BSR: jax.Array,
     *,
     factors: tuple[float, float],
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The entry of latent attention, from one product to the next and to the cache.
+    """The entry of latent attention on a device, from one product to the next and to the cache.
 
     Args:
       summands_NBTE: float32; in E lie the query's latent, the latents and the rotary key. Rows
         beyond those of the cache enter nothing.
       angles: cosines and sines of the tokens' positions, float32 `[B, T, R / 2]`.
-      scales: of the norms of the query's latent, `[Q]`, and of the latents, `[L * C]`, which
+      scales: of the norms of the query's latent, `[Q]`, and of all the model's latents, which
         multiply by them and by their `factors`.
-      lengths_B: int32, the first slot of each row's T tokens; what is beyond the last is dropped.
+      slots_BT: int32, where each token lies in this cache; what is beyond the last is dropped.
+      first: int32 `[1]`, the cache's first latent among all. E has either all or the cache's.
       latents_BSLC, k_rope_BSR: the cache, changed in place where it is donated.
       eps: of the norms.
 
@@ -163,44 +163,56 @@ def enter(
       (the query's latent normed, `[B, T, Q]` in the cache's dtype; the latents; the rotary keys).
     """
     (N, rows, T, E), (B, S, L, C), R = summands_NBTE.shape, latents_BSLC.shape, k_rope_BSR.shape[-1]
-    Q = E - L * C - R
+    (Q,), (all_latents,) = (scale.shape for scale in scales)
+    own = Q + all_latents + R > E
     cos, sin = (x.reshape(rows * T, -1) for x in angles)
     turns_2XR = jnp.stack([jnp.tile(cos, 2), jnp.concatenate([-sin, sin], axis=-1)])
 
     def body(
-        summands_ref, turns_ref, q_scale, kv_scale, lengths_ref, latents, k_rope, q_ref, twice
+        summands_ref,
+        turns_ref,
+        q_scale,
+        kv_scale,
+        slots_ref,
+        first_ref,
+        latents,
+        k_rope,
+        q_ref,
+        twice,
     ):
         token, vector = lax.axis_index("token"), lax.axis_index("vector")
         row, t = lax.div(token, jnp.int32(T)), lax.rem(token, jnp.int32(T))
 
-        slot = lengths_ref[jnp.minimum(row, B - 1)] + t
+        slot = slots_ref[jnp.minimum(row, B - 1), t]
         kept = (row < B) & (slot < S)
 
-        def added_up(start, width, layout):
+        def added_up(start, width, lying):
             at = pl.ds(start, width)
-            parts = [_load(summands_ref.at[n, token, at], layout) for n in range(N)]
+            parts = [_load(summands_ref.at[n, token, at], lying) for n in range(N)]
             return functools.reduce(jnp.add, parts)
 
-        def normed(start, scale_ref, factor):
+        def scaled(start, scale_ref, factor):
             (width,) = scale_ref.shape
-            scale = _load(scale_ref, _long(width)) * factor
-            return _normed(added_up(start, width, _long(width)), scale, eps)
+            scale = _load(scale_ref, layout(width)) * factor
+            return normed(added_up(start, width, layout(width)), scale, eps)
 
         @pl.when(vector == 0)
         def _query():
-            _store(q_ref.at[token], normed(0, q_scale, factors[0]))
+            _store(q_ref.at[token], scaled(0, q_scale, factors[0]))
 
         @pl.when((vector > 0) & (vector <= L))
         def _latent():
             latent = vector - 1
-            start = pl.multiple_of(latent * C, _THREADS)
-            x = normed(Q + start, kv_scale.at[pl.ds(start, C)], factors[1])
+            among_all = first_ref[0] + latent
+            start = pl.multiple_of((latent if own else among_all) * C, THREADS)
+            scale = kv_scale.at[pl.ds(pl.multiple_of(among_all * C, THREADS), C)]
+            x = scaled(Q + start, scale, factors[1])
             pl.when(kept)(lambda: _store(latents.at[row, slot, latent], x))
 
         @pl.when(vector > L)
         def _rotary():
             cos, sin = (_load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
-            x = added_up(Q + L * C, R, _SHORT)
+            x = added_up(E - R, R, _SHORT)
             # Beside itself, each half has the other one behind it.
             twice[pl.ds(0, R)], twice[pl.ds(R, R)] = x, x
             plgpu.commit_smem()
@@ -215,5 +227,5 @@ def enter(
         grid=(rows * T, 2 + L),
         grid_names=("token", "vector"),
         scratch_types=[plgpu.SMEM((2 * R,), jnp.float32)],
-    )(summands_NBTE.reshape(N, rows * T, E), turns_2XR, *scales, lengths_B, latents, k_rope)
+    )(summands_NBTE.reshape(N, rows * T, E), turns_2XR, *scales, slots_BT, first, latents, k_rope)
     return q_XQ.reshape(rows, T, Q), jax.freeze(latents), jax.freeze(k_rope)

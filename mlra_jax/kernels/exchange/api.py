@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mlra_jax.kernels import target
 from mlra_jax.kernels.exchange import mosaic_gpu, reference
+from mlra_jax.kernels.rows import THREADS
 
 # Beyond, what the devices send each other takes longer than starting NCCL.
 _MOST_NUMBERS = 2**19
@@ -28,8 +29,8 @@ def supports(mesh: Mesh, axis_names: Sequence[str], rows: int, width: int) -> st
         return "the mesh has more axes"
     if len({d.process_index for d in devices}) > 1 or len(devices) != jax.local_device_count():
         return "the mesh is not all devices of one process"
-    if width % mosaic_gpu.THREADS or width > mosaic_gpu.WIDEST:
-        return f"width {width} is no multiple of {mosaic_gpu.THREADS} up to {mosaic_gpu.WIDEST}"
+    if width % THREADS or width > mosaic_gpu.WIDEST:
+        return f"width {width} is no multiple of {THREADS} up to {mosaic_gpu.WIDEST}"
     if rows * width > _MOST_NUMBERS:
         return f"{rows} rows of {width} are more than {_MOST_NUMBERS} numbers"
     return None
@@ -53,48 +54,55 @@ class Exchange:
             self.inbox = jax.lax.with_sharding_constraint(inbox, there)
 
     def __call__(
-        self, parts_NRD: jax.Array, x_RD: jax.Array, scale_D: jax.Array, *, eps: float, dtype: str
+        self,
+        summands_NRD: jax.Array,
+        x_RD: jax.Array,
+        scale_D: jax.Array,
+        *,
+        factor: float,
+        eps: float,
+        dtype: str,
     ) -> tuple[jax.Array, jax.Array]:
-        """The stream with what the parts add up to, and its RMSNorm.
+        """The stream with what the summands add up to, and its RMSNorm.
 
         Args:
-          parts_NRD: float32, a part of each device, split over them.
+          summands_NRD: float32, as many of each device, split over them.
           x_RD: the stream, on every device.
-          scale_D: of the norm.
+          scale_D: of the norm, which multiplies by it and by `factor`.
           eps: of the norm, added to the mean square.
           dtype: of the normed rows. The stream keeps its own; the sum is taken in float32, on all
             devices in the same order, and rounded once.
         """
-        how = dict(mesh=self.mesh, axes=self.axes, eps=eps, dtype=jnp.dtype(dtype))
+        how = dict(mesh=self.mesh, axes=self.axes)
+        how |= dict(factor=factor, eps=eps, dtype=jnp.dtype(dtype))
         if self.inbox is None:
-            return _in_plain(parts_NRD, x_RD, scale_D, **how)
+            return _in_plain(summands_NRD, x_RD, scale_D, **how)
         turn = np.array([self.turn % mosaic_gpu.INBOXES], np.int32)
         x_RD, normed_RD, self.inbox = _by_kernel(
-            parts_NRD, x_RD, scale_D, self.inbox, turn, first=self.turn == 0, **how
+            summands_NRD, x_RD, scale_D, self.inbox, turn, first=self.turn == 0, **how
         )
         self.turn += 1
         return x_RD, normed_RD
 
 
-def _in_plain(parts_NRD, x_RD, scale_D, *, mesh, axes, eps, dtype):
-    def local(part_1RD, x_RD, scale_D):
-        x_RD, normed_RD = reference.add(part_1RD[0], x_RD, scale_D, axes=axes, eps=eps)
+def _in_plain(summands_NRD, x_RD, scale_D, *, mesh, axes, dtype, **how):
+    def local(*arrays):
+        x_RD, normed_RD = reference.add(*arrays, axes=axes, **how)
         return x_RD, normed_RD.astype(dtype)
 
     split, whole = PartitionSpec(axes), PartitionSpec()
     return jax.shard_map(
         local, mesh=mesh, in_specs=(split, whole, whole), out_specs=whole, check_vma=False
-    )(parts_NRD, x_RD, scale_D)
+    )(summands_NRD, x_RD, scale_D)
 
 
 # A function of its own in a program, so that all layers compile one.
-@functools.partial(jax.jit, static_argnames=("first", "mesh", "axes", "eps", "dtype"))
+@functools.partial(jax.jit, static_argnames=("mesh", "axes", "factor", "eps", "dtype", "first"))
 @target.int32_indices
-def _by_kernel(parts_NRD, x_RD, scale_D, inbox, turn, *, first, mesh, axes, eps, dtype):
-    add = functools.partial(mosaic_gpu.add, mesh=mesh, axes=axes, eps=eps, dtype=dtype, first=first)
-
-    def local(part_1RD, x_RD, scale_D, inbox_1, turn):
-        x_RD, normed_RD, inbox = add(part_1RD[0], x_RD, scale_D, inbox_1[0], turn)
+def _by_kernel(summands_NRD, x_RD, scale_D, inbox, turn, *, mesh, axes, **how):
+    def local(summands_NRD, x_RD, scale_D, inbox_1, turn):
+        arrays = summands_NRD, x_RD, scale_D, inbox_1[0], turn
+        x_RD, normed_RD, inbox = mosaic_gpu.add(*arrays, mesh=mesh, axes=axes, **how)
         return x_RD, normed_RD, inbox[None]
 
     split, whole = PartitionSpec(axes), PartitionSpec()
@@ -104,4 +112,4 @@ def _by_kernel(parts_NRD, x_RD, scale_D, inbox, turn, *, first, mesh, axes, eps,
         in_specs=(split, whole, whole, split, whole),
         out_specs=(whole, whole, split),
         check_vma=False,
-    )(parts_NRD, x_RD, scale_D, inbox, turn)
+    )(summands_NRD, x_RD, scale_D, inbox, turn)

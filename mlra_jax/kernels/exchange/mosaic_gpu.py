@@ -28,13 +28,13 @@ from jax.sharding import Mesh
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
+from mlra_jax.kernels.rows import layout, normed
+
 INBOXES = 3
 EMPTY = -(2**31)
 """As float32 it is -0.0; a part's are sent as 0.0."""
-THREADS = 128
-"""Of a CTA, which takes one row."""
 WIDEST = 8192
-"""Beyond, a row does not fit the registers of one CTA."""
+"""Beyond, a row does not fit the registers of the one warpgroup that takes it."""
 
 
 def inbox_shape(devices: int, rows: int, width: int) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def inbox_shape(devices: int, rows: int, width: int) -> tuple[int, ...]:
 
 
 def add(
-    part_RD: jax.Array,
+    summands_NRD: jax.Array,
     x_RD: jax.Array,
     scale_D: jax.Array,
     inbox: jax.Array,
@@ -51,6 +51,7 @@ def add(
     *,
     mesh: Mesh,
     axes: tuple[str, ...],
+    factor: float,
     eps: float,
     dtype: jnp.dtype,
     first: bool,
@@ -58,39 +59,37 @@ def add(
     """(the stream, its norm in `dtype`, the inboxes) of one device, within `shard_map`.
 
     Args:
-      part_RD: float32.
-      x_RD: the stream; scale_D: of the norm.
+      summands_NRD: float32, which add up to this device's part.
+      x_RD: the stream; scale_D: of the norm, which multiplies by it and by `factor`.
       inbox: int32 of `inbox_shape`, from the exchange before; changed in place.
       turn: int32 `[1]`, the number of this exchange in its step modulo `INBOXES`.
       axes: the mesh axes of more than one device.
       first: whether it is the first of its step, before which inboxes are new.
     """
-    R, D = part_RD.shape
+    N, R, D = summands_NRD.shape
     places = list(itertools.product(*(range(mesh.shape[a]) for a in axes)))
-    vector_size = next(n for n in (4, 2, 1) if D % (THREADS * n) == 0)
-    layout = plgpu.Layout.WG_STRIDED((D,), vec_size=vector_size)
+    lying = layout(D)
 
-    def body(part_ref, x_ref, scale_ref, turn_ref, inbox_ref, out_ref, normed_ref):
+    def body(summands_ref, x_ref, scale_ref, turn_ref, inbox_ref, out_ref, normed_ref):
         row, turn = lax.axis_index("row"), turn_ref[0]
         me = jnp.int32(0)
         for a in axes:
             me = me * mesh.shape[a] + lax.axis_index(a)
-        load = functools.partial(plgpu.load, layout=layout)
-        part_D = load(part_ref.at[row])
+        load = functools.partial(plgpu.load, layout=lying)
+        part_D = sum(load(summands_ref.at[n, row]) for n in range(N))
         for place in places:
             device = dict(zip(axes, map(jnp.int32, place), strict=True))
-            _send(part_D, plgpu.remote_ref(inbox_ref, device).at[turn, me, row], layout)
+            _send(part_D, plgpu.remote_ref(inbox_ref, device).at[turn, me, row], lying)
         x_D = load(x_ref.at[row]).astype(jnp.float32)
-        scale_D = load(scale_ref).astype(jnp.float32)
+        scale_D = load(scale_ref).astype(jnp.float32) * factor
         before = lax.rem(turn + jnp.int32(INBOXES - 1), jnp.int32(INBOXES))
         for n in range(len(places)):
-            _empty(inbox_ref.at[before, n, row], layout)
-        parts = [_receive(inbox_ref.at[turn, n, row], D, layout) for n in range(len(places))]
+            _empty(inbox_ref.at[before, n, row], lying)
+        parts = [_receive(inbox_ref.at[turn, n, row], D, lying) for n in range(len(places))]
         x_D = (x_D + sum(parts[1:], parts[0])).astype(out_ref.dtype)
         out_ref[row] = x_D
         x_D = x_D.astype(jnp.float32)
-        mean = jnp.sum(x_D * x_D) * (1 / D)
-        normed_ref[row] = (x_D * lax.rsqrt(mean + eps) * scale_D).astype(dtype)
+        normed_ref[row] = normed(x_D, scale_D, eps).astype(dtype)
 
     kernel = plgpu.kernel(
         body,
@@ -106,7 +105,7 @@ def add(
         ),
     )
     inbox_ref = jax.new_ref(inbox)
-    x_RD, normed_RD = kernel(part_RD, x_RD, scale_D, turn, inbox_ref)
+    x_RD, normed_RD = kernel(summands_NRD, x_RD, scale_D, turn, inbox_ref)
     return x_RD, normed_RD, jax.freeze(inbox_ref)
 
 
