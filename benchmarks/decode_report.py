@@ -200,21 +200,22 @@ def _meshes(rows: list[dict], devices: str, path: Path) -> None:
         )
         for name in order
     }
-    figure = _figure((12, 5), f"Decoding steps of the 2.9B models, {devices}")
+    figure = _figure((12, 7), f"Decoding steps of the 2.9B models, {devices}")
     left, right = figure.subplots(1, 2)
     for name in order:
         _draw(left, name, lines[name], "context", "milliseconds", style[name])
     ticks = (row["context"] for name in order for row in lines[name])
     _scale(left, "context", ticks, f"time a token, batch {batch} (ms)")
-    left.legend(fontsize="x-small")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     contexts = {row["context"] for name in order for row in lines[name]}
     context = _BARS[1] if _BARS[1] in contexts else max(contexts)
     bars = {n: r for n in order for r in lines[n] if r["context"] == context}
     alone = next((n for n in bars if n.endswith("one device")), next(iter(bars)))
     base = bars[alone]["milliseconds"]
     for i, (name, row) in enumerate(reversed(bars.items())):
-        bar = right.barh(i, base / row["milliseconds"], color=style[name]["color"])
-        right.bar_label(bar, fmt="%.2f", padding=3)
+        right.barh(i, base / row["milliseconds"], color=style[name]["color"])
+        number = f" {base / row['milliseconds']:.2f}"
+        right.text(0, i, number, va="center", color="white", weight="bold", fontsize="small")
         right.plot(base / row["floor"], i, "|", color="black", markersize=14)
     right.plot([], [], "|", color="black", label="limit: reading weights and cache")
     right.set_yticks(range(len(bars)), list(reversed(bars)))
