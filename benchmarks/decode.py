@@ -103,7 +103,7 @@ class Process:
             timer.start()
             line = self._process.stdout.readline()
             timer.cancel()
-            if not line:
+            if not line.endswith("\n"):  # Nothing, or what a process that ended was saying.
                 self._process.wait()
                 return
             yield json.loads(line)
@@ -121,11 +121,13 @@ class Process:
 
 
 def _environment() -> dict[str, str]:
-    """That of the processes: they keep compiled programs where this one was told to."""
+    """That of the processes: they keep compiled programs where this one was told to, and only this
+    one shows bars."""
     names = "enable_compilation_cache", "compilation_cache_dir"
     names += ("persistent_cache_min_compile_time_secs",)
     told = {f"JAX_{name.upper()}": getattr(jax.config, f"jax_{name}") for name in names}
-    return os.environ | {name: str(value) for name, value in told.items() if value is not None}
+    told = {name: str(value) for name, value in told.items() if value is not None}
+    return os.environ | told | {"TQDM_DISABLE": "1"}
 
 
 def visible_gpus() -> list[str]:
