@@ -235,8 +235,8 @@ def parts_of(flags: argparse.Namespace) -> list[Part]:
     places = []
     for word in flags.models.split():
         names, _, where = word.partition(":")
-        share = re.fullmatch(r"1/([1-9]\d*(x[1-9]\d*)?)", where)
-        mesh, share = ("", share[1]) if share else (where or flags.mesh, "")
+        ways = re.fullmatch(r"1/([1-9]\d*(x[1-9]\d*)?)", where)
+        mesh, share = ("", ways[1]) if ways else (where or flags.mesh, "")
         sharding.mesh_sizes(mesh)
         for name in names.split(","):
             model_config(name, share)
