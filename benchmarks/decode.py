@@ -15,6 +15,8 @@ Each model is measured on one device or, behind a colon, on a mesh; `1/8` is one
 tensor axis of eight (`1/4x2`: also of a context axis of two) on one device, its weights and its
 cache, without what devices exchange.
 
+`mlra_4@1x2K,8x2K`, or behind a mesh, is a model at points of its own.
+
 Each model on its mesh is a process, once for the points up to each `;`. `--processes` of them start
 side by side and compile; then they measure in turn, in their order, and at the same time only where
 they have different GPUs.
@@ -67,6 +69,8 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            # Ctrl-C and what `timeout` sends go to a group: this one is told, and ends the others.
+            start_new_session=True,
             env=_environment() | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
         )
 
@@ -84,15 +88,16 @@ class Process:
             os.write(self._process.stdin.fileno(), b"\n")
         for message in self._messages():
             row = message["row"]
-            self._left.remove((row["batch"], row["context"], row["tokens_per_call"]))
             add(row)
+            self._left.remove((row["batch"], row["context"], row["tokens_per_call"]))
         if self._left:
             error = self._failure()
             for point in self._left:
                 add(self.part.row(point) | dict(error=error))
 
     def close(self) -> None:
-        """Ends it, whatever it does."""
+        """Ends it, whatever it does; what it has not measured is no failure."""
+        self._left.clear()
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -231,27 +236,28 @@ def parts_of(flags: argparse.Namespace) -> list[Part]:
         raise ValueError(f"--processes={flags.processes}: give at least 1")
     calls = [int(n) for n in flags.tokens_per_call.split(",")]
     groups = [parse_points(group) for group in (flags.points or POINTS).split(";")]
-    profiled = sum(groups, []) if flags.profile == "all" else parse_points(flags.profile)
-    places = []
+    profiled = parse_points("" if flags.profile == "all" else flags.profile)
+    parts: list[list[Part]] = [[] for _ in groups]
     for word in flags.models.split():
-        names, _, where = word.partition(":")
+        place, _, own = word.partition("@")
+        names, _, where = place.partition(":")
         ways = re.fullmatch(r"1/([1-9]\d*(x[1-9]\d*)?)", where)
         mesh, share = ("", ways[1]) if ways else (where or flags.mesh, "")
         sharding.mesh_sizes(mesh)
         for name in names.split(","):
             model_config(name, share)
-            places.append((name, mesh, share))
-    return [
-        Part(
-            *place,
-            points=[(*point, n) for point in points for n in calls],
-            profiled=profiled,
-            first_token=flags.first_token,
-            tiny=flags.tiny,
-        )
-        for points in groups
-        for place in places
-    ]
+            for mine, points in zip(parts, [parse_points(own)] if own else groups, strict=False):
+                part = Part(
+                    name,
+                    mesh,
+                    share,
+                    [(*point, n) for point in points for n in calls],
+                    points if flags.profile == "all" else profiled,
+                    flags.first_token,
+                    flags.tiny,
+                )
+                mine.append(part)
+    return sum(parts, [])
 
 
 def measured(flags: argparse.Namespace) -> dict:
@@ -283,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.prog = "python -m benchmarks.decode"  # It is not decode.py.
     add = parser.add_argument
-    add("--models", default=MODELS, help="MODEL,MODEL:MESH or :1/WAYS, with spaces between")
+    add("--models", default=MODELS, help="MODEL,MODEL[:MESH|:1/WAYS][@POINTS], with spaces between")
     add("--mesh", default="", help="of the models without one, as in tensor=2,context=2")
     add("--points", help=f"batch x context, commas between, a ; before what can wait: {POINTS}")
     add("--tokens_per_call", default="1", help="tokens of a program, commas between")

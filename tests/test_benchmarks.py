@@ -119,6 +119,7 @@ if model == "gqa":
 if model == "mha":
     time.sleep(60)
 if model == "mqa":
+    assert os.getsid(0) == os.getpid()
     os.kill(os.getppid(), 2)
     time.sleep(60)
 print("end", model, mesh, gpus, time.monotonic(), file=log)
@@ -170,10 +171,11 @@ def test_a_process_that_fails_or_hangs_leaves_rows(fake_worker):
 
 
 def test_a_cut_run_has_what_was_measured(fake_worker, capsys):
-    flags = ["--models=mla,mqa,gla_2", "--points=1x64", "--processes=3", "--output=o.json"]
+    flags = ["--models=mla@1x64 mqa,gla_2@8x64,1x64", "--processes=3", "--output=o.json"]
     assert decode.main(flags) == 130
     rows = json.loads(Path("o.json").read_text())["rows"]
-    assert {"mla", "mqa"} >= {row["model"] for row in rows} >= {"mla"}
+    found = [(row["model"], row["batch"], row["error"]) for row in rows]
+    assert found == [("mla", 1, "measured"), ("mqa", 8, "measured")]
     assert "interrupted; o.json has what was measured" in capsys.readouterr().err
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -185,6 +187,7 @@ def test_a_cut_run_has_what_was_measured(fake_worker, capsys):
         ("--models=mla:tensor=0", "'tensor=0' is not one of data"),
         ("--models=mlra_5", "mlra_5"),
         ("--models=mla:1/x", "'1/x'"),
+        ("--models=mla@4", "'4' is no batch x context"),
         ("--points=1x2K,8", "'8' is no batch x context"),
         ("--output=nowhere/o.json", "its folder does not exist"),
         ("--tokens_per_call=a", "--tokens_per_call=a"),
