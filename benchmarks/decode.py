@@ -261,18 +261,20 @@ def parts_of(flags: argparse.Namespace) -> list[Part]:
 
 
 def measured(flags: argparse.Namespace) -> dict:
-    """All points that the flags ask for, printed and written as they come."""
+    """All points that the flags ask for, printed as they come, written in the order asked."""
     parts = parts_of(flags)
     if flags.output and not flags.output.absolute().parent.is_dir():
         raise ValueError(f"--output={flags.output}: its folder does not exist; make it first")
     result: dict = dict(command=" ".join(sys.argv[1:]), rows=[])
     adding = threading.Lock()
-    total = sum(len(part.points) for part in parts)
-    with tqdm(total=total, desc="points", file=sys.stderr) as bar:
+    asked = [part.row(point) for part in parts for point in part.points]
+    place_of = {tuple(row.values()): place for place, row in enumerate(asked)}
+    with tqdm(total=len(asked), desc="points", file=sys.stderr) as bar:
 
         def add(row):
             with adding:
                 result["rows"].append(row)
+                result["rows"].sort(key=lambda row: place_of[tuple(row[key] for key in asked[0])])
                 tqdm.write(line(row))
                 bar.update()
                 if flags.output:

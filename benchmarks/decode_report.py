@@ -34,7 +34,7 @@ def _devices(runs: Iterable[dict]) -> str:
 
 
 def report(runs: Sequence[dict], points: Sequence[tuple[int, int]] = ()) -> str:
-    """Markdown: times, who is how many times as fast, and parts of the time spent on exchanges.
+    """Markdown: times, who is how many times as fast, throughput of shares, and exchanges' part.
 
     Args:
       points: (batch, context) to show; all without.
@@ -66,6 +66,11 @@ def report(runs: Sequence[dict], points: Sequence[tuple[int, int]] = ()) -> str:
                     at: _times(row, base.get(at)) for at, row in mine.items() if not row["share"]
                 }
             ),
+        ]
+    if any(row["share"] for row in rows):
+        parts += [
+            "Thousand tokens a second of shares:",
+            table(lambda mine: {at: _thousands(row) for at, row in mine.items() if row["share"]}),
         ]
     if any("exchanging" in row for row in rows):
         parts += [
@@ -101,6 +106,10 @@ def _times(row: dict, base: dict | None) -> str:
     if base is None or "error" in row or "error" in base:
         return ""
     return f"{row['milliseconds'] / base['milliseconds']:.2f}"
+
+
+def _thousands(row: dict) -> str:
+    return "" if "error" in row else f"{row['tokens_per_second'] / 1e3:.1f}"
 
 
 def _exchanging(row: dict) -> str:

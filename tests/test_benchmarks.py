@@ -45,7 +45,7 @@ def test_decoding_is_measured_and_drawn(tmp_path, capsys):
     arguments += [f"--output={output}", f"--figures={tmp_path}"]
     assert decode.main(arguments) == 0
     result = json.loads(output.read_text())
-    assert sorted(row["context"] for row in result["rows"]) == [64, 128]
+    assert [row["context"] for row in result["rows"]] == [64, 128]
     assert result["device"] == "cpu"
     for row in result["rows"]:
         assert "error" not in row
@@ -56,7 +56,8 @@ def test_decoding_is_measured_and_drawn(tmp_path, capsys):
     more = [row | dict(batch=4) for row in result["rows"]]
     output.write_text(json.dumps([result, result | dict(rows=more)]))
     again = [f"--input={output}", f"--figures={tmp_path / 'again'}"]
-    assert decode.main(again) == 0
+    assert decode.main([*again, "--report"]) == 0
+    assert f"| gqa, 1/4 | {more[0]['tokens_per_second'] / 1e3:.1f} |" in capsys.readouterr().out
     drawn = {p.name for p in (tmp_path / "again").glob("*.png")}
     assert drawn == {"decode_time.png", "decode_throughput.png"}
 
