@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -260,12 +261,13 @@ def parts_of(flags: argparse.Namespace) -> list[Part]:
     return sum(parts, [])
 
 
-def measured(flags: argparse.Namespace) -> dict:
+def measured(flags: argparse.Namespace, command: Sequence[str]) -> dict:
     """All points that the flags ask for, printed as they come, written in the order asked."""
     parts = parts_of(flags)
     if flags.output and not flags.output.absolute().parent.is_dir():
         raise ValueError(f"--output={flags.output}: its folder does not exist; make it first")
-    result: dict = dict(command=" ".join(sys.argv[1:]), rows=[])
+    named = [flag for flag in command if not flag.startswith(("--output", "--figures"))]
+    result: dict = dict(command=shlex.join(["python", "-m", "benchmarks.decode", *named]), rows=[])
     adding = threading.Lock()
     asked = [part.row(point) for part in parts for point in part.points]
     place_of = {tuple(row.values()): place for place, row in enumerate(asked)}
@@ -307,7 +309,11 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
 
     def work():
-        result = json.loads(flags.input.read_text()) if flags.input else measured(flags)
+        result = (
+            json.loads(flags.input.read_text())
+            if flags.input
+            else measured(flags, sys.argv[1:] if argv is None else argv)
+        )
         runs = result if isinstance(result, list) else [result]
         if flags.figures:
             figures(runs, flags.figures, (flags.input or flags.output or Path("decode")).stem)

@@ -47,6 +47,8 @@ def test_decoding_is_measured_and_drawn(tmp_path, capsys):
     result = json.loads(output.read_text())
     assert [row["context"] for row in result["rows"]] == [64, 128]
     assert result["device"] == "cpu"
+    words = "python -m benchmarks.decode --tiny --models=gqa:1/4 --points=1x64,1x128"
+    assert result["command"] == words
     for row in result["rows"]:
         assert "error" not in row
         assert row["tokens_per_second"] == pytest.approx(1e3 / row["milliseconds"])
