@@ -209,14 +209,17 @@ def _meshes(rows: list[dict], devices: str, path: Path) -> None:
         )
         for name in order
     }
-    figure = _figure((12, 7), f"Decoding steps of the 2.9B models, {devices}")
-    left, right = figure.subplots(1, 2)
-    for name in order:
-        _draw(left, name, lines[name], "context", "milliseconds", style[name])
-    ticks = (row["context"] for name in order for row in lines[name])
-    _scale(left, "context", ticks, f"time a token, batch {batch} (ms)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    contexts = {row["context"] for name in order for row in lines[name]}
+    contexts = {row["context"] for mine in lines.values() for row in mine}
+    several = len(contexts) > 1
+    figure = _figure(
+        (12, 7) if several else (8, 5), f"Decoding steps of the 2.9B models, {devices}"
+    )
+    *left, right = figure.subplots(1, 1 + several, squeeze=False)[0]
+    for axes in left:
+        for name in order:
+            _draw(axes, name, lines[name], "context", "milliseconds", style[name])
+        _scale(axes, "context", contexts, f"time a token, batch {batch} (ms)")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     context = _BARS[1] if _BARS[1] in contexts else max(contexts)
     bars = {n: r for n in order for r in lines[n] if r["context"] == context}
     alone = next((n for n in bars if n.endswith("one device")), next(iter(bars)))

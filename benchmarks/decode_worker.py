@@ -199,6 +199,7 @@ def work(part: Part, tell: Callable[[dict], None], turn: Callable[[], object]) -
     tell(dict(ready=dict(device=jax.devices()[0].device_kind, jax=jax.__version__)))
     if not turn():
         return
+    began = time.perf_counter()
     steps = {point: compiled[point] for point in part.points}
     for point, error in steps.items():
         if isinstance(error, str):
@@ -220,7 +221,7 @@ def work(part: Part, tell: Callable[[dict], None], turn: Callable[[], object]) -
                 row |= first_token(decoder, point[0], step.context)
         except Exception as error:  # One that does not run is no end of the others.
             row["error"] = " ".join(str(error).split())[:300]
-        tell(dict(row=row))
+        tell(dict(row=row | dict(turn_seconds=time.perf_counter() - began)))
 
 
 def main() -> int:
