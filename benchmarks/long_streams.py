@@ -3,11 +3,12 @@
     python -m benchmarks.long_streams --checkpoint=DIR --tokens=FILE.bin [--length=64K] [--rows=4]
                                       [--policies=full,window:2048,ladder:2048] [--output=FOLDER]
 
-The last `rows * length` tokens of the file are rows of one stream each. Each is read on in chunks,
-as prompts are, under every policy; beside them stands what the model gives in windows of its
-trained context, each from its beginning. `FOLDER/long_streams.json` and `.png` have the perplexity
-of each stretch of so many tokens, the milliseconds a token and the bytes that the device holds. A
-step is one token of each row with the cache as it is at the end.
+The last tokens of the file are rows of one stream each: `length` tokens and the one behind them.
+Each is read on in chunks, as prompts are, under every policy; beside them stands what the model
+gives in windows of its trained context, each from its beginning. `FOLDER/long_streams.json` and
+`.png` have the perplexity of each stretch of so many tokens, the milliseconds a token and the bytes
+that the device holds behind each chunk, where it counts them. A step is one token of each row with
+the cache as it is at the end.
 """
 
 import functools
@@ -47,14 +48,15 @@ def _score(decoder: Decoder, cache: kv.Cache, tokens_BT: jax.Array, targets_BT: 
 
 def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> dict[str, Any]:
     """Reads the rows under a policy (`full` keeps all): losses, times, bytes. JSON-ready."""
-    (B, T), policy = tokens_BT.shape, None if word == "full" else kv.parse_policy(word)
+    B, T = tokens_BT.shape[0], tokens_BT.shape[1] - 1
+    policy = None if word == "full" else kv.parse_policy(word)
     capacity = policy.slots if policy else kv.round_capacity(T + _STEPS, decoder.mesh)
     _, cache = programs.empty(decoder, batch=B, capacity=capacity)
     held = bytes_per_device(cache)
     part = jax.ShapeDtypeStruct((B, chunk), jnp.int32)
     compiled = _score.lower(decoder, cache, part, part).compile()
-    losses, seconds, filled = [], [], 0
-    for start in tqdm(range(0, T - chunk, chunk), desc=word, unit="chunk"):
+    losses, seconds, in_use, filled = [], [], [], 0
+    for start in tqdm(range(0, T, chunk), desc=word, unit="chunk"):
         began = time.perf_counter()
         if policy and filled + chunk > policy.slots:
             cache = programs.make_room(decoder, cache, policy=policy, new=chunk)
@@ -63,6 +65,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
         loss_BT, cache = compiled(decoder, cache, *pair)
         losses.append(np.asarray(loss_BT, np.float64))
         seconds.append(time.perf_counter() - began)
+        in_use.append((jax.devices()[0].memory_stats() or {}).get("bytes_in_use"))
         filled += chunk
     if policy:
         cache = programs.make_room(decoder, cache, policy=policy, new=_STEPS + 1)
@@ -78,6 +81,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
         milliseconds_per_token=[1e3 * s / (B * chunk) for s in seconds],
         milliseconds_per_step=1e3 * statistics.median(steps[1:]),
         cache_bytes=held,
+        bytes_in_use=in_use,
         chunk_GB=peak_gigabytes(compiled),
     )
 
@@ -85,7 +89,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
 def in_windows(decoder: Decoder, tokens_BT: np.ndarray, window: int) -> list[float]:
     """The losses of the same targets, each window read from its beginning."""
     found = []
-    for start in tqdm(range(0, tokens_BT.shape[1] - window, window), desc="windows"):
+    for start in tqdm(range(0, tokens_BT.shape[1] - 1, window), desc="windows"):
         pair = (tokens_BT[:, start + i : start + i + window] for i in (0, 1))
         found.append(-np.asarray(token_scores(decoder, *pair)[0], np.float64).mean(0))
     return np.concatenate(found).tolist()
@@ -158,11 +162,16 @@ def main(argv: list[str] | None = None) -> int:
         words, window = flags.policies.split(","), decoder.config.context_length
         given = [kv.parse_policy(word) for word in words if word != "full"]
         chunk = min([policy.dropped for policy in given] + [window])
-        tokens, wanted = token_file.read(Path(flags.tokens)), flags.rows * flags.length
-        if len(tokens) < wanted or flags.length <= max(window, chunk):
+        tokens, wanted = token_file.read(Path(flags.tokens)), flags.rows * (flags.length + 1)
+        if len(tokens) < wanted:
             raise ValueError(
                 f"--tokens={flags.tokens} has {len(tokens):,} tokens and --length={flags.length} "
-                f"--rows={flags.rows} wants {wanted:,}, a row more than the context of {window}"
+                f"--rows={flags.rows} wants {wanted:,}"
+            )
+        if flags.length % window or flags.length % chunk:
+            raise ValueError(
+                f"--length={flags.length} is to be a multiple of the trained context of {window} "
+                f"and of the chunk of {chunk}, a quarter of a policy's slots at most"
             )
         tokens_BT = np.asarray(tokens[-wanted:], np.int32).reshape(flags.rows, -1)
         windows = in_windows(decoder, tokens_BT, window)
