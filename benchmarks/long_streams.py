@@ -2,6 +2,7 @@
 
     python -m benchmarks.long_streams --checkpoint=DIR --tokens=FILE.bin [--length=64K] [--rows=4]
                                       [--policies=full,window:2048,ladder:2048] [--output=FOLDER]
+    python -m benchmarks.long_streams --input=FOLDER/long_streams.json [--output=FOLDER]
 
 The last tokens of the file are rows of one stream each: `length` tokens and the one behind them.
 Each is read on in chunks, as prompts are, under every policy; beside them stands what the model
@@ -120,44 +121,55 @@ def summary(results: list[dict[str, Any]], windows: list[float]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[dict[str, Any]], windows: list[float], stretch: int, path: Path) -> None:
-    """Perplexity and time by position."""
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Perplexity, time and memory by position, of what `long_streams.json` holds."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(11, 4.5), layout="constrained")
-    perplexity, times = figure.subplots(1, 2)
-    ends = lambda values, step: step * (1 + np.arange(len(values)))
-    for result in results:
-        label = f"{result['policy']}, {result['cache_bytes'] / 1e6:.1f} MB"
-        values = by_stretch(result["losses"], stretch)
-        perplexity.plot(ends(values, stretch), values, "o-", markersize=3, label=label)
+    figure = matplotlib.figure.Figure(figsize=(14, 4.5), layout="constrained")
+    perplexity, times, memory = figure.subplots(1, 3)
+    read = found["chunk"] * len(found["policies"][0]["milliseconds_per_token"])
+    ends = lambda values: np.linspace(0, read, len(values) + 1)[1:]
+    for i, result in enumerate(found["policies"]):
+        style: dict = dict(color=f"C{i}", label=result["policy"])
+        values = result["perplexity"]
+        perplexity.plot(ends(values), values, "o-", markersize=3, **style)
         values = result["milliseconds_per_token"]
-        chunk = len(result["losses"]) // len(values)
-        times.plot(ends(values, chunk)[1:], values[1:], label=label)
-    values = by_stretch(windows, stretch)
+        times.plot(ends(values), values, **style)
+        values = result["bytes_in_use"]
+        if None not in values:
+            memory.plot(ends(values), np.array(values) / 1e6, **style)
     style = dict(color="grey", linestyle="--", label="in windows of the trained context")
-    perplexity.plot(ends(values, stretch), values, **style)
-    perplexity.set(xlabel="tokens", ylabel=f"perplexity of {stretch} tokens")
-    times.set(xlabel="tokens", ylabel="ms a token of a row", yscale="log")
-    for axes in (perplexity, times):
+    perplexity.plot(ends(found["windows"]), found["windows"], **style)
+    perplexity.set_ylabel(f"perplexity of {read // len(found['windows'])} tokens")
+    times.set_ylabel("ms a token of a row; peaks: a program is compiled")
+    memory.set_ylabel("MB in use on the device")
+    for axes in (perplexity, times, memory):
+        axes.set(xlabel="tokens", yscale="log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    perplexity.legend(fontsize=8)
     whole_figure(path, figure)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("benchmarks.long_streams", "Long streams by cache policy.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder of a training run")
-    add("--tokens", required=True, help=".bin file; its end is read")
+    add("--checkpoint", help="folder of a training run")
+    add("--tokens", help=".bin file; its end is read")
     add("--length", type=parse_size, default=65536, help="tokens of a row, 64K")
     add("--rows", type=int, default=4, help="streams side by side")
     add("--policies", default="full,window:2048,ladder:2048", help="joined by commas")
     add("--dtype", help="of the products")
     add("--output", default="runs/long_streams", help="folder for the results")
+    add("--input", help="long_streams.json of an earlier run, to draw it again")
     flags = parser.parse_args(argv)
+    if not flags.input and not (flags.checkpoint and flags.tokens):
+        parser.error("give --checkpoint and --tokens, or --input")
 
     def work():
+        folder = Path(flags.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        if flags.input:
+            return draw(json.loads(Path(flags.input).read_text()), folder / "long_streams.png")
         decoder = load_model(flags.checkpoint, dtype=flags.dtype)
         words, window = flags.policies.split(","), decoder.config.context_length
         given = [kv.parse_policy(word) for word in words if word != "full"]
@@ -176,8 +188,6 @@ def main(argv: list[str] | None = None) -> int:
         tokens_BT = np.asarray(tokens[-wanted:], np.int32).reshape(flags.rows, -1)
         windows = in_windows(decoder, tokens_BT, window)
         results = []
-        folder = Path(flags.output)
-        folder.mkdir(parents=True, exist_ok=True)
         for word in words:
             results.append(stream(decoder, tokens_BT, word, chunk))
             device = jax.devices()[0].device_kind
@@ -189,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
                 ]
                 found |= dict(windows=by_stretch(windows, window), policies=stretches)
                 json.dump(found, file, indent=1)
-            draw(results, windows, window, folder / "long_streams.png")
+            draw(found, folder / "long_streams.png")
         print(summary(results, windows))
 
     return run(parser, work)

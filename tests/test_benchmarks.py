@@ -91,6 +91,9 @@ def test_streams_are_read_under_each_policy(tmp_path, capsys):
     assert ladder["cache_bytes"] < full["cache_bytes"] / 2
     assert (tmp_path / "out" / "long_streams.png").read_bytes().startswith(b"\x89PNG")
     assert len(full["bytes_in_use"]) == len(full["milliseconds_per_token"]) == 12
+    again = [f"--input={tmp_path}/out/long_streams.json", f"--output={tmp_path}/again"]
+    assert long_streams.main(again) == 0
+    assert (tmp_path / "again" / "long_streams.png").read_bytes().startswith(b"\x89PNG")
     for length, said in (("480", "wants 962"), ("80", "a multiple of the trained context of 32")):
         assert long_streams.main([*flags, f"--length={length}"]) == 1
         assert said in capsys.readouterr().err
