@@ -1,6 +1,7 @@
 """MLA as branches that share its latent: where nothing is lost, and the command."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import pytest
 import tiny
 from flax import nnx
 
+from mlra_jax import costs
 from mlra_jax import model as models
 from mlra_jax.analysis.subject import of_params
 from mlra_jax.checkpoints import open_checkpoint
 from mlra_jax.config import ConfigError, GroupedConfig, LatentConfig, ModelConfig
 from mlra_jax.convert.branched import branched, branched_config, turn
 from mlra_jax.convert.factored import _layer, factored, factored_config
+from mlra_jax.decoder import Decoder
 from mlra_jax.layers import rotate
 from mlra_jax.loading import load_model
 from mlra_jax.saving import save_model
@@ -136,6 +139,32 @@ def test_keys_that_differ_by_complex_factors_only_become_one_rotary_key():
         assert tiny.relative_error(v_TK, project(v_DJK)[:, h // 2]) < 1e-6
     factor = np.sqrt(D / made.attention.latent_dim)
     assert (c_TC**2).mean() == pytest.approx((layer["kv_norm"][0] * factor) ** 2)
+
+
+@pytest.mark.parametrize("start", ["mla", "gqa"])
+def test_what_was_converted_decodes_on_four_devices_as_in_a_whole_pass(start):
+    config, params = CONFIG, params_of()
+    if start == "gqa":
+        gqa = tiny.config("gqa", 2, vocab_size=264)
+        made = factored_config(gqa)
+        config, params = made, factored(gqa, params_of(gqa), np.stack([np.eye(40)] * 2), made)
+    width = config.attention.latent_dim
+    turns, factors = np.stack([orthogonal(width)] * 2), np.full((2, R, 8), float(R))
+    made, params = branched(config, params, R, turns, factors)
+    values = costs.cache_values_per_device(made, batch=1, capacity=8, tensor=4)
+    assert values == 8 * (width // 4 + made.attention.rope_dim)
+    mesh = make_mesh(tensor=4)
+    decoder = Decoder.from_params(made, mesh, jax.tree.map(jnp.asarray, params))
+    prefill = jax.jit(lambda decoder, *prompts: decoder.prefill(*prompts, 24))
+    found, cache = prefill(decoder, TOKENS[:, :22], jnp.array([22, 22]))
+    per_device = {k: x.sharding.shard_shape(x.shape) for k, x in cache.layers[0].items()}
+    assert sum(map(math.prod, per_device.values())) == 2 * 24 * values // 8
+    steps = [found]
+    for i in (22, 23):
+        found, cache = jax.jit(Decoder.step)(decoder, TOKENS[:, i : i + 1], cache)
+        steps.append(found[:, 0])
+    want = logits(made, params)[:, 21:24]
+    assert tiny.relative_error(np.stack(steps, axis=1), want) < 1e-5
 
 
 def test_a_gqa_becomes_an_mla_of_the_published_proportions():
