@@ -63,7 +63,7 @@ def test_slices_that_say_the_same_lose_nothing():
         first = np.split(attention[name][leaf], R, axis)[0]
         attention[name] = {leaf: np.concatenate([first] * R, axis)}
     seen = branching.look(of_params("", CONFIG, params), TOKENS)
-    turns, fitted = branching.convert(CONFIG, params, seen, R, "none")
+    turns, fitted, _ = branching.convert(CONFIG, params, seen, R, "none")
     np.testing.assert_allclose(fitted, R, rtol=1e-4)
     made = branched(CONFIG, params, R, turns, fitted)
     assert made[0].attention == dataclasses.replace(MLA, branches=R)
@@ -72,12 +72,34 @@ def test_slices_that_say_the_same_lose_nothing():
     assert tiny.relative_error(logits(*weaker), logits(CONFIG, params)) > 1e-3
 
 
+def test_slices_of_other_sizes_are_known_by_their_shares():
+    """As large in keys as in the latent, a slice's part of a score is its share of the variance."""
+    params, larger = params_of(), np.repeat(np.array([1.0, 0.5, 2.0, 1.5], np.float32), 8)
+    attention = params["layers"]["attention"]
+    for name, leaf, axis, by in (("kv_down", "kernel", 2, larger), ("kv_norm", "scale", 1, 1)):
+        first = np.split(attention[name][leaf], R, axis)[0]
+        attention[name] = {leaf: np.concatenate([first] * R, axis) * by}
+    k_up = np.concatenate([np.split(attention["k_up"]["kernel"], R, 2)[0]] * R, 2)
+    attention["k_up"] = {"kernel": k_up * larger[:, None]}
+    seen = branching.look(of_params("", CONFIG, params), TOKENS)
+    turns, _, sizes = branching.convert(CONFIG, params, seen, R, "none")
+    np.testing.assert_allclose(sizes**2, [larger[::8] ** 2 / (larger**2).mean()] * 2, rtol=1e-4)
+    strengths = np.broadcast_to(R / sizes[..., None] ** 2, (2, R, 8))
+    made = branched(CONFIG, params, R, turns, strengths, sizes)
+    assert tiny.relative_error(logits(*made), logits(CONFIG, params)) < 1e-4
+    blind = branched(CONFIG, params, R, turns, np.full((2, R, 8), float(R)))
+    assert tiny.relative_error(logits(*blind), logits(CONFIG, params)) > 1e-3
+
+
 def test_principal_components_are_dealt_in_turn():
     columns, sizes = orthogonal(8), np.array([5.0, 3, 8, 1, 2, 7, 4, 6])
     turned = turn("pca", 2, columns * sizes @ columns.T)
     np.testing.assert_allclose(turned.T @ turned, np.eye(8), atol=1e-12)
     spread = np.diag(turned.T @ (columns * sizes @ columns.T) @ turned)
     np.testing.assert_allclose(spread, [8, 6, 4, 2, 7, 5, 3, 1])
+    turned = turn("pca_in_order", 2, columns * sizes @ columns.T)
+    spread = np.diag(turned.T @ (columns * sizes @ columns.T) @ turned)
+    np.testing.assert_allclose(spread, np.arange(8, 0, -1))
 
 
 def test_what_cannot_be_branched_is_refused():
@@ -99,7 +121,7 @@ def test_the_command_compares_and_keeps_one(tmp_path, capsys, monkeypatch):
     assert branching.main(flags) == 0
     losses = dict(line.rsplit("loss ") for line in capsys.readouterr().out.splitlines())
     losses = {name.strip(): float(value) for name, value in losses.items()}
-    assert list(losses)[0] == "mla" and len(losses) == 3
+    assert list(losses)[0] == "mla" and len(losses) == 4
     made = load_model(tmp_path / "made")
     assert made.vocabulary.tokenizer == "bytes"
     assert made.config.attention == dataclasses.replace(MLA, branches=4)
