@@ -224,7 +224,7 @@ def test_streams_are_read_under_each_policy(tmp_path, capsys):
     tokens = np.random.default_rng(0).integers(0, tiny.VOCAB, 200).astype(np.uint16)
     token_file.write(tmp_path / "tokens.bin", tokens)
     flags = [f"--checkpoint={tmp_path}/model", f"--tokens={tmp_path}/tokens.bin", "--rows=2"]
-    flags += ["--length=97", "--policies=full,ladder:32", f"--output={tmp_path}/out"]
+    flags += ["--length=96", "--policies=full,ladder:32", f"--output={tmp_path}/out"]
     assert long_streams.main(flags) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[1:]] == ["full", "ladder:32"]
@@ -239,5 +239,10 @@ def test_streams_are_read_under_each_policy(tmp_path, capsys):
     assert ladder["perplexity"][2] != pytest.approx(want[2], rel=1e-3)
     assert ladder["cache_bytes"] < full["cache_bytes"] / 2
     assert (tmp_path / "out" / "long_streams.png").read_bytes().startswith(b"\x89PNG")
-    assert long_streams.main([*flags, "--length=500"]) == 1
-    assert "wants 1,000" in capsys.readouterr().err
+    assert len(full["bytes_in_use"]) == len(full["milliseconds_per_token"]) == 12
+    again = [f"--input={tmp_path}/out/long_streams.json", f"--output={tmp_path}/again"]
+    assert long_streams.main(again) == 0
+    assert (tmp_path / "again" / "long_streams.png").read_bytes().startswith(b"\x89PNG")
+    for length, said in (("480", "wants 962"), ("80", "a multiple of the trained context of 32")):
+        assert long_streams.main([*flags, f"--length={length}"]) == 1
+        assert said in capsys.readouterr().err
