@@ -205,6 +205,25 @@ def gathered(
     return _gathered(x, mesh, tuple(axes), tuple(over), dtype)
 
 
+def padded(x: jax.Array, mesh: Mesh, axes: Sequence[str | None], axis: str, step: int) -> jax.Array:
+    """An array with these logical names, each device's part of `axis` with zeros behind it, up to
+    a multiple of `step`. No device exchanges anything for it."""
+    if axis not in axes:
+        return x
+    at = axes.index(axis)
+    ways = size(mesh, mesh_axes(*axes)[at])
+    part = x.shape[at] // ways
+    more = -part % step
+    if not more:
+        return x
+    shape = lambda *widths: (*x.shape[:at], *widths, *x.shape[at + 1 :])
+    names = (*axes[:at], axis, None, *axes[at + 1 :])
+    parts = constrain(x.reshape(shape(ways, part)), mesh, *names)
+    behind = [(0, more if i == at + 1 else 0) for i in range(parts.ndim)]
+    parts = constrain(jnp.pad(parts, behind), mesh, *names)
+    return constrain(parts.reshape(shape(ways * (part + more))), mesh, *axes)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gathered(x, mesh, axes, over, dtype):
     narrow = min(x.dtype, jnp.dtype(dtype or x.dtype), key=lambda d: d.itemsize)
