@@ -96,7 +96,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(monkeypatch):
     """Weights and moments to the bit; the step after it takes its own learning rate."""
     whole, faults = steps.loss_sum, {VOCAB - 1: "loss", VOCAB - 2: "gradient_norm"}
 
-    def loss_sum(model, batch, chunk):
+    def loss_sum(model, batch, chunk, _):
         first = batch["inputs"][0, 0]
         # The root of 0 has a slope without bound.
         some = jnp.clip(VOCAB - 2 - first, 0, 1).astype(jnp.float32)
@@ -157,6 +157,25 @@ def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
         strict=True,
     ):
         assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
+
+
+def test_weights_are_gathered_once_for_all_parts_of_a_batch(one_device):
+    """Not in the loop over parts, where each part's gradients go to where they belong."""
+    _, whole = one_device
+    model = dataclasses.replace(EXPERIMENT.model, unroll=2, remat="none")
+    data = dataclasses.replace(EXPERIMENT.data, accumulate=4)
+    experiment, mesh = on_mesh(fsdp=2, model=model, data=data), sharding.make_mesh(fsdp=2)
+    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
+    step = make_train_step(experiment, mesh).lower(*arguments).compile()
+    programs = step.as_text().split("\n\n")
+    gathers = [len(re.findall(r"= f32\S+ all-gather\(", text)) for text in programs]
+    (entry,) = (i for i, text in enumerate(programs) if text.startswith("ENTRY"))
+    # Ten kernels of both layers and the token vectors, which the head reads, too.
+    assert gathers[entry] == 11 and sum(gathers) == 11, "gathered by each part, or for each use"
+    _, losses = run(experiment, steps=2, compiled=step)
+    for name in ("loss", "gradient_norm"):
+        got, want = ([m[name] for m in metrics] for metrics in (losses, whole[:2]))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_gradients_of_parts_are_summed_in_float32():
@@ -273,7 +292,7 @@ class Head(nnx.Module):
         self.mesh, self.table_VD = sharding.make_mesh(), nnx.Param(table_VD)
         self.embed = nnx.Dict(embedding=nnx.Param(head_VD))
 
-    def hidden(self, tokens_BT):
+    def hidden(self, tokens_BT, whole=None):
         return self.table_VD[...][tokens_BT]
 
 
