@@ -180,6 +180,7 @@ def test_the_report_says_what_is_told_apart(tmp_path):
     names = [row.split(" | ")[0].strip("| ") for row in rows]
     assert names == ["mlra_4_gated", "mlra_4", "mla", "gqa"], "lowest loss first"
     assert "3.1000 ± 0.1000" in rows[2] and "± " not in rows[3]
+    assert all(row.endswith("| 50 | cpu |") for row in rows)
     # Differences -0.1 and -0.0999: t = 12.706 at one degree of freedom, error 5e-5.
     assert "- mlra_4 ends 0.1000 nats below mla, 95% interval 0.0993 to 0.1006 (2 pairs)." in said
     assert "mlra_4_gated and mlra_4 are not told apart: -0.0500 nats" in said
