@@ -80,14 +80,14 @@ def test_models_are_the_published_ones_shrunk_and_equally_large():
 
 
 def test_runs_side_by_side_are_what_each_is_alone():
-    settings = study(variants="mlra_4")
+    settings = study(variants="mla")
     # Each run is clipped by its own norm, which differs.
     clipped = dataclasses.replace(settings.optimizer, clip_norm=0.1)
     settings = dataclasses.replace(settings, optimizer=clipped)
     _, source = load_data(settings.data, settings.vocab_size)
-    results = training.train(settings, "mlra_4", [0, 7], source, lambda line: None, FOREVER)
+    results = training.train(settings, "mla", [0, 7], source, lambda line: None, FOREVER)
     seeds = {found["seed"]: found for found in results}
-    experiment, mesh = settings.experiment("mlra_4", 7), make_mesh()
+    experiment, mesh = settings.experiment("mla", 7), make_mesh()
     state, step = create_state(experiment, mesh), make_train_step(experiment, mesh)
     feed = Feed(mesh, 4, experiment.model)
     order, losses, validation = feed.train(source, 7), [], []
