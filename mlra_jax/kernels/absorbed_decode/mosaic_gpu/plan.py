@@ -204,8 +204,8 @@ def smem_bytes(shape: Shape) -> int:
         # Probabilities; results pass through the space of the queries.
         exchange = ROWS * config.block * shape.dtype.itemsize
     elif config.swap:
-        # Results, probabilities before, and space for reductions of each latent.
-        exchange = config.shared * shape.stream_rows * width * shape.dtype.itemsize
+        # Probabilities and space for reductions of each latent.
+        exchange = config.shared * shape.stream_rows * config.block * shape.dtype.itemsize
         exchange += config.shared * REDUCTION * 4
     else:
         wide = 4 if shape.mode is ALTERNATE else shape.dtype.itemsize

@@ -239,18 +239,17 @@ def _probability_memory(shape: Shape) -> dict[str, Any]:
 
 
 def _swapped_memory(shape: Shape) -> dict[str, Any]:
-    """For each latent: probabilities, in the first of the places that results pass through.
+    """For each latent; results pass through the space of the probabilities.
 
     Latents have barriers of their own, so that a warpgroup begins and ends with its own.
     """
     shared, stages = shape.config.shared, shape.config.stages
-    pieces = shape.problem.width // shape.config.block
     return dict(
         full=plgpu.Barrier(num_barriers=stages * shared),
         empty=plgpu.Barrier(num_barriers=stages * shared),
         rope_full=plgpu.Barrier(num_barriers=stages),
         rope_empty=plgpu.Barrier(num_arrivals=shared, num_barriers=stages),
-        out=_swizzled((shared, pieces, shape.stream_rows, shape.config.block), shape.dtype),
+        p=_swizzled((shared, shape.stream_rows, shape.config.block), shape.dtype),
         reduction=plgpu.SMEM((shared, plan.REDUCTION), jnp.float32),
     )
 
@@ -668,7 +667,7 @@ def _multiply_swapped(cta: _Cta) -> None:
     """
     shape, memory, stream = cta.shape, cta.memory, cta.wg
     rows, block, width = shape.stream_rows, shape.config.block, shape.problem.width
-    p_smem, scratch = memory.out.at[stream, 0], memory.reduction.at[stream]
+    p_smem, scratch = memory.p.at[stream], memory.reduction.at[stream]
 
     def visit(v: Visit) -> None:
         query_stage = cta.query_stage(v)
@@ -708,14 +707,14 @@ def _multiply_swapped(cta: _Cta) -> None:
         lse = plgpu.load(scratch.at[pl.ds(0, plan.ROWS)], layout=_ROW_LAYOUT)
         _store_lse(cta, stream, part, lse)
         acc = acc * _tall(inverse, acc)
-        for piece, column in enumerate(range(0, width, block)):
-            staging = memory.out.at[stream, piece]
-            staging.transpose((1, 0))[...] = acc[column : column + block].astype(shape.dtype)
+        for column in range(0, width, block):
+            value = acc[column : column + block].astype(shape.dtype)
+            p_smem.transpose((1, 0))[...] = value
             plgpu.commit_smem()
             columns = at(column % plan.LANES, block, block)
             target = cta.parts.at[stream, :, column // plan.LANES, part, columns]
-            plgpu.copy_smem_to_gmem(staging, target)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.copy_smem_to_gmem(p_smem, target)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     cta.for_each_visit(visit, lambda: _drop(cta))
 
