@@ -5,6 +5,7 @@ Every benchmark quotes its times beside these, measured in the same process.
 
 import math
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,14 @@ _CUT = _CTAS * _ROWS * 4096
 
 def random_pool(seed: int, nbytes: int = BYTES) -> jax.Array:
     """bfloat16 numbers of about `nbytes` to measure on; never zeros, which are faster."""
-    size = max(nbytes // 2 // _CUT, 1) * _CUT
     key = jax.random.key(seed, impl="unsafe_rbg")
-    return jax.jit(lambda k: jax.random.normal(k, [size], jnp.bfloat16))(key)
+    shape = pool_shape(nbytes)
+    return jax.jit(lambda k: jax.random.normal(k, shape, jnp.bfloat16))(key)
+
+
+def pool_shape(nbytes: int = BYTES) -> tuple[int]:
+    """Of a pool of about so many bytes."""
+    return (max(nbytes // 2 // _CUT, 1) * _CUT,)
 
 
 def tiny_pool() -> jax.Array:
@@ -42,18 +48,26 @@ def is_hopper(device: jax.Device) -> bool:
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
 
 
-def read_bandwidth(pool: jax.Array, start: float) -> dict[str, float]:
-    """Bytes a second that each way of reading `pool` reaches; `read` is the best."""
-    readers = {
+def readers(pool: jax.Array | jax.ShapeDtypeStruct) -> dict[str, Callable]:
+    """Ways of reading a pool, compiled."""
+    ways = {
         "XLA, maximum": jnp.max,
         "XLA, row sums": lambda x: jnp.sum(x.reshape(-1, 4096), axis=1, dtype=jnp.float32),
     }
     if is_hopper(jax.devices()[0]):
-        readers["TMA, column sums"] = lambda x: _streaming_sum(x.reshape(-1, 128))
-    found = {
-        f"read ({name})": pool.nbytes / queued_seconds(reader, pool, start)
-        for name, reader in readers.items()
-    }
+        ways["TMA, column sums"] = lambda x: _streaming_sum(x.reshape(-1, 128))
+    return {f"read ({name})": jax.jit(way).lower(pool).compile() for name, way in ways.items()}
+
+
+def read_bandwidth(
+    pool: jax.Array, start: float, ways: dict[str, Callable] | None = None
+) -> dict[str, float]:
+    """Bytes a second that each way of reading `pool` reaches; `read` is the best.
+
+    `ways` are its `readers`, where they were compiled before.
+    """
+    ways = ways or readers(pool)
+    found = {name: pool.nbytes / queued_seconds(way, pool, start) for name, way in ways.items()}
     return found | {"read": max(found.values())}
 
 
@@ -65,7 +79,9 @@ def measure_limits(pool: jax.Array) -> dict[str, float]:
     """
     start = launch_seconds()
     found = dict(start=start) | read_bandwidth(pool, start)
-    found["copy"] = 2 * pool.nbytes / queued_seconds(lambda x: x + jnp.bfloat16(1), pool, start)
+    found["copy"] = (
+        2 * pool.nbytes / queued_seconds(jax.jit(lambda x: x + jnp.bfloat16(1)), pool, start)
+    )
     found["matrix"] = matrix_rate(pool, start)
     return found
 
@@ -74,7 +90,7 @@ def matrix_rate(pool: jax.Array, start: float) -> float:
     """FLOP a second of a product of two square matrices of 8192, or of what `pool` has."""
     side = min(8192, math.isqrt(pool.size))
     square = lax.slice(pool, [0], [side * side]).reshape(side, side)
-    return 2 * side**3 / queued_seconds(lambda a: a @ a.T, square, start)
+    return 2 * side**3 / queued_seconds(jax.jit(lambda a: a @ a.T), square, start)
 
 
 def describe(limit: dict[str, float]) -> str:

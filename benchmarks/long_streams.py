@@ -2,12 +2,14 @@
 
     python -m benchmarks.long_streams --checkpoint=DIR --tokens=FILE.bin [--length=64K] [--rows=4]
                                       [--policies=full,window:2048,ladder:2048] [--output=FOLDER]
+    python -m benchmarks.long_streams --input=FOLDER/long_streams.json [--output=FOLDER]
 
-The last `rows * length` tokens of the file are rows of one stream each. Each is read on in chunks,
-as prompts are, under every policy; beside them stands what the model gives in windows of its
-trained context, each from its beginning. `FOLDER/long_streams.json` and `.png` have the perplexity
-of each stretch of so many tokens, the milliseconds a token and the bytes that the device holds. A
-step is one token of each row with the cache as it is at the end.
+The last tokens of the file are rows of one stream each: `length` tokens and the one behind them.
+Each is read on in chunks, as prompts are, under every policy; beside them stands what the model
+gives in windows of its trained context, each from its beginning. `FOLDER/long_streams.json` and
+`.png` have the perplexity of each stretch of so many tokens, the milliseconds a token and the bytes
+that the device holds behind each chunk, where it counts them. A step is one token of each row with
+the cache as it is at the end.
 """
 
 import functools
@@ -47,14 +49,15 @@ def _score(decoder: Decoder, cache: kv.Cache, tokens_BT: jax.Array, targets_BT: 
 
 def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> dict[str, Any]:
     """Reads the rows under a policy (`full` keeps all): losses, times, bytes. JSON-ready."""
-    (B, T), policy = tokens_BT.shape, None if word == "full" else kv.parse_policy(word)
+    B, T = tokens_BT.shape[0], tokens_BT.shape[1] - 1
+    policy = None if word == "full" else kv.parse_policy(word)
     capacity = policy.slots if policy else kv.round_capacity(T + _STEPS, decoder.mesh)
     _, cache = programs.empty(decoder, batch=B, capacity=capacity)
     held = bytes_per_device(cache)
     part = jax.ShapeDtypeStruct((B, chunk), jnp.int32)
     compiled = _score.lower(decoder, cache, part, part).compile()
-    losses, seconds, filled = [], [], 0
-    for start in tqdm(range(0, T - chunk, chunk), desc=word, unit="chunk"):
+    losses, seconds, in_use, filled = [], [], [], 0
+    for start in tqdm(range(0, T, chunk), desc=word, unit="chunk"):
         began = time.perf_counter()
         if policy and filled + chunk > policy.slots:
             cache = programs.make_room(decoder, cache, policy=policy, new=chunk)
@@ -63,6 +66,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
         loss_BT, cache = compiled(decoder, cache, *pair)
         losses.append(np.asarray(loss_BT, np.float64))
         seconds.append(time.perf_counter() - began)
+        in_use.append((jax.devices()[0].memory_stats() or {}).get("bytes_in_use"))
         filled += chunk
     if policy:
         cache = programs.make_room(decoder, cache, policy=policy, new=_STEPS + 1)
@@ -78,6 +82,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
         milliseconds_per_token=[1e3 * s / (B * chunk) for s in seconds],
         milliseconds_per_step=1e3 * statistics.median(steps[1:]),
         cache_bytes=held,
+        bytes_in_use=in_use,
         chunk_GB=peak_gigabytes(compiled),
     )
 
@@ -85,7 +90,7 @@ def stream(decoder: Decoder, tokens_BT: np.ndarray, word: str, chunk: int) -> di
 def in_windows(decoder: Decoder, tokens_BT: np.ndarray, window: int) -> list[float]:
     """The losses of the same targets, each window read from its beginning."""
     found = []
-    for start in tqdm(range(0, tokens_BT.shape[1] - window, window), desc="windows"):
+    for start in tqdm(range(0, tokens_BT.shape[1] - 1, window), desc="windows"):
         pair = (tokens_BT[:, start + i : start + i + window] for i in (0, 1))
         found.append(-np.asarray(token_scores(decoder, *pair)[0], np.float64).mean(0))
     return np.concatenate(found).tolist()
@@ -116,59 +121,73 @@ def summary(results: list[dict[str, Any]], windows: list[float]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[dict[str, Any]], windows: list[float], stretch: int, path: Path) -> None:
-    """Perplexity and time by position."""
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Perplexity, time and memory by position, of what `long_streams.json` holds."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(11, 4.5), layout="constrained")
-    perplexity, times = figure.subplots(1, 2)
-    ends = lambda values, step: step * (1 + np.arange(len(values)))
-    for result in results:
-        label = f"{result['policy']}, {result['cache_bytes'] / 1e6:.1f} MB"
-        values = by_stretch(result["losses"], stretch)
-        perplexity.plot(ends(values, stretch), values, "o-", markersize=3, label=label)
+    figure = matplotlib.figure.Figure(figsize=(14, 4.5), layout="constrained")
+    perplexity, times, memory = figure.subplots(1, 3)
+    read = found["chunk"] * len(found["policies"][0]["milliseconds_per_token"])
+    ends = lambda values: np.linspace(0, read, len(values) + 1)[1:]
+    for i, result in enumerate(found["policies"]):
+        style: dict = dict(color=f"C{i}", label=result["policy"])
+        values = result["perplexity"]
+        perplexity.plot(ends(values), values, "o-", markersize=3, **style)
         values = result["milliseconds_per_token"]
-        chunk = len(result["losses"]) // len(values)
-        times.plot(ends(values, chunk)[1:], values[1:], label=label)
-    values = by_stretch(windows, stretch)
+        times.plot(ends(values), values, **style)
+        values = result["bytes_in_use"]
+        if None not in values:
+            memory.plot(ends(values), np.array(values) / 1e6, **style)
     style = dict(color="grey", linestyle="--", label="in windows of the trained context")
-    perplexity.plot(ends(values, stretch), values, **style)
-    perplexity.set(xlabel="tokens", ylabel=f"perplexity of {stretch} tokens")
-    times.set(xlabel="tokens", ylabel="ms a token of a row", yscale="log")
-    for axes in (perplexity, times):
+    perplexity.plot(ends(found["windows"]), found["windows"], **style)
+    perplexity.set_ylabel(f"perplexity of {read // len(found['windows'])} tokens")
+    times.set_ylabel("ms a token of a row; peaks: a program is compiled")
+    memory.set_ylabel("MB in use on the device")
+    for axes in (perplexity, times, memory):
+        axes.set(xlabel="tokens", yscale="log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    perplexity.legend(fontsize=8)
     whole_figure(path, figure)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("benchmarks.long_streams", "Long streams by cache policy.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder of a training run")
-    add("--tokens", required=True, help=".bin file; its end is read")
+    add("--checkpoint", help="folder of a training run")
+    add("--tokens", help=".bin file; its end is read")
     add("--length", type=parse_size, default=65536, help="tokens of a row, 64K")
     add("--rows", type=int, default=4, help="streams side by side")
     add("--policies", default="full,window:2048,ladder:2048", help="joined by commas")
     add("--dtype", help="of the products")
     add("--output", default="runs/long_streams", help="folder for the results")
+    add("--input", help="long_streams.json of an earlier run, to draw it again")
     flags = parser.parse_args(argv)
+    if not flags.input and not (flags.checkpoint and flags.tokens):
+        parser.error("give --checkpoint and --tokens, or --input")
 
     def work():
+        folder = Path(flags.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        if flags.input:
+            return draw(json.loads(Path(flags.input).read_text()), folder / "long_streams.png")
         decoder = load_model(flags.checkpoint, dtype=flags.dtype)
         words, window = flags.policies.split(","), decoder.config.context_length
         given = [kv.parse_policy(word) for word in words if word != "full"]
         chunk = min([policy.dropped for policy in given] + [window])
-        tokens, wanted = token_file.read(Path(flags.tokens)), flags.rows * flags.length
-        if len(tokens) < wanted or flags.length <= max(window, chunk):
+        tokens, wanted = token_file.read(Path(flags.tokens)), flags.rows * (flags.length + 1)
+        if len(tokens) < wanted:
             raise ValueError(
                 f"--tokens={flags.tokens} has {len(tokens):,} tokens and --length={flags.length} "
-                f"--rows={flags.rows} wants {wanted:,}, a row more than the context of {window}"
+                f"--rows={flags.rows} wants {wanted:,}"
+            )
+        if flags.length % window or flags.length % chunk:
+            raise ValueError(
+                f"--length={flags.length} is to be a multiple of the trained context of {window} "
+                f"and of the chunk of {chunk}, a quarter of a policy's slots at most"
             )
         tokens_BT = np.asarray(tokens[-wanted:], np.int32).reshape(flags.rows, -1)
         windows = in_windows(decoder, tokens_BT, window)
         results = []
-        folder = Path(flags.output)
-        folder.mkdir(parents=True, exist_ok=True)
         for word in words:
             results.append(stream(decoder, tokens_BT, word, chunk))
             device = jax.devices()[0].device_kind
@@ -180,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
                 ]
                 found |= dict(windows=by_stretch(windows, window), policies=stretches)
                 json.dump(found, file, indent=1)
-            draw(results, windows, window, folder / "long_streams.png")
+            draw(found, folder / "long_streams.png")
         print(summary(results, windows))
 
     return run(parser, work)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
-import time
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mlra_jax.attention.heads import HeldHeads
 from mlra_jax.config import (
@@ -74,17 +76,32 @@ def _ways(share: str) -> tuple[int, int]:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
-def _random(key, shape, dtype, where):
-    x = 0.02 * jax.random.normal(key, shape, dtype)
-    return jax.lax.with_sharding_constraint(x, where)
+def _random(seed, shape, dtype, where):
+    # A hash of each element's place: each device makes its own part and holds nothing beside it.
+    n = jnp.full(shape, seed, jnp.uint32)
+    for axis in range(len(shape)):
+        n = (n ^ lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+        n ^= n >> 15
+    x = (0.07 * (n.astype(jnp.float32) * 2.0**-32 - 0.5)).astype(dtype)
+    return lax.with_sharding_constraint(x, where)
+
+
+@functools.cache
+def _maker(shape, dtype, where):
+    return _random.lower(np.uint32(0), shape=shape, dtype=dtype, where=where).compile()
+
+
+def compile_random(shapes) -> None:
+    """Compiles what `random_tree` calls for these shapes, so that it takes no time there."""
+    for x in jax.tree.leaves(shapes):
+        _maker(x.shape, x.dtype, x.sharding)
 
 
 def random_tree(shapes):
     """Random numbers in the shapes and places of a tree of `jax.ShapeDtypeStruct`s."""
     leaves, tree = jax.tree.flatten(shapes)
-    seed = time.time_ns() % 2**31
-    keys = (jax.random.key(seed + i, impl="unsafe_rbg") for i in range(len(leaves)))
-    made = [_random(k, x.shape, x.dtype, x.sharding) for k, x in zip(keys, leaves, strict=True)]
+    seeds = np.random.default_rng().integers(0, 2**32, len(leaves), np.uint32)
+    made = [_maker(x.shape, x.dtype, x.sharding)(s) for x, s in zip(leaves, seeds, strict=True)]
     return jax.block_until_ready(jax.tree.unflatten(tree, made))
 
 
@@ -103,14 +120,16 @@ def peak_gigabytes(compiled) -> float:
     return (held - memory.alias_size_in_bytes + memory.temp_size_in_bytes) / 1e9
 
 
-def require_fit(compiled) -> None:
-    """Raises MemoryError where the device has less for a compiled program than that holds.
+def require_fit(gigabytes: float) -> None:
+    """Raises MemoryError where a device gives less; to be asked before arrays are made: an
+    allocator waits long before it gives up."""
+    if gigabytes > (gives := device_gigabytes()):
+        raise MemoryError(f"needs {gigabytes:.1f} GB of the device, which gives {gives:.1f}")
 
-    To be asked before its arrays are made: an allocator waits long before it gives up.
-    """
-    has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf")) / 1e9
-    if (needs := peak_gigabytes(compiled)) > has:
-        raise MemoryError(f"needs {needs:.1f} GB of the device, which gives {has:.1f}")
+
+def device_gigabytes() -> float:
+    """What a device gives; infinite where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf")) / 1e9
 
 
 def parse_size(text: str) -> int:
@@ -119,6 +138,14 @@ def parse_size(text: str) -> int:
 
 
 def parse_points(text: str) -> list[tuple[int, int]]:
-    """(batch, context) pairs of `1x2K,8x128K`."""
-    pairs = (point.partition("x")[::2] for point in text.split(","))
-    return [(int(batch), parse_size(context)) for batch, context in pairs]
+    """(batch, context) pairs of `1x2K,8x128K`, none of an empty text.
+
+    Raises ValueError naming what is no such pair.
+    """
+    points = []
+    for point in text.split(",") if text else ():
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*[KM]?", point):
+            raise ValueError(f"{point!r} is no batch x context, as in 8x128K")
+        batch, _, context = point.partition("x")
+        points.append((int(batch), parse_size(context)))
+    return points

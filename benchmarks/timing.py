@@ -30,9 +30,10 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
 def queued_seconds(function: Callable[[jax.Array], Any], x: jax.Array, start: float) -> float:
     """Median seconds of one call on `x` of ten queued at once, so that starting them hides.
 
-    `start` is the time of starting a program, subtracted once.
+    Args:
+      function: jitted.
+      start: the time of starting a program, subtracted once.
     """
-    function = jax.jit(function)
     times = seconds(lambda: [function(x) for _ in range(10)], 10)
     return statistics.median((t - start) / 10 for t in times)
 

@@ -1,6 +1,7 @@
 """The training form of a decoder: embedding, stacked blocks of attention and SwiGLU, tied head."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from mlra_jax import remat, sharding
 from mlra_jax.attention import mechanism
 from mlra_jax.config import ModelConfig
+from mlra_jax.kernels import target
 from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param, weigh
 
 
@@ -83,13 +85,13 @@ class Embedding(nnx.Module):
             config.param_dtype,
         )
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """`[B, T, D]` in the dtype of the stream that blocks add to."""
+    def __call__(self, tokens_BT: jax.Array, given: jax.Array | None = None) -> jax.Array:
+        """`[B, T, D]` in the dtype of the stream that blocks add to; `given` of `Model.whole`."""
         if self.apart:
             return self._parts(tokens_BT)
         # Not the tokens' vectors: those would be far more.
         table_VD = sharding.gathered(
-            self.embedding[...], self.mesh, TABLE, sharding.BATCH, self.dtype
+            self.embedding[...], self.mesh, TABLE, sharding.BATCH, self.dtype, given
         )
         # Cast after the look-up: else gradients of a token seen often are summed in that dtype.
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
@@ -142,30 +144,71 @@ class Model(nnx.Module):
         """int32 tokens `[B, T]` -> float32 logits `[B, T, V]`; positions count from 0."""
         return _logits(self, tokens_BT, positions_BT)
 
-    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
-        """The last block's output after the final norm, `[B, T, D]` in the compute dtype."""
-        x_BTD = self.embed(tokens_BT)
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        whole: dict[Any, jax.Array] | None = None,
+    ) -> jax.Array:
+        """The last block's output after the final norm, `[B, T, D]` in the compute dtype.
+
+        `whole` is what the method of that name gave, for several passes with the same weights.
+        """
+        given = dict(whole or {})
+        x_BTD = self.embed(tokens_BT, given.pop(TABLE, None))
         positions_BT = positions(tokens_BT) if positions_BT is None else positions_BT
         graphdef, stacked = nnx.split(self.layers)
 
         together, how = unrolled(self.config, self.mesh), self.config.execution
         in_loop = together < self.config.num_layers
-        once = how.remat == "none" and not in_loop
 
         def body(x_BTD, layer):
-            layer = nnx.map_state(self._gathered, layer) if once else layer
+            layer, given = layer
+            layer = nnx.map_state(functools.partial(self._as_read, given), layer)
             block = nnx.merge(graphdef, layer)
             return block(remat.name_stream(x_BTD), positions_BT), None
 
         body = remat.checkpointed(body, how.remat, in_loop=in_loop)
-        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=together)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, (stacked, given), unroll=together)
         return self.final_norm(x_BTD)
 
-    def _gathered(self, path, weight: nnx.Variable) -> nnx.Variable:
-        """Of one layer; where all is kept for the backward pass, so are gathered weights."""
+    def _as_read(self, given, path, weight: nnx.Variable) -> nnx.Variable:
+        """Of one layer, as its products read it."""
         axes = weight.get_metadata()["out_sharding"][1:]  # That of the layers is first.
-        where, dtype = (self.mesh, axes, sharding.BATCH), self.config.execution.dtype
-        return weight.replace(sharding.gathered(weight[...], *where, dtype))
+        kernel = self._padded(weight, axes)
+        if self._keeps_all:
+            dtype = self.config.execution.dtype
+            how = (self.mesh, axes, sharding.BATCH, dtype, given.get(path))
+            kernel = sharding.gathered(kernel, *how)
+        return weight.replace(kernel)
+
+    def _padded(self, weight, axes):
+        return sharding.padded(weight[...], self.mesh, axes, "mlp", product_step(self.mesh))
+
+    @property
+    def _keeps_all(self) -> bool:
+        """Whether all is kept for the backward pass, and gathered weights too."""
+        how, layers = self.config.execution, self.config.num_layers
+        return how.remat == "none" and unrolled(self.config, self.mesh) == layers
+
+    def whole(self) -> dict[Any, jax.Array]:
+        """Weights of which devices that split the batch have parts, rounded and gathered, by path.
+
+        Nothing where no gathered weight is kept for the backward pass either.
+        """
+        if not self._keeps_all:
+            return {}
+        found = {}
+
+        def add(path, array, axes, dtype):
+            if sharding.splits(self.mesh, axes, sharding.BATCH):
+                found[path] = sharding.whole(array, self.mesh, axes, sharding.BATCH, dtype)
+
+        for path, weight in nnx.to_flat_state(nnx.state(self.layers)):
+            axes = weight.get_metadata()["out_sharding"]
+            add(path, self._padded(weight, axes), axes, self.config.execution.dtype)
+        add(TABLE, self.embed.embedding[...], TABLE, self.embed.dtype)
+        return found
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]` from `hidden`'s output, split over the vocabulary."""
@@ -180,6 +223,12 @@ def _logits(model, tokens_BT, positions_BT):
 def positions(tokens_BT: jax.Array) -> jax.Array:
     """int32 `[B, T]`, counting from 0 in each row."""
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+
+
+def product_step(mesh: Mesh) -> int:
+    """What the MLP's width on each device is padded to a multiple of: products of rows that are no
+    multiple of 16 bytes take twice the time on GPUs."""
+    return 128 if target.is_gpu(mesh.devices.flat[0]) else 1
 
 
 def unrolled(config: ModelConfig, mesh: Mesh) -> int:

@@ -190,35 +190,74 @@ def constrain(x: jax.Array, mesh: Mesh, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named(mesh, *axes))
 
 
-def gathered(
+def splits(mesh: Mesh, axes: Sequence[str | None], over: Sequence[str]) -> bool:
+    """Whether devices along the mesh axes `over` have parts of an array with these names."""
+    split = {a for names in mesh_axes(*axes) for a in names}
+    return any(mesh.shape[a] > 1 for a in split.intersection(over))
+
+
+def whole(
     x: jax.Array, mesh: Mesh, axes: Sequence[str | None], over: Sequence[str], dtype: str = ""
 ) -> jax.Array:
     """An array with these logical names, whole on the devices along the mesh axes `over`.
 
-    They exchange it once for all that is computed of it, where XLA would for each product; weights
-    rounded to `dtype`, if one is given and narrower. The gradient is summed over them in the dtype
-    of `x` on its way to where each part belongs, and never whole anywhere.
+    It is rounded to `dtype`, if one is given and narrower.
     """
-    split = {a for names in mesh_axes(*axes) for a in names}
-    if all(mesh.shape[a] == 1 for a in split.intersection(over)):
-        return x
-    return _gathered(x, mesh, tuple(axes), tuple(over), dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gathered(x, mesh, axes, over, dtype):
     narrow = min(x.dtype, jnp.dtype(dtype or x.dtype), key=lambda d: d.itemsize)
     # Named as it is split first: else XLA would round it, or project it, behind the exchange.
     parts = constrain(x.astype(narrow), mesh, *axes)
     kept = (tuple(a for a in names if a not in over) for names in mesh_axes(*axes))
     where = NamedSharding(mesh, PartitionSpec(*(names or None for names in kept)))
-    return jax.lax.with_sharding_constraint(parts, where).astype(x.dtype)
+    return jax.lax.with_sharding_constraint(parts, where)
+
+
+def gathered(
+    x: jax.Array,
+    mesh: Mesh,
+    axes: Sequence[str | None],
+    over: Sequence[str],
+    dtype: str = "",
+    given: jax.Array | None = None,
+) -> jax.Array:
+    """As `whole`, in the dtype of `x`; it is `given`, if that is here already.
+
+    Devices exchange it once for all that is computed of it, where XLA would for each product. The
+    gradient is summed over them in the dtype of `x` on its way to where each part belongs, and
+    never whole anywhere.
+    """
+    if not splits(mesh, axes, over):
+        return x
+    return _gathered(x, given, mesh, tuple(axes), tuple(over), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _gathered(x, given, *how):
+    return (whole(x, *how) if given is None else given).astype(x.dtype)
 
 
 _gathered.defvjp(
-    lambda x, *how: (_gathered(x, *how), None),
-    lambda mesh, axes, over, dtype, _, slope: (constrain(slope, mesh, *axes),),
+    lambda x, given, *how: (_gathered(x, given, *how), None),
+    lambda mesh, axes, over, dtype, _, slope: (constrain(slope, mesh, *axes), None),
 )
+
+
+def padded(x: jax.Array, mesh: Mesh, axes: Sequence[str | None], axis: str, step: int) -> jax.Array:
+    """An array with these logical names, each device's part of `axis` with zeros behind it, up to
+    a multiple of `step`. No device exchanges anything for it."""
+    if axis not in axes:
+        return x
+    at = axes.index(axis)
+    ways = size(mesh, mesh_axes(*axes)[at])
+    part = x.shape[at] // ways
+    more = -part % step
+    if not more:
+        return x
+    shape = lambda *widths: (*x.shape[:at], *widths, *x.shape[at + 1 :])
+    names = (*axes[:at], axis, None, *axes[at + 1 :])
+    parts = constrain(x.reshape(shape(ways, part)), mesh, *names)
+    behind = [(0, more if i == at + 1 else 0) for i in range(parts.ndim)]
+    parts = constrain(jnp.pad(parts, behind), mesh, *names)
+    return constrain(parts.reshape(shape(ways * (part + more))), mesh, *axes)
 
 
 def abstract(make: Callable[[], nnx.Module], mesh: Mesh) -> tuple[nnx.GraphDef, dict]:

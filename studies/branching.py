@@ -5,7 +5,8 @@
 
 prints the loss of the MLA (a GQA becomes one first, `mlra_jax.convert.factored`) and of MLRAs made
 of it (`mlra_jax.convert.branched`): each way to turn the latent, with scores multiplied by the
-number of branches and by factors fitted to the text (least squares of the MLA's scores, weighted
+number of branches, by what each slice's share of the variance is of one (TPLA's own way, which
+corrects norms, too) and by factors fitted to the text (least squares of the MLA's scores, weighted
 by its attention). Turns and factors are taken from the first half of the text's windows, losses
 from the second. `--destination` keeps one, fitted, to train on:
 `python train.py --config=configs/fine_tune.py:models/branched --workdir=...`.
@@ -121,15 +122,20 @@ def loss(config: ModelConfig, params: dict, tokens_BT: np.ndarray) -> float:
 
 
 def convert(config: ModelConfig, params: dict, seen: list[Seen], branches: int, word: str):
-    """(turns, fitted strengths) of all layers."""
+    """(turns, fitted strengths, sizes of the slices) of all layers."""
     attention = params["layers"]["attention"]
     gains = np.asarray(attention["kv_norm"]["scale"])
     k_up = np.asarray(attention["k_up"]["kernel"]) * gains[:, None, :, None]
     factor = (config.embed_dim / config.attention.latent_dim) ** 0.5
     k_up = k_up * (factor if config.attention.scaled else 1.0)
-    turns = [turn(word, branches, second_moments(layer.latent_BTC)) for layer in seen]
+    moments = [second_moments(layer.latent_BTC) for layer in seen]
+    turns = [turn(word, branches, moments_CC) for moments_CC in moments]
     found = zip(seen, k_up, turns, strict=True)
-    return np.stack(turns), np.stack([fitted_strengths(*x, branches) for x in found])
+    fitted = np.stack([fitted_strengths(*x, branches) for x in found])
+    squares = [
+        np.diag(U.T @ M @ U).reshape(branches, -1) for U, M in zip(turns, moments, strict=True)
+    ]
+    return np.stack(turns), fitted, np.sqrt(np.mean(squares, axis=-1))
 
 
 def write(path: str, config: ModelConfig, params: dict, tokenizer: str | None) -> None:
@@ -176,12 +182,14 @@ def main(argv: list[str] | None = None) -> int:
         seen = look(subject, tokens_BT[:half])
         print(f"{'mla':28}loss {loss(config, params, tokens_BT[half:]):.4f}", flush=True)
         for word in TURNS:
-            turns, fitted = convert(config, params, seen, branches, word)
-            for called, strengths in (
-                ("x branches", np.full_like(fitted, branches)),
+            turns, fitted, sizes = convert(config, params, seen, branches, word)
+            alike = np.full_like(fitted, branches)
+            for called, *factors in (
+                ("x branches", alike),
+                ("by shares", alike / sizes[..., None] ** 2, sizes),
                 ("fitted", fitted),
             ):
-                made = branched(config, params, branches, turns, strengths)
+                made = branched(config, params, branches, turns, *factors)
                 of_made = loss(*made, tokens_BT[half:])
                 print(f"{word + ', ' + called:28}loss {of_made:.4f}", flush=True)
             if word == flags.turn and flags.destination:

@@ -108,8 +108,9 @@ def table(study: Study, results: Results) -> str:
     """Markdown: a row for each variant, lowest loss first."""
     caches = " | ".join(f"cache, {ways}-way" for ways in WAYS)
     lines = [
-        f"| | validation loss | runs | parameters | MLP | {caches} | training FLOPs | tokens/s |",
-        "|---|" + "---|" * (6 + len(WAYS) - 1),
+        f"| | validation loss | runs | parameters | MLP | {caches} | training FLOPs | tokens/s "
+        "| on |",
+        "|---|" + "---|" * (7 + len(WAYS) - 1),
     ]
     rows = sorted(results.items(), key=lambda row: mean_and_error([*last_losses(row[1]).values()]))
     for name, runs in rows:
@@ -125,6 +126,7 @@ def table(study: Study, results: Results) -> str:
             *("-" if values is None else f"{values:g}" for values in caches),
             f"{first['training_flops']:.2e}",
             f"{np.median([run['tokens_per_second'] for run in runs]):,.0f}",
+            ", ".join(sorted({run["device"] for run in runs})),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -137,7 +139,7 @@ def write(study: Study, results: Results, folder: str | Path) -> str:
         [
             f"Loss in nats per token after {first['tokens']:,} tokens, mean and standard error "
             f"over seeds; cache in values per token, layer and device; tokens/s of "
-            f"{first['side_by_side']} runs side by side on one {first['device']}.",
+            f"{first['side_by_side']} runs side by side on one device.",
             table(study, results),
             "\n".join(f"- {line}" for line in words(study, results)),
         ]
@@ -167,7 +169,10 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
             caches.errorbar(
                 values, mean, None if math.isnan(error) else error, fmt="osD^v"[i // 10], **style
             )
-        curves, line = _curves(runs), dict(linestyle="-" if i < 10 else "--", color=f"C{i % 10}")
+        curves, line = (
+            _curves(runs),
+            dict(linestyle=("-", "--", ":")[i // 10 % 3], color=f"C{i % 10}"),
+        )
         steps = np.array(runs[0]["validation_loss"])[:, 0]
         seen = steps * runs[0]["tokens"] / steps[-1]
         tokens.plot(seen, np.mean([*curves.values()], 0), label=name, linewidth=1, **line)

@@ -232,3 +232,21 @@ def test_what_is_gathered_travels_once_and_its_gradient_to_where_it_belongs():
     np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-4)
     alone = sharding.make_mesh()
     assert sharding.gathered(w_DF, alone, axes, sharding.BATCH, "bfloat16") is w_DF
+
+
+def test_each_device_pads_its_own_part_and_cuts_its_own_gradient():
+    mesh, axes = sharding.make_mesh(fsdp=2, tensor=4), ("embed", "mlp")
+    w_DF = jax.device_put(np.arange(1.0, 25).reshape(2, 12), sharding.named(mesh, *axes))
+    pad = lambda w_DF: sharding.padded(w_DF, mesh, axes, "mlp", 5)
+    both = jax.jit(lambda w_DF: (pad(w_DF), jax.grad(lambda w: (pad(w) ** 2).sum())(w_DF)))
+    program = both.lower(w_DF).compile()
+    assert not re.search("all-|collective|reduce-scatter", program.as_text())
+    padded_DF, slope_DF = program(w_DF)
+    want_DWf = np.pad(np.asarray(w_DF).reshape(2, 4, 3), ((0, 0), (0, 0), (0, 2)))
+    np.testing.assert_array_equal(padded_DF, want_DWf.reshape(2, 20))
+    np.testing.assert_array_equal(slope_DF, 2 * w_DF)
+    for same in (
+        sharding.padded(w_DF, mesh, axes, "mlp", 3),
+        sharding.padded(w_DF, mesh, axes, "vocab", 5),
+    ):
+        assert same is w_DF

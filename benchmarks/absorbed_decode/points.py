@@ -92,7 +92,7 @@ def model_points() -> list[Point]:
         (1, (2 * K, 16 * K, 128 * K)),
         (8, (2 * K, 16 * K, 128 * K)),
         (64, (2 * K, 4 * K, 16 * K)),
-        (128, (2 * K, 4 * K)),
+        (128, (K, 2 * K, 4 * K)),
     ):
         for cache in caches:
             for latents in (1, 2, 4):

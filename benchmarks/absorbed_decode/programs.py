@@ -33,7 +33,8 @@ def looped(op, steps: int):
 def exact(q, q_rope, latents, k_rope, lengths, starts, *, scale):
     """Float32 attention, one block of the cache at a time: nothing in common with the kernels."""
     B, T, L, H, _ = q.shape
-    G, S, block = q_rope.shape[2], latents.shape[1], 1000 if latents.shape[1] % 2048 else 2048
+    G, S = q_rope.shape[2], latents.shape[1]
+    block = next(size for size in (2048, 1024, 1000) if S % size == 0)
     wide = lambda x: x.astype(jnp.float32)
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 

@@ -11,11 +11,13 @@ the scores outweighs the other; `1/sqrt(R)` does the same for a sum over R branc
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,21 @@ from mlra_jax.layers import INIT_STDDEV
 
 Moments = dict[str, float]
 _DRAWS = 64
+_CHOICES = 10_000
+
+
+class _Projected(NamedTuple):
+    """Second moments of what a fresh attention's weights make of a normed stream."""
+
+    queries: float
+    keys: list[float]
+    """Of each branch, without rotary dimensions; values are as large."""
+    rotary: float
+    cached: Moments
+    sources: list[int]
+    """Dimensions of what both keys without rotary dimensions and values are made of."""
+    factor: float = 1.0
+    """Of the sum over branches, squared."""
 
 
 def predicted(config: ModelConfig, length: int) -> Moments:
@@ -58,54 +75,88 @@ def predicted(config: ModelConfig, length: int) -> Moments:
     The normed stream has moment 1, every weight is independent with variance 0.02² (TPA: those of
     Xavier), so that a sum of `n` products has `n` times theirs. Nothing is measured.
     """
+    a = config.attention
+    of = _projected(config)
+    N, R = a.query_dim - a.rope_dim, a.rope_dim
+    nope = [N * of.queries * keys / a.query_dim for keys in of.keys]
+    rope = R * of.queries * of.rotary / a.query_dim
+    outputs = [
+        values * _gathered(scores, rope, (N, R, source), length)
+        for values, scores, source in zip(of.keys, nope, of.sources, strict=True)
+    ]
+    found = {"queries": of.queries}
+    if N:
+        found |= {"keys, NoPE": fmean(of.keys), "scores, NoPE": fmean(nope)}
+    found |= {"keys, RoPE": of.rotary, "scores, RoPE": rope, "values": fmean(of.keys)}
+    found |= {"branch outputs": fmean(outputs), "head outputs": sum(outputs) * of.factor}
+    return found | {f"cached {name}": moment for name, moment in of.cached.items()}
+
+
+def _projected(config: ModelConfig) -> _Projected:
     a, D = config.attention, config.embed_dim
     dense = D * INIT_STDDEV**2
-    queries = keys = values = branches = factor = 1.0
-    rotary = dense
     match a:
         case LatentConfig():
-            C, Q = a.latent_head_dim, a.q_latent_dim
-            calibrated = lambda width: D / width if a.scaled else 1.0
-            queries = Q * INIT_STDDEV**2 * calibrated(Q)
-            keys = values = C * INIT_STDDEV**2 * calibrated(C)
-            cached = {"latents": calibrated(C), "k_rope": dense}
-            if a.base_dim:
-                cached["base"] = calibrated(a.base_dim)
-            branches, factor = a.num_branches, 1 / a.num_branches if a.scaled else 1.0
+            return _of_latents(a, D)
         case TensorProductConfig():
             A = lambda rank: D * 2 / ((a.num_heads + D) * rank)
             B = lambda rank: D * 2 / ((rank + D) * a.head_dim)
-            queries = A(a.q_rank) * B(a.q_rank) / a.q_rank
-            keys = rotary = values = A(a.rank) * B(a.rank) / a.rank
-            shared = B(a.rank) / a.rank**2
+            keys, shared = A(a.rank) * B(a.rank) / a.rank, B(a.rank) / a.rank**2
             cached = {"k_a": A(a.rank), "k_b": shared, "v_a": A(a.rank), "v_b": shared}
+            return _Projected(A(a.q_rank) * B(a.q_rank) / a.q_rank, [keys], keys, cached, [D])
+        case MultiMatrixConfig():
+            queries = a.q_latent_dim * INIT_STDDEV**2
         case _:
-            queries = keys = values = dense
-            if isinstance(a, MultiMatrixConfig):
-                queries = a.q_latent_dim * INIT_STDDEV**2
-            tied = isinstance(a, TiedConfig)
-            cached = dict.fromkeys(("tied", "k_rope") if tied else ("k", "v"), dense)
-    N, R = a.query_dim - a.rope_dim, a.rope_dim
-    nope, rope = (n * queries * k / a.query_dim for n, k in ((N, keys), (R, rotary)))
-    branch = values * _concentration(nope + rope, a.query_dim, length)
-    found = {"queries": queries}
-    if N:
-        found |= {"keys, NoPE": keys, "scores, NoPE": nope}
-    found |= {"keys, RoPE": rotary, "scores, RoPE": rope, "values": values}
-    found |= {"branch outputs": branch, "head outputs": branch * branches * factor}
-    return found | {f"cached {name}": moment for name, moment in cached.items()}
+            queries = dense
+    tied = isinstance(a, TiedConfig)
+    cached = dict.fromkeys(("tied", "k_rope") if tied else ("k", "v"), dense)
+    return _Projected(queries, [dense], dense, cached, [a.head_dim if tied else D])
 
 
-def _concentration(variance: float, width: int, length: int) -> float:
-    """Mean of Σ w², of softmaxes over 1 ... `length` scores of this variance.
+def _of_latents(a: LatentConfig, D: int) -> _Projected:
+    dense, n = D * INIT_STDDEV**2, a.num_branches
+    calibrated = lambda width: D / width if a.scaled else 1.0
+    projected = lambda width: width * INIT_STDDEV**2 * calibrated(width)
+    sources, factor = [a.latent_head_dim] * a.branches, 1 / n if a.scaled else 1.0
+    cached = {"latents": calibrated(a.latent_head_dim), "k_rope": dense}
+    if a.base_dim:
+        sources, cached = [*sources, a.base_dim], cached | {"base": calibrated(a.base_dim)}
+    keys = [projected(width) for width in sources]
+    if a.expanded:
+        both = a.nope_dim * keys[0] + a.rope_dim * dense
+        cached = {"k": both / a.query_dim, "v": keys[0]}
+    if a.branch_gated:
+        # Weights of mean 1 by a softmax over logits that are projections of the stream.
+        logits = np.random.default_rng(0).normal(scale=np.sqrt(dense), size=(_CHOICES, n))
+        factor *= n * float((_softmax(logits) ** 2).sum(-1).mean())
+    return _Projected(projected(a.q_latent_dim), keys, dense, cached, sources, factor)
 
-    Independent values averaged with weights w have Σ w² times their moment. A query's scores are
-    normal, with the size of the query for their deviation.
+
+@functools.cache
+def _gathered(nope: float, rope: float, sizes: tuple[int, int, int], length: int) -> float:
+    """Of the second moment of values, what attention to 1 ... `length` of them leaves.
+
+    Independent values averaged with weights w have Σ w² times their moment. But NoPE scores look in
+    one direction of what keys and values are both made of, and there values lean as the weights do:
+    (Σ w z)² for scores that are z times their deviation. A query's scores are normal, with the size
+    of the query for their deviation. `sizes`: NoPE and rotary dimensions, and those of the source.
     """
-    rng = np.random.default_rng(0)
-    size = np.sqrt(variance * rng.chisquare(width, (_DRAWS, length, 1)) / width)
-    odds = np.tril(np.exp(size * rng.normal(size=(_DRAWS, length, length))))
-    return float(((odds**2).sum(-1) / odds.sum(-1) ** 2).mean())
+    rng, (N, R, source) = np.random.default_rng(0), sizes
+    shape = (_DRAWS, length, length)
+    deviation = lambda moment, n: (
+        np.sqrt(moment * rng.chisquare(n, (*shape[:2], 1)) / n) if n else 0
+    )
+    z = rng.normal(size=shape)
+    w = _softmax(
+        deviation(nope, N) * z + deviation(rope, R) * rng.normal(size=shape), np.tri(length)
+    )
+    squares, along = (w**2).sum(-1), (w * z).sum(-1) ** 2
+    return float((squares + (along - squares) / source).mean())
+
+
+def _softmax(scores: np.ndarray, visible: np.ndarray | float = 1.0) -> np.ndarray:
+    odds = visible * np.exp(scores)
+    return odds / odds.sum(-1, keepdims=True)
 
 
 @nnx.jit

@@ -52,7 +52,9 @@ class LatentAttention(FromLatents):
         q_BTHK = self._all_heads(q_BTHK)
         q_nope_BTHK, q_rope_BTHR = jnp.split(q_BTHK, [a.nope_dim], axis=-1)
         k_up_bHCK = self._per_head(self.k_up).reshape(a.branches, H, -1, a.nope_dim)
-        q_BTbHC = weigh(q_nope_BTHK, k_up_bHCK, "bthk,rhck->btrhc")
+        k_up_HKbC = k_up_bHCK.transpose(1, 3, 0, 2)
+        q_HBTbC = weigh(jnp.moveaxis(q_nope_BTHK, 2, 0), k_up_HKbC, "abcd,adef->abcef")
+        q_BTbHC = jnp.moveaxis(q_HBTbC, 0, 3)
         rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
         q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
         k_BTJX = heads.repeat_for_mesh(heads.with_shared(c_BTLC, k_rope_BTR), self.mesh)
@@ -154,8 +156,13 @@ class LatentAttention(FromLatents):
         (B, T, _, C), (ways, heads) = z_BTPC.shape, self._parts()
         v_up_PCK = self._per_head(self.v_up)
         v_up_wbHCK = v_up_PCK.reshape(ways, -1, heads, C, self.config.value_dim)
+        v_up_PbCK = jnp.swapaxes(v_up_wbHCK, 1, 2).reshape(
+            ways * heads, -1, C, self.config.value_dim
+        )
         z_BTwbHC = self._chosen(y, z_BTPC).reshape(B, T, ways, -1, heads, C)
-        o_BTwHK = weigh(z_BTwbHC, v_up_wbHCK, "btwrhc,wrhck->btwhk")
+        z_PBTbC = z_BTwbHC.transpose(2, 4, 0, 1, 3, 5).reshape(ways * heads, B, T, -1, C)
+        o_PBTK = weigh(z_PBTbC, v_up_PbCK, "abcde,adef->abcf")
+        o_BTwHK = jnp.moveaxis(o_PBTK, 0, 2).reshape(B, T, ways, heads, -1)
         return self._by_part(o_BTwHK * self.branch_factor)
 
 

@@ -18,7 +18,13 @@ def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:
     """What this program sets, as far as this JAX knows it, and `xla_options` over it."""
     own = _OF_SEVERAL.get(sharding.platform(mesh), {}) if mesh.size > 1 else {}
     known = {name: value for name, value in own.items() if _refusal({name: value}) is None}
-    return known | dict(item.split("=", 1) for item in experiment.xla_options.split())
+    asked = (item.split("=", 1) for item in experiment.xla_options.split())
+    return known | {name: _as_python(value) for name, value in asked}
+
+
+def _as_python(value: str) -> str:
+    """`true` and `false`, as XLA's own flags have them; JAX's options know `True` and `False`."""
+    return value.capitalize() if value in ("true", "false") else value
 
 
 def compile_with(

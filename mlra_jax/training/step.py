@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,12 @@ from mlra_jax.training.settings import Experiment
 from mlra_jax.training.state import TrainState, abstract_state
 
 
-def loss_sum(model: Model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Array:
+def loss_sum(
+    model: Model,
+    batch: Mapping[str, jax.Array],
+    chunk: int,
+    whole: dict[Any, jax.Array] | None = None,
+) -> jax.Array:
     """Cross-entropy in nats, summed over all tokens of `batch`, float32 scalar.
 
     The logits of `chunk` positions exist at a time, and once: where a gradient is asked for, it is
@@ -29,10 +35,12 @@ def loss_sum(model: Model, batch: Mapping[str, jax.Array], chunk: int) -> jax.Ar
       batch: `inputs` and `targets`, int32 [B, T]; if it has `weights`, float32 [B, T], each
         token's loss is multiplied by its own.
       chunk: positions per chunk.
+      whole: of `Model.whole`, for several batches with the same weights.
     """
-    x_BTD, known = model.hidden(batch["inputs"]), (batch["targets"], batch.get("weights"))
+    x_BTD = model.hidden(batch["inputs"], whole=whole)
+    known = batch["targets"], batch.get("weights")
     table_VD, where = model.embed.embedding[...], (model.mesh, TABLE, sharding.BATCH)
-    table_VD = sharding.gathered(table_VD, *where, x_BTD.dtype.name)
+    table_VD = sharding.gathered(table_VD, *where, x_BTD.dtype.name, (whole or {}).get(TABLE))
     return _sum_of_chunks(model.mesh, chunk, x_BTD, table_VD, known)
 
 
@@ -133,8 +141,8 @@ def train_step(experiment: Experiment, mesh: Mesh):
     parts = experiment.data.accumulate
     chunk = min(experiment.loss_chunk, experiment.model.context_length)
 
-    def loss_of(params, batch):
-        total = loss_sum(nnx.merge(definition, params), batch, chunk)
+    def loss_of(params, batch, whole=None):
+        total = loss_sum(nnx.merge(definition, params), batch, chunk, whole)
         return total / batch["targets"].size
 
     def accumulated(params, batch):
@@ -143,9 +151,11 @@ def train_step(experiment: Experiment, mesh: Mesh):
             rows = array_BT.reshape(-1, parts, array_BT.shape[1])
             return sharding.constrain(jnp.swapaxes(rows, 0, 1), mesh, None, "batch", "length")
 
+        whole = nnx.merge(definition, params).whole()
+
         # In float32 whatever the parameters are: sums of many parts would lose what each adds.
         def add(sums, part):
-            added = jax.value_and_grad(loss_of)(params, part)
+            added = jax.value_and_grad(loss_of)(params, part, whole)
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, added), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)

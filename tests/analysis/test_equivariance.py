@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from tiny import ATTENTIONS, random_model
+from tiny import ATTENTIONS, NEIGHBOURS, random_model
 
 from mlra_jax.analysis import equivariance
 from mlra_jax.analysis.equivariance import SHIFTS, kept, measure
@@ -17,6 +17,7 @@ from mlra_jax.layers import Projection, rotate
 from mlra_jax.sharding import make_mesh
 
 LENGTH = 9
+ALL = ATTENTIONS | {name: NEIGHBOURS[name] for name in ("mlra_4_base_gated", "gqla_expanded")}
 
 
 def measured(name, **settings):
@@ -25,13 +26,13 @@ def measured(name, **settings):
     return measure(subject, length=LENGTH, dtypes=("float32",), **settings)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_variant_keeps_its_scores_when_all_positions_move(name):
-    report, a = measured(name, layers=1), ATTENTIONS[name]
+    report, a = measured(name, layers=1), ALL[name]
     assert report["findings"] == []
     moves = report["dtypes"]["float32"]["moves"]
     assert max(SHIFTS) == 1_000_000 and len(moves) == len(SHIFTS) + 3
-    branch_heads = a.num_heads * getattr(a, "branches", 1)
+    branch_heads = a.num_heads * getattr(a, "num_branches", 1)
     for move, change in moves.items():
         (layer,) = change["layers"]
         assert len(layer["nope"]) == len(layer["rope"]) == branch_heads

@@ -36,11 +36,21 @@ ATTENTIONS = {
     "mlra_2": LatentConfig(groups=2, branches=2, **SIZES),
     "mlra_4": LatentConfig(groups=1, branches=4, **SIZES),
 }
+_NARROW = SIZES | dict(latent_dim=64)
+NEIGHBOURING = {
+    "mlra_4_base": LatentConfig(groups=1, branches=4, **_NARROW, base_dim=64),
+    "mlra_4_base_gated": LatentConfig(
+        groups=1, branches=4, **_NARROW, base_dim=64, branch_gated=True
+    ),
+    "gqla": LatentConfig(
+        groups=1, branches=1, **SIZES | dict(num_heads=16), num_kv_heads=8, expanded=True
+    ),
+}
 # Wide enough that averages over weights are what is expected of them.
 MODELS = settings_of_factors(
     {
         name: ModelConfig(a, vocab_size=88, num_layers=1, embed_dim=384, mlp_dim=8)
-        for name, a in ATTENTIONS.items()
+        for name, a in (ATTENTIONS | NEIGHBOURING).items()
     }
 )
 LENGTH = 24
@@ -48,7 +58,7 @@ LENGTH = 24
 
 def test_all_variants_are_predicted_with_and_without_factors():
     assert ATTENTIONS.keys() == set(VARIANTS)
-    assert sum("without factors" in name for name in MODELS) == 5
+    assert sum("without factors" in name for name in MODELS) == 5 + len(NEIGHBOURING)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,6 +72,15 @@ def test_predicted_where_softmaxes_are_far_from_uniform():
     expected = predicted(wide, LENGTH)
     assert expected["scores, RoPE"] == pytest.approx((3072 * 0.02**2) ** 2)
     assert at_initialisation(wide, length=LENGTH) == pytest.approx(expected, rel=0.05)
+
+
+def test_predicted_where_keys_and_values_are_made_of_a_narrow_latent():
+    """There values lean as the weights do."""
+    sizes = dict(latent_dim=256, q_latent_dim=1024, nope_dim=128, rope_dim=64)
+    latent = LatentConfig(num_heads=4, groups=1, branches=4, **sizes)
+    narrow = ModelConfig(latent, 88, num_layers=1, embed_dim=3072, mlp_dim=8)
+    expected = predicted(narrow, 64)
+    assert at_initialisation(narrow, rows=8) == pytest.approx(expected, rel=0.04)
 
 
 def test_the_factors_make_both_parts_of_a_key_alike():

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from mlra_jax.kernels.absorbed_decode.problem import Problem
 mosaic_gpu = pytest.importorskip(
     "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
 )
-plan, plgpu = mosaic_gpu.plan, mosaic_gpu.walk.plgpu
+plan, walk = mosaic_gpu.plan, mosaic_gpu.walk
+plgpu = walk.plgpu
 
 
 def problem(**changes):
@@ -61,6 +63,8 @@ GQA = dict(latents=6, groups=6, rope_heads=6, heads=4, rope=128, values_only=Tru
         dict(heads=24, width=256, rope=256, values_only=True),
         dict(heads=24, width=512, values_only=True),
         dict(latents=4, heads=4, width=32, rope=16),
+        dict(latents=4, heads=24, batch=8),
+        dict(latents=2, heads=5, width=256, batch=3, dtype="float16"),
     ],
     ids=[
         "alternate",
@@ -75,6 +79,8 @@ GQA = dict(latents=6, groups=6, rope_heads=6, heads=4, rope=128, values_only=Tru
         "MFA",
         "values_of_512",
         "narrow",
+        "swapped_4",
+        "swapped_2",
     ],
 )
 def test_lowers_for_hopper(monkeypatch, changes):
@@ -90,10 +96,13 @@ def test_lowers_for_hopper(monkeypatch, changes):
         arrays[0] = None
     assert Problem.of(*arrays, p.device_kind) == p
     bounds = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((p.batch, p.queries), (p.batch,))]
-    op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=mosaic_gpu.heuristic(p))
+    config = mosaic_gpu.heuristic(p)
+    op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=config)
     text = jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 2
-    assert registers == REGISTERS[p.width == 512]
+    assert registers == REGISTERS.get(
+        plan.Shape(p, config).mode, [(40, "decrease"), (232, "increase")]
+    )
     # Each launch waits for the one before it, lets the next begin, and only then copies.
     waits = ["griddepcontrol_wait", "griddepcontrol_launch_dependents"]
     split, join = order[: order.index(waits[0], 1)], order[order.index(waits[0], 1) :]
@@ -103,12 +112,22 @@ def test_lowers_for_hopper(monkeypatch, changes):
     assert operations_on(text, *shapes[2:]) <= ONLY_READ
 
 
-# Registers per thread, by warpgroup: one that copies, and two or three that multiply. The hardware
-# has 512 for the warps of four SM parts, and a warpgroup may only give back or take what is there.
+# Registers per thread where others than one warpgroup that copies and two that multiply.
 REGISTERS = {
-    False: [(40, "decrease"), (232, "increase")],
-    True: [(40, "decrease"), (120, "decrease"), (176, "increase")],
+    plan.COLUMNS: [(40, "decrease"), (120, "decrease"), (176, "increase")],
+    plan.SWAPPED[4]: [(32, "decrease"), (112, "increase")],
 }
+
+
+@pytest.mark.parametrize("mode", walk._WAYS, ids=lambda mode: mode.name)
+def test_warpgroups_ask_for_no_more_registers_than_their_cta_has(mode):
+    """One that asks for more waits for ever."""
+    way, groups = walk._WAYS[mode], mode.multipliers + 1
+    roles = walk._loader(way.loader_registers), *way.roles
+    place = lambda wg: types.SimpleNamespace(wg=wg, shape=types.SimpleNamespace(mode=mode))
+    taken = [role.registers for wg in range(groups) for role in roles if role.taken_by(place(wg))]
+    # A CTA begins with as many for each thread as the hardware's 65536 give, in eights.
+    assert len(taken) == groups and sum(taken) <= groups * (512 // groups // 8 * 8)
 
 
 def recorded_calls(monkeypatch):
@@ -215,6 +234,20 @@ LONG = dict(cache=131072)
         (dict(latents=2, heads=33, queries=2, batch=2), dict(stages=4, query_stages=2)),
         (dict(latents=3, batch=2), dict(stages=4, query_stages=2)),
         (dict(latents=2, heads=64, rope=128), dict(stages=3, ctas=64, shared=2, stripes=True)),
+        # Of few query rows cache positions are the rows of products; never of a batch of one row.
+        (dict(latents=4, heads=24, batch=8), dict(stages=2, shared=4, swap=True)),
+        (dict(latents=4, heads=16, queries=2, batch=2), dict(stages=2, shared=4, swap=True)),
+        (dict(latents=4, heads=33, batch=2), dict(stages=4, shared=2)),
+        (dict(latents=2, heads=24, batch=8), dict(stages=4, shared=2, swap=True)),
+        (dict(latents=6, heads=4, groups=6, batch=8), dict(stages=4, shared=2, swap=True)),
+        (dict(latents=2, heads=24, width=256, batch=8), dict(stages=2, shared=2, swap=True)),
+        (dict(latents=4, heads=8, width=256, batch=8), dict(stages=2, shared=2, swap=True)),
+        (dict(latents=4, heads=8, width=64, rope=32, batch=8), dict(shared=4, swap=True)),
+        (dict(latents=4, heads=8, width=32, rope=16, batch=8), dict(query_stages=2)),
+        (
+            dict(latents=4, groups=4, heads=32, rope=256, batch=2),
+            dict(stages=2, shared=2, swap=True),
+        ),
         # Four units at most divide the CTAs among themselves, and only evenly.
         (dict(latents=4, heads=65), dict(stages=4, ctas=128, stripes=True)),
         (dict(latents=5), dict(stages=4, query_stages=2)),
@@ -240,9 +273,16 @@ def test_candidates_fit_and_hold_the_heuristic():
     for changes, blocks, stages, shared, query_stages, join_rows in (
         (dict(), {64, 128}, {2, 4}, {1}, {1, 2}, {4}),
         (dict(width=512, batch=2), {64}, {1, 2}, {1}, {1, 2}, {2, 4, 8}),
-        (dict(batch=64, latents=4, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
+        (
+            dict(batch=64, latents=4, heads=24),
+            {64, 128},
+            {1, 2, 3, 4},
+            {1, 2, 4},
+            {1, 2},
+            {2, 4, 8},
+        ),
         (dict(latents=2, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {4}),
-        (GQA, {64, 128}, {1, 2, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
+        (GQA, {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
         (GQA | dict(rope=32), {64, 128}, {2, 4}, {1}, {1, 2}, {2, 4, 8}),
     ):
         p = problem(**changes)
@@ -254,7 +294,8 @@ def test_candidates_fit_and_hold_the_heuristic():
         assert tried(found, "join_rows") == join_rows
         for config in found:
             # Only the heuristic's own pairing may keep its stripes; others use the whole chip.
-            assert config.stripes == (first.stripes and config.shared == first.shared)
+            own = (config.shared, config.swap) == (first.shared, first.swap)
+            assert config.stripes == (first.stripes and own)
             assert config.ctas == (first.ctas if config.stripes else 132)
             used = plan.smem_bytes(plan.Shape(p, config))
             assert used <= 227 * 1024
@@ -284,6 +325,7 @@ def test_shared_memory_is_counted_as_the_launch_takes_it(monkeypatch):
         dict(latents=2, rope_heads=2, heads=20, batch=2),
         dict(width=512, values_only=True),
         dict(width=32, rope=16, batch=2),
+        dict(latents=4, heads=24, batch=2),
     ):
         p = problem(**changes)
         for config in mosaic_gpu.candidates(p):

@@ -23,7 +23,8 @@ from mlra_jax.kernels.absorbed_decode.problem import Problem
 mosaic_gpu = pytest.importorskip(
     "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
 )
-join, plan, plgpu = mosaic_gpu.join, mosaic_gpu.plan, mosaic_gpu.walk.plgpu
+join, plan, walk = mosaic_gpu.join, mosaic_gpu.plan, mosaic_gpu.walk
+plgpu = walk.plgpu
 
 SCALE = 0.09
 
@@ -88,6 +89,10 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: None)
     monkeypatch.setattr(plgpu, "griddepcontrol_launch_dependents", lambda: None)
     monkeypatch.setattr(join, "weigh_parts", weigh)
+    # What is written in the GPU's own instructions.
+    over_rows = dict(add=jnp.sum, max=jnp.max)
+    monkeypatch.setattr(walk, "_over_rows", lambda op, x, _: over_rows[op](x, axis=0))
+    monkeypatch.setattr(walk, "_any_above", lambda x: (x > 0).any())
     # Joining a row is a call into Python: fewer rows to a product, which the interpreter allows.
     monkeypatch.setattr(plan, "ROWS", 16)
 
@@ -172,6 +177,27 @@ EDGES = [
             dict(ctas=4, stages=2, shared=2, join_rows=2),
             [[([203], 11), ([0], 0), ([64], 0)]],
         ),
+        # Cache positions as the rows of products: four latents with rotary queries in two groups;
+        # a row in two parts, one hidden from its first query, an empty row.
+        (
+            "swapped_4",
+            dict(B=4, T=2, L=4, H=5, C=128, S=208, G=2, R=32),
+            dict(ctas=3, stages=2, shared=4, swap=True, join_rows=2),
+            [[([203, 130], 11), ([0, 0], 0), ([0, 65], 1), ([64, 63], 0)]],
+        ),
+        # Two stages of queries; wide latents with keys of their own.
+        (
+            "swapped_2",
+            dict(B=2, T=1, L=4, H=7, C=256, S=264, G=2, N=4, dtype="float16"),
+            dict(ctas=4, stages=2, shared=2, swap=True, query_stages=2),
+            [[([259], 11), ([65], 0)]],
+        ),
+        (
+            "swapped_2",
+            dict(B=1, T=2, L=4, H=3, C=64, S=136, G=4),
+            dict(ctas=6, stages=2, shared=2, swap=True, stripes=True),
+            [[([130, 129], 9)]],
+        ),
         # Two blocks of query rows, each of two tiles.
         (
             "together",
@@ -235,6 +261,9 @@ EDGES = [
         "wide",
         "pairs",
         "pairs-ragged",
+        "swapped-four",
+        "swapped-wide",
+        "swapped-stripes",
         "together",
         "MLA-stripes",
         "MLA",

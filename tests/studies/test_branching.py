@@ -1,6 +1,7 @@
 """MLA as branches that share its latent: where nothing is lost, and the command."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import pytest
 import tiny
 from flax import nnx
 
+from mlra_jax import costs
 from mlra_jax import model as models
 from mlra_jax.analysis.subject import of_params
 from mlra_jax.checkpoints import open_checkpoint
 from mlra_jax.config import ConfigError, GroupedConfig, LatentConfig, ModelConfig
 from mlra_jax.convert.branched import branched, branched_config, turn
 from mlra_jax.convert.factored import _layer, factored, factored_config
+from mlra_jax.decoder import Decoder
 from mlra_jax.layers import rotate
 from mlra_jax.loading import load_model
 from mlra_jax.saving import save_model
@@ -60,7 +63,7 @@ def test_slices_that_say_the_same_lose_nothing():
         first = np.split(attention[name][leaf], R, axis)[0]
         attention[name] = {leaf: np.concatenate([first] * R, axis)}
     seen = branching.look(of_params("", CONFIG, params), TOKENS)
-    turns, fitted = branching.convert(CONFIG, params, seen, R, "none")
+    turns, fitted, _ = branching.convert(CONFIG, params, seen, R, "none")
     np.testing.assert_allclose(fitted, R, rtol=1e-4)
     made = branched(CONFIG, params, R, turns, fitted)
     assert made[0].attention == dataclasses.replace(MLA, branches=R)
@@ -69,12 +72,34 @@ def test_slices_that_say_the_same_lose_nothing():
     assert tiny.relative_error(logits(*weaker), logits(CONFIG, params)) > 1e-3
 
 
+def test_slices_of_other_sizes_are_known_by_their_shares():
+    """As large in keys as in the latent, a slice's part of a score is its share of the variance."""
+    params, larger = params_of(), np.repeat(np.array([1.0, 0.5, 2.0, 1.5], np.float32), 8)
+    attention = params["layers"]["attention"]
+    for name, leaf, axis, by in (("kv_down", "kernel", 2, larger), ("kv_norm", "scale", 1, 1)):
+        first = np.split(attention[name][leaf], R, axis)[0]
+        attention[name] = {leaf: np.concatenate([first] * R, axis) * by}
+    k_up = np.concatenate([np.split(attention["k_up"]["kernel"], R, 2)[0]] * R, 2)
+    attention["k_up"] = {"kernel": k_up * larger[:, None]}
+    seen = branching.look(of_params("", CONFIG, params), TOKENS)
+    turns, _, sizes = branching.convert(CONFIG, params, seen, R, "none")
+    np.testing.assert_allclose(sizes**2, [larger[::8] ** 2 / (larger**2).mean()] * 2, rtol=1e-4)
+    strengths = np.broadcast_to(R / sizes[..., None] ** 2, (2, R, 8))
+    made = branched(CONFIG, params, R, turns, strengths, sizes)
+    assert tiny.relative_error(logits(*made), logits(CONFIG, params)) < 1e-4
+    blind = branched(CONFIG, params, R, turns, np.full((2, R, 8), float(R)))
+    assert tiny.relative_error(logits(*blind), logits(CONFIG, params)) > 1e-3
+
+
 def test_principal_components_are_dealt_in_turn():
     columns, sizes = orthogonal(8), np.array([5.0, 3, 8, 1, 2, 7, 4, 6])
     turned = turn("pca", 2, columns * sizes @ columns.T)
     np.testing.assert_allclose(turned.T @ turned, np.eye(8), atol=1e-12)
     spread = np.diag(turned.T @ (columns * sizes @ columns.T) @ turned)
     np.testing.assert_allclose(spread, [8, 6, 4, 2, 7, 5, 3, 1])
+    turned = turn("pca_in_order", 2, columns * sizes @ columns.T)
+    spread = np.diag(turned.T @ (columns * sizes @ columns.T) @ turned)
+    np.testing.assert_allclose(spread, np.arange(8, 0, -1))
 
 
 def test_what_cannot_be_branched_is_refused():
@@ -96,7 +121,7 @@ def test_the_command_compares_and_keeps_one(tmp_path, capsys, monkeypatch):
     assert branching.main(flags) == 0
     losses = dict(line.rsplit("loss ") for line in capsys.readouterr().out.splitlines())
     losses = {name.strip(): float(value) for name, value in losses.items()}
-    assert list(losses)[0] == "mla" and len(losses) == 3
+    assert list(losses)[0] == "mla" and len(losses) == 4
     made = load_model(tmp_path / "made")
     assert made.vocabulary.tokenizer == "bytes"
     assert made.config.attention == dataclasses.replace(MLA, branches=4)
@@ -136,6 +161,32 @@ def test_keys_that_differ_by_complex_factors_only_become_one_rotary_key():
         assert tiny.relative_error(v_TK, project(v_DJK)[:, h // 2]) < 1e-6
     factor = np.sqrt(D / made.attention.latent_dim)
     assert (c_TC**2).mean() == pytest.approx((layer["kv_norm"][0] * factor) ** 2)
+
+
+@pytest.mark.parametrize("start", ["mla", "gqa"])
+def test_what_was_converted_decodes_on_four_devices_as_in_a_whole_pass(start):
+    config, params = CONFIG, params_of()
+    if start == "gqa":
+        gqa = tiny.config("gqa", 2, vocab_size=264)
+        made = factored_config(gqa)
+        config, params = made, factored(gqa, params_of(gqa), np.stack([np.eye(40)] * 2), made)
+    width = config.attention.latent_dim
+    turns, factors = np.stack([orthogonal(width)] * 2), np.full((2, R, 8), float(R))
+    made, params = branched(config, params, R, turns, factors)
+    values = costs.cache_values_per_device(made, batch=1, capacity=8, tensor=4)
+    assert values == 8 * (width // 4 + made.attention.rope_dim)
+    mesh = make_mesh(tensor=4)
+    decoder = Decoder.from_params(made, mesh, jax.tree.map(jnp.asarray, params))
+    prefill = jax.jit(lambda decoder, *prompts: decoder.prefill(*prompts, 24))
+    found, cache = prefill(decoder, TOKENS[:, :22], jnp.array([22, 22]))
+    per_device = {k: x.sharding.shard_shape(x.shape) for k, x in cache.layers[0].items()}
+    assert sum(map(math.prod, per_device.values())) == 2 * 24 * values // 8
+    steps = [found]
+    for i in (22, 23):
+        found, cache = jax.jit(Decoder.step)(decoder, TOKENS[:, i : i + 1], cache)
+        steps.append(found[:, 0])
+    want = logits(made, params)[:, 21:24]
+    assert tiny.relative_error(np.stack(steps, axis=1), want) < 1e-5
 
 
 def test_a_gqa_becomes_an_mla_of_the_published_proportions():

@@ -97,6 +97,12 @@ def test_what_the_program_sets_is_what_this_jax_knows_and_the_setting_wins(monke
     assert compiling.options(with_options(""), sharding.make_mesh()) == {}
 
 
+def test_options_may_say_true_as_xlas_flags_do():
+    text = "xla_cpu_enable_fast_math=false xla_cpu_enable_fast_min_max=true"
+    chosen = compiling.options(with_options(text), sharding.make_mesh())
+    assert compiling.compile_with(jax.jit(lambda: 1), (), chosen)() == 1
+
+
 @pytest.mark.parametrize("option", ["xla_no_such=1", f"{KNOWN}=many"])
 def test_an_option_that_this_jax_refuses_is_named(option):
     step = lambda experiment, mesh: jax.jit(lambda: 1)

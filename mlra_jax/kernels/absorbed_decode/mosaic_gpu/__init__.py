@@ -20,10 +20,10 @@ The ring, with 4 stages; a tile's turn decides its stage:
 
 Words:
 
-    tile     `block` positions of one batch row's cache, with one latent or two
+    tile     `block` positions of one batch row's cache, with one latent, two or four
     stream   up to 64 query rows of one latent, with a softmax of their own
-    unit     what walks the cache as one: the one or two streams of a CTA; a batch row has a unit
-             for each of its (latents of a tile, block of query rows)
+    unit     what walks the cache as one: the streams of a CTA; a batch row has a unit for each of
+             its (latents of a tile, block of query rows)
     visit    a CTA's run of tiles of one unit
     part     what a stream has after a visit: its normalised sum and the LSE, a partial result
     turn     a tile's number among those that a CTA loads, counted over all visits
@@ -37,6 +37,10 @@ How the multiplying warpgroups share the work depends on the problem:
                the end, so that the softmax of one runs while the other multiplies;
     latents    tiles of two latents, which share a rotary key: each of two has one of them;
     together   more than 64 query rows: each of two has 64 of them, both use every tile;
+    swapped    few query rows and tiles of two or four latents, each with a warpgroup of its own:
+               cache positions are the rows of the products, query rows their columns, of which
+               64 are not needed. Scores and sums lie transposed in the registers. Latents of a
+               tile have slots of their own in a stage, with barriers of their own;
     columns    latents of width 512, whose accumulator does not fit the registers of one warpgroup:
                the first turns tiles into probabilities, the second and third have one half of the
                value columns each.

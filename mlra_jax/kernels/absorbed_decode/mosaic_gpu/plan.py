@@ -14,11 +14,15 @@ ALIGN = 8
 # Threads of a warpgroup, and the columns of a partial result that lie together, a line.
 LANES = 128
 SMEM_BYTES = 227 * 1024
+# Numbers through which a warpgroup reduces over the rows of an accumulator: 2 of each thread.
+REDUCTION = 2 * LANES
 
 _WIDTHS = (32, 64, 128, 256, 512)
 _ROPES = (16, 32, 64, 128, 256)
 # The code is unrolled over them: each more makes it longer to compile.
 _MOST_QUERIES = 16
+# Query rows that are columns of a product where `Config.swap`: more gain nothing over 64 rows.
+_FEW_ROWS = 32
 # All of two bytes, which `join.weigh` counts on.
 _DTYPES = ("bfloat16", "float16")
 # More in flight gains nothing, but memory then serves some CTAs long before others.
@@ -33,12 +37,14 @@ class Config:
       block: cache positions per tile, a multiple of 64.
       stages: tiles in flight per CTA; an even number where two warpgroups take turns.
       ctas: how many CTAs share the work, so at most how many parts a query row's result has.
-      shared: latents that a tile holds, 1 or 2.
+      shared: latents that a tile holds, 1 or 2, or 4 where `swap`.
       query_stages: 2 loads the next visit's queries while the present ones are in use.
       stripes: give CTAs every n-th tile instead of a run of neighbours; for a batch of one row,
         whose units then divide the CTAs among themselves.
       join_rows: query rows that a CTA of the second launch joins, where tiles are not in stripes.
       overlap: let each launch begin while the one before it drains.
+      swap: make cache positions the rows of the products instead of query rows, of which a few
+        then are not padded to 64; for tiles of several latents.
     """
 
     block: int = 64
@@ -49,6 +55,7 @@ class Config:
     stripes: bool = False
     join_rows: int = 4
     overlap: bool = True
+    swap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +78,7 @@ ALTERNATE = Mode("alternate", takers=2)
 LATENTS = Mode("latents")
 TOGETHER = Mode("together", row_tiles=2)
 COLUMNS = Mode("columns", multipliers=3)
+SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (4, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +101,21 @@ class Shape:
     def mode(self) -> Mode:
         if self.problem.width == 512:
             return COLUMNS
+        if self.config.swap:
+            return SWAPPED[self.config.shared]
         if self.config.shared > 1:
             return LATENTS
         return ALTERNATE if self.rows <= ROWS else TOGETHER
+
+    @property
+    def slots(self) -> int:
+        """Parts of a stage that come and go by themselves, each a warpgroup's."""
+        return self.config.shared if self.config.swap else 1
+
+    @property
+    def slot_width(self) -> int:
+        """Columns of latents in a slot."""
+        return self.config.shared // self.slots * self.problem.width
 
     @property
     def block_rows(self) -> int:
@@ -160,7 +180,8 @@ class Shape:
 
     def query_rows(self, streams: int) -> int:
         """Rows of queries in shared memory: a product of 64 rows may begin at any stream's."""
-        return streams * self.stream_rows + ROWS - self.stream_rows
+        beyond = 0 if self.config.swap else ROWS - self.stream_rows
+        return streams * self.stream_rows + beyond
 
 
 def cdiv(a: int, b: int) -> int:
@@ -182,6 +203,10 @@ def smem_bytes(shape: Shape) -> int:
     if shape.mode is COLUMNS:
         # Probabilities; results pass through the space of the queries.
         exchange = ROWS * config.block * shape.dtype.itemsize
+    elif config.swap:
+        # Probabilities and space for reductions of each latent.
+        exchange = config.shared * shape.stream_rows * config.block * shape.dtype.itemsize
+        exchange += config.shared * REDUCTION * 4
     else:
         wide = 4 if shape.mode is ALTERNATE else shape.dtype.itemsize
         exchange = 2 * ROWS * shape.piece * wide
@@ -217,6 +242,8 @@ def heuristic(problem: Problem) -> Config:
         tiles = cdiv(problem.cache, config.block)
         team = cdiv(tiles, cdiv(tiles, config.ctas // units))
         config = dataclasses.replace(config, stripes=True, ctas=team * units)
+    elif problem.rope_heads == 1 and (shared := _swaps(problem)):
+        config = dataclasses.replace(config, shared=shared[0], swap=True)
     elif problem.width <= 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
     return _with_most_stages(config, problem)
@@ -228,10 +255,10 @@ def candidates(problem: Problem) -> list[Config]:
     found = [first]
     # Tiles in stripes are joined by whole teams.
     join_rows = [first.join_rows] if first.stripes else [2, 4, 8]
-    for block, shared, query_stages, rows in itertools.product(
-        (64, 128), (1, 2) if _pairs(problem) else (1,), (1, 2), join_rows
-    ):
-        stripes = first.stripes and shared == first.shared
+    ways = [(64, shared, True) for shared in _swaps(problem)]
+    ways += itertools.product((64, 128), (1, 2) if _pairs(problem) else (1,), (False,))
+    for (block, shared, swap), query_stages, rows in itertools.product(ways, (1, 2), join_rows):
+        stripes = first.stripes and (shared, swap) == (first.shared, first.swap)
         config = dataclasses.replace(
             first,
             block=block,
@@ -240,6 +267,7 @@ def candidates(problem: Problem) -> list[Config]:
             query_stages=query_stages,
             join_rows=rows,
             stripes=stripes,
+            swap=swap,
         )
         config = _with_most_stages(config, problem)
         if config is None:
@@ -254,13 +282,31 @@ def candidates(problem: Problem) -> list[Config]:
 
 
 def _pairs(problem: Problem) -> bool:
-    """Whether tiles may be of two latents; swizzled keys are cut at multiples of 64 columns."""
+    """Whether tiles may be of two latents."""
     return (
         problem.width == 128
         and problem.latents % 2 == 0
         and problem.queries * problem.heads <= ROWS
-        and (problem.rope_heads == 1 or problem.rope % 64 == 0)
+        and _keys_divide(problem)
     )
+
+
+def _keys_divide(problem: Problem) -> bool:
+    """Whether latents of a tile find their keys; swizzled ones are cut at multiples of 64."""
+    return problem.rope_heads == 1 or problem.rope % 64 == 0
+
+
+def _swaps(problem: Problem) -> list[int]:
+    """How many latents a tile may have where `Config.swap`, the most first."""
+    if (
+        problem.queries * problem.heads > _FEW_ROWS
+        or problem.width not in (64, 128, 256)
+        or not _keys_divide(problem)
+    ):
+        return []
+    # One tile in use and one on its way.
+    taken = lambda shared: smem_bytes(Shape(problem, Config(stages=2, shared=shared, swap=True)))
+    return [n for n in SWAPPED if problem.latents % n == 0 and taken(n) <= SMEM_BYTES]
 
 
 def _with_most_stages(config: Config, problem: Problem) -> Config | None:

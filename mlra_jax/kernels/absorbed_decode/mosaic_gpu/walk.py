@@ -15,13 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu import plan, schedule
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import Shape
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import Bounds, Place, Visit, at
 
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 # A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
 LOWEST = -1e30
 
@@ -58,6 +62,10 @@ class _Cta:
     def query_stage(self, visit: Visit):
         """Which copy of the queries a visit uses."""
         return lax.rem(visit.number, self.shape.config.query_stages)
+
+    def slot(self, stage):
+        """Which slot of the stage the present warpgroup reads."""
+        return stage * self.shape.slots + (self.wg if self.shape.slots > 1 else 0)
 
     def part(self, visit: Visit):
         return schedule.part(self.shape, self.index, visit.place)
@@ -119,7 +127,7 @@ def launch(shape: Shape, scale: float) -> Callable:
             stripe=schedule.stripe(shape, index) if config.stripes else None,
         )
         # The register file is divided anew: little for copies, much for accumulators.
-        for role in (_LOADER, *way.roles):
+        for role in (_loader(way.loader_registers), *way.roles):
 
             @pl.when(role.taken_by(cta))
             def _take(role=role):
@@ -170,23 +178,31 @@ def _queries(shape: Shape):
 
 def _memory(shape: Shape) -> dict[str, Any]:
     """What every mode has: queries, the ring of tiles, their barriers, and row statistics."""
-    problem, config, mode = shape.problem, shape.config, shape.mode
+    problem, config = shape.problem, shape.config
     rope_rows = shape.query_rows(shape.rope_streams)
     copies, queries = shape.rope_streams, {}
+    # COLUMNS has a third warpgroup, which is done with them before these two.
+    readers = max(config.shared, 2)
     if not problem.values_only:
         copies += shape.streams * problem.width // shape.chunk
         queries = dict(q=_queries(shape))
     return queries | dict(
         q_rope=_swizzled((config.query_stages, rope_rows, problem.rope), shape.dtype),
         latents=_swizzled(
-            (config.stages, config.block, config.shared * problem.width), shape.dtype
+            (config.stages * shape.slots, config.block, shape.slot_width), shape.dtype
         ),
         k_rope=_swizzled((config.stages, config.block, shape.rope_width), shape.dtype),
         q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
-        q_empty=plgpu.Barrier(num_arrivals=2, num_barriers=config.query_stages),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+        q_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=config.query_stages),
+    )
+
+
+def _tile_barriers(shape: Shape) -> dict[str, Any]:
+    stages, takers = shape.config.stages, shape.mode.takers
+    return dict(
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         # Two warpgroups read every tile, unless they take turns.
-        empty=plgpu.Barrier(num_arrivals=2 // mode.takers, num_barriers=config.stages),
+        empty=plgpu.Barrier(num_arrivals=2 // takers, num_barriers=stages),
         statistics=plgpu.SMEM((4, plan.ROWS), jnp.float32),
     )
 
@@ -194,7 +210,7 @@ def _memory(shape: Shape) -> dict[str, Any]:
 def _exchange_memory(shape: Shape) -> dict[str, Any]:
     """For two that join their states; each passes on sums, then results through the same space."""
     shapes = [_swizzled((plan.ROWS, shape.piece), dtype) for dtype in (jnp.float32, shape.dtype)]
-    return dict(
+    return _tile_barriers(shape) | dict(
         exchange_0=plgpu.RefUnion(*shapes),
         exchange_1=plgpu.RefUnion(*shapes),
         handed_over=plgpu.Barrier(num_arrivals=2),
@@ -203,7 +219,7 @@ def _exchange_memory(shape: Shape) -> dict[str, Any]:
 
 
 def _staging_memory(shape: Shape) -> dict[str, Any]:
-    return dict(out=_swizzled((2, plan.ROWS, shape.piece), shape.dtype))
+    return _tile_barriers(shape) | dict(out=_swizzled((2, plan.ROWS, shape.piece), shape.dtype))
 
 
 def _probability_memory(shape: Shape) -> dict[str, Any]:
@@ -212,13 +228,29 @@ def _probability_memory(shape: Shape) -> dict[str, Any]:
     out = _swizzled(
         (config.query_stages, width // shape.piece, plan.ROWS, shape.piece), shape.dtype
     )
-    return dict(
+    return _tile_barriers(shape) | dict(
         q=plgpu.RefUnion(_queries(shape), out),
         p=_swizzled((plan.ROWS, config.block), shape.dtype),
         p_full=plgpu.Barrier(),
         p_empty=plgpu.Barrier(num_arrivals=2),
         inverse_full=plgpu.Barrier(),
         inverse_empty=plgpu.Barrier(num_arrivals=2),
+    )
+
+
+def _swapped_memory(shape: Shape) -> dict[str, Any]:
+    """For each latent; results pass through the space of the probabilities.
+
+    Latents have barriers of their own, so that a warpgroup begins and ends with its own.
+    """
+    shared, stages = shape.config.shared, shape.config.stages
+    return dict(
+        full=plgpu.Barrier(num_barriers=stages * shared),
+        empty=plgpu.Barrier(num_barriers=stages * shared),
+        rope_full=plgpu.Barrier(num_barriers=stages),
+        rope_empty=plgpu.Barrier(num_arrivals=shared, num_barriers=stages),
+        p=_swizzled((shared, shape.stream_rows, shape.config.block), shape.dtype),
+        reduction=plgpu.SMEM((shared, plan.REDUCTION), jnp.float32),
     )
 
 
@@ -233,7 +265,7 @@ def _load(cta: _Cta) -> None:
         # Without waiting for the lengths: a row hardly ever begins late or ends this early.
         last_tile = (cta.shape.problem.cache - 1) // config.block
         guess = jnp.minimum(cta.stripe.tile, last_tile) * config.block
-        _load_tile(cta, cta.stripe, guess, 0)
+        _load_tile(cta, cta.stripe, guess, 0, jnp.bool_(False))
         _load_queries(cta, cta.stripe, 0)
 
     def visit(v: Visit) -> None:
@@ -242,8 +274,7 @@ def _load(cta: _Cta) -> None:
         def load_next(i, _=None):
             stage = lax.rem(v.turn + i, config.stages)
             reused = v.turn + i >= config.stages
-            pl.when(reused)(lambda: plgpu.barrier_wait(memory.empty.at[stage]))
-            _load_tile(cta, v.place, cta.position(v, begin, i), stage)
+            _load_tile(cta, v.place, cta.position(v, begin, i), stage, reused)
 
         if config.stripes:
             lax.fori_loop(1 - v.turn, v.tiles, load_next, None)
@@ -258,19 +289,30 @@ def _load(cta: _Cta) -> None:
     cta.for_each_visit(visit)
 
 
-def _load_tile(cta: _Cta, place: Place, position, stage) -> None:
-    problem, shared = cta.shape.problem, cta.shape.config.shared
-    width, rope = problem.width, problem.rope
-    full = cta.memory.full.at[stage]
+def _load_tile(cta: _Cta, place: Place, position, stage, reused) -> None:
+    """Asks for a tile as soon as those who have read the stage say so, where it was in use."""
+    memory, problem, slots = cta.memory, cta.shape.problem, cta.shape.slots
     positions = at(position, cta.shape.config.block)
-    columns = at(place.latent * width, shared * width, width)
-    plgpu.copy_gmem_to_smem(
-        cta.latents.at[place.batch_row, positions, columns], cta.memory.latents.at[stage], full
-    )
-    columns = at(place.latent * rope if problem.rope_heads > 1 else 0, cta.shape.rope_width, rope)
-    plgpu.copy_gmem_to_smem(
-        cta.k_rope.at[place.batch_row, positions, columns], cta.memory.k_rope.at[stage], full
-    )
+
+    def copy(source, target, first_column, step, full, empty):
+        if empty is not None:
+            pl.when(reused)(lambda: plgpu.barrier_wait(empty))
+        columns = at(first_column, target.shape[1], step)
+        plgpu.copy_gmem_to_smem(source.at[place.batch_row, positions, columns], target, full)
+
+    def copy_rope(full, empty):
+        first = place.latent * problem.rope if problem.rope_heads > 1 else 0
+        copy(cta.k_rope, memory.k_rope.at[stage], first, problem.rope, full, empty)
+
+    if slots > 1:
+        copy_rope(memory.rope_full.at[stage], memory.rope_empty.at[stage])
+    for k in range(slots):
+        slot = stage * slots + k
+        first = place.latent * problem.width + k * cta.shape.slot_width
+        full, empty = memory.full.at[slot], memory.empty.at[slot]
+        copy(cta.latents, memory.latents.at[slot], first, problem.width, full, empty)
+    if slots == 1:
+        copy_rope(full, None)
 
 
 def _load_queries(cta: _Cta, place: Place, stage) -> None:
@@ -313,7 +355,7 @@ def _walk_tiles(cta: _Cta, visit: Visit, step: Callable, carry):
     def body(k, carry):
         i = others + k * takers
         stage = lax.rem(visit.turn + i, stages)
-        plgpu.barrier_wait(cta.memory.full.at[stage])
+        plgpu.barrier_wait(cta.memory.full.at[cta.slot(stage)])
         return step(stage, cta.position(visit, begin, i), visit.turn + i, carry)
 
     return lax.fori_loop(0, lax.div(visit.tiles - others + takers - 1, takers), body, carry)
@@ -321,10 +363,14 @@ def _walk_tiles(cta: _Cta, visit: Visit, step: Callable, carry):
 
 def _drop(cta: _Cta) -> None:
     """Uses up a tile that was loaded on a wrong guess."""
+    memory, slot = cta.memory, cta.slot(0)
 
     def pass_over():
-        plgpu.barrier_wait(cta.memory.full.at[0])
-        plgpu.barrier_arrive(cta.memory.empty.at[0])
+        plgpu.barrier_wait(memory.full.at[slot])
+        plgpu.barrier_arrive(memory.empty.at[slot])
+        if cta.shape.slots > 1:
+            plgpu.barrier_wait(memory.rope_full.at[0])
+            plgpu.barrier_arrive(memory.rope_empty.at[0])
 
     if cta.shape.mode.takers > 1:
         pl.when(cta.wg == 0)(pass_over)
@@ -355,7 +401,7 @@ def _scores(cta: _Cta, query_stage, stream, stage):
     return pl.run_scoped(products, plgpu.ACC((plan.ROWS, shape.config.block), jnp.float32))
 
 
-def _sight(cta: _Cta, batch_row, first_query_row):
+def _sight(cta: _Cta, batch_row, first_query_row, rows_axis: int = 0):
     """A function that puts -inf where a query does not see, given where a tile begins."""
     problem, block = cta.shape.problem, cta.shape.config.block
     start = cta.bounds.starts[batch_row]
@@ -367,9 +413,10 @@ def _sight(cta: _Cta, batch_row, first_query_row):
             iota = functools.partial(
                 plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA
             )
-            column, limit = position + iota(1), ends[0]
+            column, limit = position + iota(1 - rows_axis), ends[0]
+            row = first_query_row + iota(rows_axis)
             for t, end in enumerate(ends[1:], 1):
-                limit = jnp.where(first_query_row + iota(0) >= t * problem.heads, end, limit)
+                limit = jnp.where(row >= t * problem.heads, end, limit)
             return jnp.where((column >= start) & (column < limit), s, -jnp.inf)
 
         # Only the tiles at the edges need it.
@@ -402,8 +449,8 @@ def _rows_of(value: float):
     return plgpu.layout_cast(jnp.full((plan.ROWS,), value, jnp.float32), _ROW_LAYOUT)
 
 
-def _zeros(columns: int):
-    return plgpu.layout_cast(jnp.zeros((plan.ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+def _zeros(rows: int, columns: int):
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _accumulate(accs, weights, values):
@@ -457,7 +504,7 @@ def _attend(cta: _Cta, visit: Visit, stream, latent_in_tile):
         plgpu.barrier_arrive(cta.memory.empty.at[stage])
         return acc, top, denominator
 
-    state = _zeros(width), _rows_of(LOWEST), _rows_of(0.0)
+    state = _zeros(plan.ROWS, width), _rows_of(LOWEST), _rows_of(0.0)
     state = _walk_tiles(cta, visit, step, state)
     plgpu.barrier_arrive(cta.memory.q_empty.at[query_stage])
     return state
@@ -590,7 +637,7 @@ def _multiply_half(cta: _Cta) -> None:
             plgpu.barrier_arrive(memory.empty.at[stage])
             return accs
 
-        accs = _walk_tiles(cta, v, step, [_zeros(piece) for _ in columns])
+        accs = _walk_tiles(cta, v, step, [_zeros(plan.ROWS, piece) for _ in columns])
         plgpu.barrier_wait(memory.inverse_full)  # Also says that the queries were read.
         inverse = plgpu.load(inverse_smem, layout=_ROW_LAYOUT)
         plgpu.barrier_arrive(memory.inverse_empty)
@@ -608,6 +655,148 @@ def _multiply_half(cta: _Cta) -> None:
     cta.for_each_visit(visit, drop)
 
 
+# --- The role in the modes where cache positions are the rows of the products ---
+
+
+def _multiply_swapped(cta: _Cta) -> None:
+    """Each warpgroup has a latent of the tile: scores [block, rows], sums [width, rows].
+
+    The weights are exp2 of scores less a reference, which follows the maximum only when that is
+    more than `_HEADROOM` above it: then no reduction over positions is needed for most tiles. The
+    denominators are sums of each thread until the visit ends.
+    """
+    shape, memory, stream = cta.shape, cta.memory, cta.wg
+    rows, block, width = shape.stream_rows, shape.config.block, shape.problem.width
+    p_smem, scratch = memory.p.at[stream], memory.reduction.at[stream]
+
+    def visit(v: Visit) -> None:
+        query_stage = cta.query_stage(v)
+        hide = _sight(cta, v.place.batch_row, 0, rows_axis=1)
+        plgpu.barrier_wait(memory.q_full.at[query_stage])
+
+        def step(stage, position, _, state):
+            plgpu.barrier_wait(memory.rope_full.at[stage])
+            s = _swapped_scores(cta, query_stage, stream, stage)
+            plgpu.barrier_arrive(memory.rope_empty.at[stage])
+            s = hide(s, position) * cta.factor
+
+            def raise_reference(acc, reference, sums):
+                raised = jnp.maximum(reference, _over_rows("max", s, scratch))
+                fade = jnp.exp2(reference - raised)
+                return acc * _tall(fade, acc), raised, sums * _tall(fade, sums)
+
+            _, reference, _ = state
+            above = _any_above(s - _tall(reference + _HEADROOM, s))
+            state = lax.cond(above, raise_reference, lambda *state: state, *state)
+            acc, reference, sums = state
+            p = jnp.exp2(s - _tall(reference, s))
+            p_smem.transpose((1, 0))[...] = p.astype(shape.dtype)
+            plgpu.commit_smem()
+            values = memory.latents.at[cta.slot(stage)]
+            acc = _add_product(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
+            plgpu.barrier_arrive(memory.empty.at[cta.slot(stage)])
+            return acc, reference, sums + p
+
+        state = _zeros(width, rows), _columns_of(LOWEST, rows), _zeros(block, rows)
+        acc, reference, sums = _walk_tiles(cta, v, step, state)
+        plgpu.barrier_arrive(memory.q_empty.at[query_stage])
+        part = cta.part(v)
+        lse, inverse = _finish(reference, _over_rows("add", sums, scratch))
+        scratch.at[pl.ds(0, rows)][...] = lse
+        plgpu.commit_smem()
+        lse = plgpu.load(scratch.at[pl.ds(0, plan.ROWS)], layout=_ROW_LAYOUT)
+        _store_lse(cta, stream, part, lse)
+        acc = acc * _tall(inverse, acc)
+        for column in range(0, width, block):
+            value = acc[column : column + block].astype(shape.dtype)
+            p_smem.transpose((1, 0))[...] = value
+            plgpu.commit_smem()
+            columns = at(column % plan.LANES, block, block)
+            target = cta.parts.at[stream, :, column // plan.LANES, part, columns]
+            plgpu.copy_smem_to_gmem(p_smem, target)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    cta.for_each_visit(visit, lambda: _drop(cta))
+
+
+# Binary places by which a score may exceed the reference; float16 ends at 2**16.
+_HEADROOM = 8.0
+
+
+def _swapped_scores(cta: _Cta, query_stage, stream, stage):
+    """Products of keys and a stream's queries, float32 [block, rows]."""
+    shape, memory = cta.shape, cta.memory
+    rows, rope = shape.stream_rows, shape.problem.rope
+
+    def products(acc_ref):
+        for chunk in range(0 if cta.q is None else shape.problem.width // shape.chunk):
+            keys = memory.latents.at[cta.slot(stage), :, pl.ds(chunk * shape.chunk, shape.chunk)]
+            queries = memory.q.at[query_stage, chunk, at(stream * rows, rows)]
+            plgpu.wgmma(acc_ref, keys, queries.transpose((1, 0)))
+        column = 0 if shape.rope_width == rope else stream * rope
+        keys = memory.k_rope.at[stage, :, at(column, rope, rope)]
+        queries = memory.q_rope.at[query_stage, at(stream % shape.rope_streams * rows, rows)]
+        plgpu.wgmma(acc_ref, keys, queries.transpose((1, 0)))
+        return acc_ref[...]
+
+    return pl.run_scoped(products, plgpu.ACC((shape.config.block, rows), jnp.float32))
+
+
+def _add_product(acc, left, right):
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
+
+
+def _tall(x, like):
+    return lax.broadcast_in_dim(x, like.shape, [1])
+
+
+def _columns_of(value: float, columns: int):
+    return plgpu.layout_cast(jnp.full((columns,), value, jnp.float32), _COLUMN_LAYOUT)
+
+
+def _over_rows(op: str, x, scratch_ref):
+    """The sum ("add") or maximum ("max") over the rows of an accumulator.
+
+    Mosaic GPU reduces through shared memory that all warpgroups of a CTA have in common; here each
+    has its own.
+    """
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=_COLUMN_LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+    def reduce(_, x, scratch):
+        return x.reduce(op, 0, scratch)
+
+    return reduce(x, scratch_ref)
+
+
+def _any_above(x):
+    """Whether an element of an accumulator is above zero, for all threads of the warpgroup."""
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
+    def vote(_, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        values = [
+            vector.extract(register, [], [k])
+            for register in x.registers.flat
+            for k in range(ir.VectorType(register.type).shape[0])
+        ]
+        top = functools.reduce(arith.maximumf, values)
+        zero = arith.constant(f32, 0.0)
+        mine = arith.extui(i32, arith.cmpf(arith.CmpFPredicate.OGT, top, zero))
+        barrier = mgpu.utils.warpgroup_barrier_idx(sync=False)
+        text = (
+            "{ .reg .pred mine, any; setp.ne.b32 mine, $1, 0; "
+            f"barrier.red.or.pred any, $2, {plan.LANES}, mine; selp.b32 $0, 1, 0, any; }}"
+        )
+        found = llvm.inline_asm(
+            i32, [mine, barrier], text, "=r,r,r,~{memory}", has_side_effects=True
+        )
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return vote(x) > 0
+
+
 # --- Who does what ---
 
 
@@ -616,7 +805,8 @@ class _Role(NamedTuple):
 
     Attributes:
       taken_by: whether the present warpgroup has the role.
-      registers: of each of its threads; what a CTA's warpgroups have, times 128, is at most 65536.
+      registers: of each of its threads; what a CTA's warpgroups have, times 128, is at most what
+        it begins with: 65536 divided by its threads, rounded down to a multiple of 8, of each.
       change: whether that is more or less than an equal division gives, "increase" or "decrease".
       run: the role.
     """
@@ -632,9 +822,14 @@ class _Way(NamedTuple):
 
     roles: tuple[_Role, ...]
     memory: Callable[[Shape], dict[str, Any]]
+    loader_registers: int = 40
 
 
-_LOADER = _Role(lambda cta: cta.wg == cta.shape.mode.multipliers, 40, "decrease", _load)
+def _loader(registers: int) -> _Role:
+    return _Role(lambda cta: cta.wg == cta.shape.mode.multipliers, registers, "decrease", _load)
+
+
+_all = lambda cta: cta.wg < cta.shape.mode.multipliers
 _both = lambda cta: cta.wg < 2
 _WAYS = {
     plan.ALTERNATE: _Way((_Role(_both, 232, "increase", _multiply_in_turns),), _exchange_memory),
@@ -647,4 +842,6 @@ _WAYS = {
         ),
         _probability_memory,
     ),
+    plan.SWAPPED[2]: _Way((_Role(_all, 232, "increase", _multiply_swapped),), _swapped_memory),
+    plan.SWAPPED[4]: _Way((_Role(_all, 112, "increase", _multiply_swapped),), _swapped_memory, 32),
 }
