@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from mlra_jax import remat, sharding
 from mlra_jax.attention import mechanism
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import target
-from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param, weigh
+from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, on_gpus, param, weigh
 
 
 class Block(nnx.Module):
@@ -228,7 +227,7 @@ def positions(tokens_BT: jax.Array) -> jax.Array:
 def product_step(mesh: Mesh) -> int:
     """What the MLP's width on each device is padded to a multiple of: products of rows that are no
     multiple of 16 bytes take twice the time on GPUs."""
-    return 128 if target.is_gpu(mesh.devices.flat[0]) else 1
+    return 128 if on_gpus(mesh) else 1
 
 
 def unrolled(config: ModelConfig, mesh: Mesh) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlra_jax import layers, sharding
 from mlra_jax import model as models
-from mlra_jax import sharding
 from mlra_jax.config import ConfigError, Execution, LatentConfig, ModelConfig
 from mlra_jax.model import Model
 from mlra_jax.training import step as steps
@@ -79,8 +79,10 @@ def one_device():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape, monkeypatch):
-    # Also where each device's width of the MLP is padded, from 24 or 12, as on GPUs.
+    # As on GPUs: each device's width of the MLP is padded, from 24 or 12, and gradients of what is
+    # split along its last dimension are made in parts.
     monkeypatch.setattr(models, "product_step", lambda mesh: 20 if shape[2] > 1 else 1)
+    monkeypatch.setattr(layers, "on_gpus", lambda mesh: shape[1] == 2)
     _, expected = one_device
     state, losses = run(on_mesh(*shape))
     for name in ("loss", "gradient_norm", "learning_rate"):
