@@ -168,7 +168,10 @@ class Model(nnx.Module):
             return block(remat.name_stream(x_BTD), positions_BT), None
 
         body = remat.checkpointed(body, how.remat, in_loop=in_loop)
-        x_BTD, _ = jax.lax.scan(body, x_BTD, (stacked, given), unroll=together)
+        splits_batch = sharding.size(self.mesh, sharding.BATCH) > 1
+        scan = functools.partial(jax.lax.scan, unroll=together)
+        loop = _in_turn if splits_batch and not in_loop else scan
+        x_BTD, _ = loop(body, x_BTD, (stacked, given))
         return self.final_norm(x_BTD)
 
     def _as_read(self, given, path, weight: nnx.Variable) -> nnx.Variable:
@@ -212,6 +215,33 @@ class Model(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 `[B, T, V]` from `hidden`'s output, split over the vocabulary."""
         return self.embed.logits(x_BTD)
+
+
+def _in_turn(body, x_BTD, stacked):
+    """As `jax.lax.scan`, without a loop.
+
+    The backward pass goes no further than one block before a block's gradients are where they
+    belong: XLA would put off all of them to its end, and their exchanges with nothing to hide them.
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    rows = [jax.lax.split(leaf, [1] * len(leaf)) for leaf in leaves]
+    layers = [structure.unflatten([y[0] for y in row]) for row in zip(*rows, strict=True)]
+    for i, layer in enumerate(layers):
+        if i + 1 < len(layers):
+            x_BTD, layers[i + 1] = _in_order((x_BTD, layers[i + 1]))
+        x_BTD, _ = body(x_BTD, layer)
+    return x_BTD, None
+
+
+@jax.custom_vjp
+def _in_order(both):
+    """The same; their gradients are computed before anything that needs one of them."""
+    return both
+
+
+_in_order.defvjp(
+    lambda both: (both, None), lambda _, slopes: (jax.lax.optimization_barrier(slopes),)
+)
 
 
 @nnx.jit
