@@ -87,10 +87,11 @@ def report(runs: Sequence[dict], points: Sequence[tuple[int, int]] = ()) -> str:
 
 
 def _table(points: Sequence[tuple[int, int]], cells: dict[str, dict]) -> str:
+    points = [at for at in points if any(mine.get(at) for mine in cells.values())]
     heads = [f"{batch} x {in_words(context)}" for batch, context in points]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(points) + 1) + "|"]
     for name, mine in cells.items():
-        if any(at in mine for at in points):
+        if any(mine.get(at) for at in points):
             lines.append(f"| {name} | {' | '.join(mine.get(at, '') for at in points)} |")
     return "\n".join(lines)
 
@@ -125,7 +126,8 @@ def figures(runs: Sequence[dict], folder: Path, name: str) -> None:
     """Draws runs into a folder.
 
     Where there are meshes, `NAME.png`: each mesh beside one device. Else `NAME_time.png` against
-    context and `NAME_throughput.png` against batch, where two points make a line.
+    context and `NAME_throughput.png` against batch, where two points make a line, and
+    `NAME_shares_time.png` and so on of shares.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = _measured(runs)
@@ -134,19 +136,20 @@ def figures(runs: Sequence[dict], folder: Path, name: str) -> None:
         chosen = [row for row in rows if row["tokens_per_call"] == most]
         _meshes(chosen, _devices(runs), folder / f"{name}.png")
         return
-    rows = [row for row in rows if row["tokens_per_call"] == 1] or rows
     for kind, x, y, rest, label in (
-        ("time", "context", "milliseconds", "batch", "time per decoding step (ms)"),
-        ("throughput", "batch", "tokens_per_second", "context", "tokens per second"),
+        ("time", "context", "milliseconds", "batch", "time a token (ms)"),
+        ("throughput", "batch", "tokens_per_second", "context", "tokens a second"),
     ):
-        lines: dict[str, list[dict]] = {}
-        for row in sorted(rows, key=lambda row: (row["model"], row[rest], row[x])):
-            where = f", one of {row['share']} devices" if row.get("share") else ""
-            key = f"{row['model']}{where}, {rest} {in_words(row[rest])}"
-            lines.setdefault(key, []).append(row)
-        lines = {key: mine for key, mine in lines.items() if len({r[x] for r in mine}) > 1}
-        if lines:
-            _lines(lines, x, y, label, _devices(runs), folder / f"{name}_{kind}.png")
+        for shares in ("", "_shares"):
+            lines: dict[str, list[dict]] = {}
+            for row in sorted(rows, key=lambda row: (row["model"], row[rest], row[x])):
+                if row["tokens_per_call"] == most and bool(row["share"]) == bool(shares):
+                    key = f"{place(row)}, {rest} {in_words(row[rest])}"
+                    lines.setdefault(key.replace(", one device", ""), []).append(row)
+            lines = {key: mine for key, mine in lines.items() if len({r[x] for r in mine}) > 1}
+            if lines:
+                path = folder / f"{name}{shares}_{kind}.png"
+                _lines(lines, x, y, label, _devices(runs), path)
 
 
 def _figure(size: tuple[float, float], title: str):

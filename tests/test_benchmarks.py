@@ -54,14 +54,14 @@ def test_decoding_is_measured_and_drawn(tmp_path, capsys):
         assert row["tokens_per_second"] == pytest.approx(1e3 / row["milliseconds"])
         assert row["ratio"] == pytest.approx(row["milliseconds"] / row["floor"])
         assert row["floor"] > 0 and row["peak_GB"] > 0
-    assert {p.name for p in tmp_path.glob("*.png")} == {"decode_time.png"}, "one batch is no line"
+    assert {p.name for p in tmp_path.glob("*.png")} == {"decode_shares_time.png"}, "no line"
     more = [row | dict(batch=4) for row in result["rows"]]
     output.write_text(json.dumps([result, result | dict(rows=more)]))
     again = [f"--input={output}", f"--figures={tmp_path / 'again'}"]
     assert decode.main([*again, "--report"]) == 0
     assert f"| gqa, 1/4 | {more[0]['tokens_per_second'] / 1e3:.1f} |" in capsys.readouterr().out
     drawn = {p.name for p in (tmp_path / "again").glob("*.png")}
-    assert drawn == {"decode_time.png", "decode_throughput.png"}
+    assert drawn == {"decode_shares_time.png", "decode_shares_throughput.png"}
 
 
 def _row(mesh, milliseconds, context=128 * 1024, **more):
@@ -86,7 +86,7 @@ def test_meshes_are_compared(tmp_path, capsys):
     assert "mla, tensor=4 is so many times as fast as each (below 1: slower):" in out
     assert "| mlra_4, one device | 0.50 | 2.50 |" in out
     assert "| mla, context=4 |  | 0.50 |" in out
-    assert "| mla, tensor=4 |  | 25% |" in out
+    assert "| | 8 x 128K |\n|---|---|\n| mla, tensor=4 | 25% |" in out
     assert decode.main([f"--input={path}", "--report", "--points=8x2K"]) == 0
     assert "128K" not in capsys.readouterr().out
 

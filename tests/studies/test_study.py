@@ -80,14 +80,14 @@ def test_models_are_the_published_ones_shrunk_and_equally_large():
 
 
 def test_runs_side_by_side_are_what_each_is_alone():
-    settings = study(variants="mlra_4")
+    settings = study(variants="mla")
     # Each run is clipped by its own norm, which differs.
     clipped = dataclasses.replace(settings.optimizer, clip_norm=0.1)
     settings = dataclasses.replace(settings, optimizer=clipped)
     _, source = load_data(settings.data, settings.vocab_size)
-    results = training.train(settings, "mlra_4", [0, 7], source, lambda line: None, FOREVER)
+    results = training.train(settings, "mla", [0, 7], source, lambda line: None, FOREVER)
     seeds = {found["seed"]: found for found in results}
-    experiment, mesh = settings.experiment("mlra_4", 7), make_mesh()
+    experiment, mesh = settings.experiment("mla", 7), make_mesh()
     state, step = create_state(experiment, mesh), make_train_step(experiment, mesh)
     feed = Feed(mesh, 4, experiment.model)
     order, losses, validation = feed.train(source, 7), [], []
@@ -180,6 +180,7 @@ def test_the_report_says_what_is_told_apart(tmp_path):
     names = [row.split(" | ")[0].strip("| ") for row in rows]
     assert names == ["mlra_4_gated", "mlra_4", "mla", "gqa"], "lowest loss first"
     assert "3.1000 ± 0.1000" in rows[2] and "± " not in rows[3]
+    assert all(row.endswith("| 50 | cpu |") for row in rows)
     # Differences -0.1 and -0.0999: t = 12.706 at one degree of freedom, error 5e-5.
     assert "- mlra_4 ends 0.1000 nats below mla, 95% interval 0.0993 to 0.1006 (2 pairs)." in said
     assert "mlra_4_gated and mlra_4 are not told apart: -0.0500 nats" in said

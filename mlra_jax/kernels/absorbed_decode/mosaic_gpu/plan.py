@@ -23,6 +23,8 @@ _ROPES = (16, 32, 64, 128, 256)
 _MOST_QUERIES = 16
 # Query rows that are columns of a product where `Config.swap`: more gain nothing over 64 rows.
 _FEW_ROWS = 32
+# Tiles of four latents for each CTA from which they were faster; for one tile they are slower.
+_MANY_TILES = 15
 # All of two bytes, which `join.weigh` counts on.
 _DTYPES = ("bfloat16", "float16")
 # More in flight gains nothing, but memory then serves some CTAs long before others.
@@ -78,7 +80,7 @@ ALTERNATE = Mode("alternate", takers=2)
 LATENTS = Mode("latents")
 TOGETHER = Mode("together", row_tiles=2)
 COLUMNS = Mode("columns", multipliers=3)
-SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (4, 2)}
+SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +244,8 @@ def heuristic(problem: Problem) -> Config:
         tiles = cdiv(problem.cache, config.block)
         team = cdiv(tiles, cdiv(tiles, config.ctas // units))
         config = dataclasses.replace(config, stripes=True, ctas=team * units)
-    elif problem.rope_heads == 1 and (shared := _swaps(problem)):
-        config = dataclasses.replace(config, shared=shared[0], swap=True)
+    elif problem.rope_heads == 1 and 4 in _swaps(problem) and _is_long(problem, config):
+        config = dataclasses.replace(config, shared=4, swap=True)
     elif problem.width <= 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
     return _with_most_stages(config, problem)
@@ -296,8 +298,14 @@ def _keys_divide(problem: Problem) -> bool:
     return problem.rope_heads == 1 or problem.rope % 64 == 0
 
 
+def _is_long(problem: Problem, config: Config) -> bool:
+    """Whether a full cache gives every CTA many tiles of four latents."""
+    tiles = problem.batch * problem.latents // 4 * cdiv(problem.cache, config.block)
+    return tiles >= _MANY_TILES * config.ctas
+
+
 def _swaps(problem: Problem) -> list[int]:
-    """How many latents a tile may have where `Config.swap`, the most first."""
+    """How many latents a tile may have where `Config.swap`."""
     if (
         problem.queries * problem.heads > _FEW_ROWS
         or problem.width not in (64, 128, 256)
