@@ -28,9 +28,13 @@ def param(
     return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def weigh(
-    x: jax.Array, kernel: jax.Array, subscripts: str, out_dtype: str | None = None
+    x: jax.Array,
+    kernel: jax.Array,
+    subscripts: str,
+    out_dtype: str | None = None,
+    parts: int = 1,
 ) -> jax.Array:
     """`einsum(subscripts, x, kernel)`, a product in the dtype of `x` whatever the kernel's is.
 
@@ -42,6 +46,7 @@ def weigh(
       kernel: a parameter.
       subscripts: `x,kernel->result`, each letter in two of the three.
       out_dtype: of the result, if it is not that of `x`.
+      parts: of `gradient_parts`, for a kernel whose last dimension is the result's last, too.
     """
     return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
 
@@ -53,27 +58,45 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, out_dtype=None) -> jax.A
     )
 
 
-def _weigh_forward(x, kernel, subscripts, out_dtype):
+def _weigh_forward(x, kernel, subscripts, out_dtype, parts):
     # Not by calling `weigh`: policies of `jax.checkpoint` do not look inside of it.
     return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype), (x, kernel)
 
 
-def _weigh_backward(subscripts, out_dtype, kept, slope):
+def _weigh_backward(subscripts, out_dtype, parts, kept, slope):
     (x, kernel), (of_x, of_kernel, of_out) = kept, re.split(",|->", subscripts)
     slope = slope.astype(x.dtype)
     x_slope = einsum(f"{of_out},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
+    if parts > 1:
+        slope = slope.reshape(*slope.shape[:-1], parts, -1)
+        of_out, of_kernel = of_out[:-1] + "yz", of_kernel[:-1] + "yz"
     kernel_slope = einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
-    return x_slope, kernel_slope.astype(kernel.dtype)
+    return x_slope, kernel_slope.reshape(kernel.shape).astype(kernel.dtype)
 
 
 weigh.defvjp(_weigh_forward, _weigh_backward)
+
+
+def gradient_parts(mesh: Mesh, axes: Sequence[str | None]) -> int:
+    """In how many parts GPUs that split the batch have the last dimension of a kernel.
+
+    What they reduce and scatter must be part by part in memory. A gradient that is made so is one
+    copy away from that; else it would be scattered, and read by the optimizer, transposed.
+    """
+    split = set(sharding.mesh_axes(*axes)[-1]).intersection(sharding.BATCH)
+    return sharding.size(mesh, sorted(split)) if on_gpus(mesh) else 1
+
+
+def on_gpus(mesh: Mesh) -> bool:
+    return target.is_gpu(mesh.devices.flat[0])
 
 
 class Projection(nnx.Module):
     """A bias-free linear map `[..., in dims] -> [..., out dims]`, kernel `[in dims, out dims]`.
 
     `shape` and `axes` are the kernel's; the first `num_in` dimensions are contracted. The product
-    is computed in the input's dtype (`weigh`).
+    is computed in the input's dtype (`weigh`). With `mesh`, the last one's gradient is made in
+    `gradient_parts`.
     """
 
     def __init__(
@@ -85,8 +108,9 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
         num_in: int = 1,
         init=None,
+        mesh: Mesh | None = None,
     ):
-        self.num_in = num_in
+        self.num_in, self.gradient_mesh = num_in, mesh
         init = init or nnx.initializers.normal(INIT_STDDEV)
         self.kernel = param(rngs, init, shape, axes, config.param_dtype)
 
@@ -95,7 +119,10 @@ class Projection(nnx.Module):
         rows, features = letters[: x.ndim - self.num_in], letters[x.ndim - self.num_in :]
         of_kernel = features[: self.kernel.ndim]
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
-        return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}")
+        parts, axes = 1, self.kernel.get_metadata()["out_sharding"]
+        if self.gradient_mesh is not None:
+            parts = gradient_parts(self.gradient_mesh, axes)
+        return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}", None, parts)
 
 
 def summands(x: jax.Array, kernel: jax.Array, num_in: int, out_dtype=None) -> jax.Array:
@@ -124,6 +151,7 @@ class SummedProjection(Projection):
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
+        self.gradient_mesh = None
         self.axes = tuple(projection.kernel.get_metadata()["out_sharding"][: self.num_in])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -258,9 +286,8 @@ class SwiGLU(nnx.Module):
         widen, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
         self.gate = Projection(widen, ("embed", "mlp"), config=config, rngs=rngs)
         self.up = Projection(widen, ("embed", "mlp"), config=config, rngs=rngs)
-        self.down = Projection(
-            narrow, ("mlp", "embed"), config=config, rngs=rngs, init=output_init(config)
-        )
+        how = dict(config=config, rngs=rngs, init=output_init(config), mesh=mesh)
+        self.down = Projection(narrow, ("mlp", "embed"), **how)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         h_BTF = nnx.silu(self.gate(x_BTD)) * self.up(x_BTD)

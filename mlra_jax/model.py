@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from mlra_jax import remat, sharding
 from mlra_jax.attention import mechanism
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import target
-from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, param, weigh
+from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, on_gpus, param, weigh
 
 
 class Block(nnx.Module):
@@ -169,7 +168,10 @@ class Model(nnx.Module):
             return block(remat.name_stream(x_BTD), positions_BT), None
 
         body = remat.checkpointed(body, how.remat, in_loop=in_loop)
-        x_BTD, _ = jax.lax.scan(body, x_BTD, (stacked, given), unroll=together)
+        splits_batch = sharding.size(self.mesh, sharding.BATCH) > 1
+        scan = functools.partial(jax.lax.scan, unroll=together)
+        loop = _in_turn if splits_batch and not in_loop else scan
+        x_BTD, _ = loop(body, x_BTD, (stacked, given))
         return self.final_norm(x_BTD)
 
     def _as_read(self, given, path, weight: nnx.Variable) -> nnx.Variable:
@@ -215,6 +217,33 @@ class Model(nnx.Module):
         return self.embed.logits(x_BTD)
 
 
+def _in_turn(body, x_BTD, stacked):
+    """As `jax.lax.scan`, without a loop.
+
+    The backward pass goes no further than one block before a block's gradients are where they
+    belong: XLA would put off all of them to its end, and their exchanges with nothing to hide them.
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    rows = [jax.lax.split(leaf, [1] * len(leaf)) for leaf in leaves]
+    layers = [structure.unflatten([y[0] for y in row]) for row in zip(*rows, strict=True)]
+    for i, layer in enumerate(layers):
+        if i + 1 < len(layers):
+            x_BTD, layers[i + 1] = _in_order((x_BTD, layers[i + 1]))
+        x_BTD, _ = body(x_BTD, layer)
+    return x_BTD, None
+
+
+@jax.custom_vjp
+def _in_order(both):
+    """The same; their gradients are computed before anything that needs one of them."""
+    return both
+
+
+_in_order.defvjp(
+    lambda both: (both, None), lambda _, slopes: (jax.lax.optimization_barrier(slopes),)
+)
+
+
 @nnx.jit
 def _logits(model, tokens_BT, positions_BT):
     return model.logits(model.hidden(tokens_BT, positions_BT))
@@ -228,7 +257,7 @@ def positions(tokens_BT: jax.Array) -> jax.Array:
 def product_step(mesh: Mesh) -> int:
     """What the MLP's width on each device is padded to a multiple of: products of rows that are no
     multiple of 16 bytes take twice the time on GPUs."""
-    return 128 if target.is_gpu(mesh.devices.flat[0]) else 1
+    return 128 if on_gpus(mesh) else 1
 
 
 def unrolled(config: ModelConfig, mesh: Mesh) -> int:

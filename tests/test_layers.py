@@ -8,6 +8,7 @@ import tiny
 from flax import nnx
 from tiny import relative_error
 
+from mlra_jax import layers
 from mlra_jax import model as models
 from mlra_jax.layers import Projection, RMSNorm, SwiGLU, rotate, weigh
 from mlra_jax.sharding import make_mesh
@@ -161,3 +162,20 @@ def test_parameters_have_the_dtype_of_the_config_and_another_seed_is_another_mod
     one, other = leaves(0), leaves(1)
     assert all(x.dtype == jnp.bfloat16 for x in one)
     assert all((x == 1).all() or not (x == y).all() for x, y in zip(one, other, strict=True))
+
+
+def test_gradients_are_made_in_the_parts_that_devices_have(monkeypatch):
+    """The same gradient; where the batch is split, its parts one behind the other in memory."""
+    x, w, slope = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((5, 6), (6, 8), (5, 8)))
+    )
+    gradient = lambda parts: jax.vjp(lambda w: weigh(x, w, "ab,bc->ac", None, parts), w)[1](slope)[
+        0
+    ]
+    np.testing.assert_allclose(gradient(4), x.T @ slope, rtol=1e-5, atol=1e-5)
+    shapes = str(jax.make_jaxpr(lambda: gradient(4))())
+    assert "f32[6,4,2]" in shapes
+    mesh, down, up = make_mesh(data=2, fsdp=2, tensor=2), ("mlp", "embed"), ("embed", "mlp")
+    assert layers.gradient_parts(mesh, down) == 1
+    monkeypatch.setattr(layers, "on_gpus", lambda mesh: True)
+    assert [layers.gradient_parts(mesh, axes) for axes in (down, up)] == [2, 1]

@@ -56,9 +56,8 @@ class Attention(nnx.Module):
         D, H, V = config.embed_dim, a.num_heads, a.value_dim
         if width := gate_width(a):
             self.gate = project((D, H, width), ("embed", "heads", "head_dim"))
-        self.out = project(
-            (H, V, D), ("heads", "head_dim", "embed"), num_in=2, init=output_init(config)
-        )
+        how = dict(num_in=2, init=output_init(config), mesh=self.mesh)
+        self.out = project((H, V, D), ("heads", "head_dim", "embed"), **how)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The whole sequence attends to itself."""

@@ -9,14 +9,20 @@ from mlra_jax import sharding
 from mlra_jax.settings_tree import ConfigError
 from mlra_jax.training.settings import Experiment
 
-_OF_SEVERAL: dict[str, dict[str, str]] = {}
-"""By platform, what steps on several devices are compiled with. Empty, as no option was measured to
-help; latency hiding is on by default (`benchmarks/NOTES_TRAIN.md`)."""
+_OF_SEVERAL = {
+    "gpu": {
+        "xla_gpu_experimental_collective_start_as_early_as_possible": "True",
+        "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+    }
+}
+"""By platform, what steps on devices that split the batch are compiled with: more than one exchange
+begun and not waited for. Latency hiding itself is on by default (`benchmarks/NOTES_TRAIN.md`)."""
 
 
 def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:
     """What this program sets, as far as this JAX knows it, and `xla_options` over it."""
-    own = _OF_SEVERAL.get(sharding.platform(mesh), {}) if mesh.size > 1 else {}
+    several = sharding.size(mesh, sharding.BATCH) > 1
+    own = _OF_SEVERAL.get(sharding.platform(mesh), {}) if several else {}
     known = {name: value for name, value in own.items() if _refusal({name: value}) is None}
     asked = (item.split("=", 1) for item in experiment.xla_options.split())
     return known | {name: _as_python(value) for name, value in asked}

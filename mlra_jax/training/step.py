@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import model as models
 from mlra_jax import sharding
-from mlra_jax.layers import einsum
+from mlra_jax.layers import einsum, gradient_parts
 from mlra_jax.model import TABLE, Model, logits
 from mlra_jax.training.optimizer import make_optimizer, make_schedule
 from mlra_jax.training.settings import Experiment
@@ -62,6 +62,8 @@ def _sum_and_gradients(mesh, chunk, x_BTD, table_VD, known):
     Devices that split the batch add up their own shares of the latter, and exchange them once.
     """
     narrow_VD, shares = table_VD.astype(x_BTD.dtype), sharding.size(mesh, sharding.BATCH)
+    D, parts = table_VD.shape[1], gradient_parts(mesh, TABLE)
+    cut = (parts, D // parts) if parts > 1 else (D,)
 
     def apart(x, axis):
         x = x.reshape(shares, -1, *x.shape[1:])
@@ -71,13 +73,14 @@ def _sum_and_gradients(mesh, chunk, x_BTD, table_VD, known):
         total, slope = jax.value_and_grad(_losses)(logits(x, narrow_VD, mesh), *known)
         slope = slope.astype(x.dtype)
         x_slope = einsum("btv,vd->btd", slope, narrow_VD)
-        of_table = einsum("sbtv,sbtd->svd", apart(slope, "vocab"), apart(x, None), jnp.float32)
+        x = apart(x, None).reshape(shares, -1, x.shape[1], *cut)
+        of_table = einsum("sbtv,sbt...->sv...", apart(slope, "vocab"), x, jnp.float32)
         return jax.tree.map(jnp.add, sums, (total, of_table)), x_slope
 
-    none = jnp.zeros((shares, *table_VD.shape), jnp.float32)
+    none = jnp.zeros((shares, len(table_VD), *cut), jnp.float32)
     sums = jnp.zeros((), jnp.float32), sharding.constrain(none, mesh, "batch", "vocab")
     (total, slopes), x_slope = _over_chunks(add, chunk, sums, (x_BTD, *known))
-    slope = sharding.constrain(slopes.sum(0), mesh, *TABLE)
+    slope = sharding.constrain(slopes.sum(0).reshape(table_VD.shape), mesh, *TABLE)
     return total, (x_slope, slope.astype(table_VD.dtype))
 
 

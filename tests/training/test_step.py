@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlra_jax import layers, sharding
 from mlra_jax import model as models
-from mlra_jax import sharding
 from mlra_jax.config import ConfigError, Execution, LatentConfig, ModelConfig
 from mlra_jax.model import Model
 from mlra_jax.training import step as steps
@@ -79,8 +79,10 @@ def one_device():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape, monkeypatch):
-    # Also where each device's width of the MLP is padded, from 24 or 12, as on GPUs.
+    # As on GPUs: each device's width of the MLP is padded, from 24 or 12, and gradients of what is
+    # split along its last dimension are made in parts.
     monkeypatch.setattr(models, "product_step", lambda mesh: 20 if shape[2] > 1 else 1)
+    monkeypatch.setattr(layers, "on_gpus", lambda mesh: shape[1] == 2)
     _, expected = one_device
     state, losses = run(on_mesh(*shape))
     for name in ("loss", "gradient_norm", "learning_rate"):
@@ -138,6 +140,8 @@ def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeyp
     gate_and_up = re.findall(r"\[32,40\]\S* all-gather\(", step.as_text())
     assert len(gate_and_up) == 2 * 2, "gathered again in the backward pass"
     assert f"tensor<2x{VOCAB}x32xf32>" in lowered.as_text(), "the head's gradient by share"
+    in_turn = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>", lowered.as_text())
+    assert len(in_turn) == 1, "a block's gradients before the next block but one"
     unrolled, losses = run(experiment, compiled=step)
     got = [m["loss"] for m in losses]
     np.testing.assert_allclose(got, [m["loss"] for m in expected], rtol=1e-5)
