@@ -139,6 +139,8 @@ def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeyp
     step = lowered.compile()
     gate_and_up = re.findall(r"\[32,40\]\S* all-gather\(", step.as_text())
     assert len(gate_and_up) == 2 * 2, "gathered again in the backward pass"
+    up_projections = re.findall(r"\[16,8,8\]\S* all-gather\(", step.as_text())
+    assert len(up_projections) == 2 * 2, "left to XLA, which gathers them for each product"
     assert f"tensor<2x{VOCAB}x32xf32>" in lowered.as_text(), "the head's gradient by share"
     in_turn = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>", lowered.as_text())
     assert len(in_turn) == 1, "a block's gradients before the next block but one"
