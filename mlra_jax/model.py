@@ -262,8 +262,7 @@ def product_step(mesh: Mesh) -> int:
 
 def unrolled(config: ModelConfig, mesh: Mesh) -> int:
     """How many blocks the body of the loop over blocks has on the mesh's devices; at most all."""
-    on_gpu = sharding.platform(mesh) in ("gpu", "cuda", "rocm")
-    asked = config.execution.unroll or (config.num_layers if on_gpu else 1)
+    asked = config.execution.unroll or (config.num_layers if on_gpus(mesh) else 1)
     return min(asked, config.num_layers)
 
 
