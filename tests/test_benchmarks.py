@@ -123,6 +123,9 @@ if model == "mha":
     time.sleep(60)
 if model == "mqa":
     assert os.getsid(0) == os.getpid()
+    written = lambda: os.path.exists("o.json") and open("o.json").read()
+    while not all(f'"model": "{name}"' in (written() or "") for name in ("mla", "mqa")):
+        time.sleep(0.01)
     os.kill(os.getppid(), 2)
     time.sleep(60)
 print("end", model, mesh, gpus, time.monotonic(), file=log)
@@ -178,7 +181,9 @@ def test_a_cut_run_has_what_was_measured(fake_worker, heeds_ctrl_c, monkeypatch,
     monkeypatch.setattr(
         subprocess, "Popen", lambda *a, **how: begun.append(start(*a, **how)) or begun[-1]
     )
-    flags = ["--models=mla@1x64 mqa,gla_2@8x64,1x64", "--processes=3", "--output=o.json"]
+    # The last one wants the GPU of the second, too, which ends all.
+    models = "--models=mla@1x64 mqa@8x64,1x64 gla_2:tensor=2@8x64,1x64"
+    flags = [models, "--processes=3", "--output=o.json"]
     assert decode.main(flags) == 130
     rows = json.loads(Path("o.json").read_text())["rows"]
     found = [(row["model"], row["batch"], row["error"]) for row in rows]
