@@ -3,20 +3,13 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.models import in_words
 from mlra_jax.files import whole_figure
 
 # Told apart by all eyes (Okabe and Ito), and by their marks.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKS = "osD^vP*X<>"
 _BARS = 8, 128 * 1024
-
-
-def in_words(number: int) -> str:
-    """2048 as 2K, as points are given."""
-    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
-        if number % size == 0:
-            return f"{number // size}{unit}"
-    return str(number)
 
 
 def place(row: dict) -> str:
@@ -48,40 +41,33 @@ def report(runs: Sequence[dict], points: Sequence[tuple[int, int]] = ()) -> str:
         # Of several programs the one that makes the most tokens, as `generate` does.
         if at not in mine or row["tokens_per_call"] >= mine[at]["tokens_per_call"]:
             mine[at] = row
-    table = lambda cell: _table(points, {name: cell(mine) for name, mine in cells.items()})
+    table = lambda text: _table(
+        points,
+        {name: {at: text(row) for at, row in mine.items()} for name, mine in cells.items()},
+    )
     reads = [row["read"] / 1e12 for row in _measured(runs) if "read" in row]
     reads += [run["read"] / 1e12 for run in runs if "read" in run]
     parts = [
         f"Milliseconds a token, in brackets times the floor; {_devices(runs)}, JAX "
         f"{', '.join(dict.fromkeys(run['jax'] for run in runs))}, {min(reads):.2f} to "
         f"{max(reads):.2f} TB/s read:",
-        table(lambda mine: {at: _time(row) for at, row in mine.items()}),
+        table(_time),
     ]
     if reference := _reference(cells):
         base = cells[reference]
         parts += [
             f"{reference} is so many times as fast as each (below 1: slower):",
-            table(
-                lambda mine: {
-                    at: _times(row, base.get(at)) for at, row in mine.items() if not row["share"]
-                }
-            ),
+            table(lambda row: _times(row, base.get((row["batch"], row["context"])))),
         ]
     if any(row["share"] for row in rows):
         parts += [
             "Thousand tokens a second of shares:",
-            table(lambda mine: {at: _thousands(row) for at, row in mine.items() if row["share"]}),
+            table(_thousands),
         ]
     if any("exchanging" in row for row in rows):
         parts += [
             "Part of the kernels' time that is in exchanges, waiting for others included:",
-            table(
-                lambda mine: {
-                    at: f"{row['exchanging']:.0%}"
-                    for at, row in mine.items()
-                    if "exchanging" in row
-                }
-            ),
+            table(_exchanging),
         ]
     return "\n\n".join(parts)
 
@@ -104,13 +90,15 @@ def _time(row: dict) -> str:
 
 
 def _times(row: dict, base: dict | None) -> str:
-    if base is None or "error" in row or "error" in base:
+    if base is None or row["share"] or "error" in row or "error" in base:
         return ""
     return f"{row['milliseconds'] / base['milliseconds']:.2f}"
 
 
 def _thousands(row: dict) -> str:
-    return "" if "error" in row else f"{row['tokens_per_second'] / 1e3:.1f}"
+    if "error" in row or not row["share"]:
+        return ""
+    return f"{row['tokens_per_second'] / 1e3:.1f}"
 
 
 def _exchanging(row: dict) -> str:

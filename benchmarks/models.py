@@ -137,6 +137,14 @@ def parse_size(text: str) -> int:
     return int(text.rstrip("KM")) * {"K": _K, "M": _K * _K}.get(text[-1], 1)
 
 
+def in_words(number: int) -> str:
+    """2048 as 2K, as `parse_size` reads it."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if number % size == 0:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
 def parse_points(text: str) -> list[tuple[int, int]]:
     """(batch, context) pairs of `1x2K,8x128K`, none of an empty text.
 

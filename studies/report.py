@@ -169,10 +169,8 @@ def _draw(study: Study, results: Results, folder: Path) -> None:
             caches.errorbar(
                 values, mean, None if math.isnan(error) else error, fmt="osD^v"[i // 10], **style
             )
-        curves, line = (
-            _curves(runs),
-            dict(linestyle=("-", "--", ":")[i // 10 % 3], color=f"C{i % 10}"),
-        )
+        curves = _curves(runs)
+        line = dict(linestyle=("-", "--", ":")[i // 10 % 3], color=f"C{i % 10}")
         steps = np.array(runs[0]["validation_loss"])[:, 0]
         seen = steps * runs[0]["tokens"] / steps[-1]
         tokens.plot(seen, np.mean([*curves.values()], 0), label=name, linewidth=1, **line)

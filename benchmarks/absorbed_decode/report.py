@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from benchmarks.absorbed_decode.points import K
+from benchmarks.models import in_words
 from mlra_jax.files import whole_figure
 
 
@@ -85,8 +86,7 @@ def figures(content: dict, folder: Path) -> None:
                 y = [r["bytes"] / r["kernel_us"] / 1e6 for r in mine]
                 axes.plot(x, y, f"C{i}o-", label=name)
         axes.set_xscale("log", base=2)
-        in_words = [f"{c // K}K" if c < K * K else f"{c // K // K}M" for c in contexts]
-        axes.set_xticks(contexts, in_words)
+        axes.set_xticks(contexts, [in_words(context) for context in contexts])
         axes.set_xlabel("context (tokens)")
         if kind == "time":
             axes.plot([], [], ":", color="gray", label="bytes / read bandwidth")

@@ -19,10 +19,9 @@ from mlra_jax import sharding
 from mlra_jax.attention import heads, sharded
 from mlra_jax.attention.blocks import in_blocks, of_keys, of_scores
 from mlra_jax.config import AttentionConfig, ModelConfig
-from mlra_jax.kernels import target
 from mlra_jax.kernels.chunk_attention import WIDEST, chunk_attention
 from mlra_jax.kernels.grouped_decode import grouped_decode
-from mlra_jax.layers import Projection, output_init, rotate
+from mlra_jax.layers import Projection, on_gpus, output_init, rotate
 
 Entries = dict[str, jax.Array]
 OVER = ("blocks", "cudnn")
@@ -142,9 +141,8 @@ class Attention(nnx.Module):
 
     def extends_over(self) -> str:
         """The way of `OVER` that serves the mesh's devices."""
-        sixteen_bits = self.dtype != "float32"
-        gpu = target.is_gpu(self.mesh.devices.flat[0])
-        return "cudnn" if gpu and sixteen_bits and self._key_width() <= WIDEST else "blocks"
+        serves = self.dtype != "float32" and self._key_width() <= WIDEST
+        return "cudnn" if serves and on_gpus(self.mesh) else "blocks"
 
     def _in_plain(self, queries, cache, lengths_BT, *weights):
         def attend(*grouped):
