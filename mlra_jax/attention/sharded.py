@@ -33,8 +33,7 @@ def whole_sequence(
     Batch and heads are split over `mesh` as the table in `sharding` says; H and J must divide.
     """
     if implementation == "auto":
-        widths = q_BTHK.shape[-1], v_BTJV.shape[-1]
-        implementation = implementation_for(mesh.devices.flat[0], q_BTHK.dtype, *widths)
+        implementation = implementation_for(mesh.devices.flat[0], q_BTHK, k_BTJK, v_BTJV)
     local = functools.partial(
         causal_attention, scale=scale, implementation=implementation, name=remat.ATTENTION
     )

@@ -174,7 +174,7 @@ def test_the_platform_chooses(monkeypatch, cudnn, device, dtype, chosen):
 def test_unequal_widths_need_a_cudnn_without_the_fault_and_a_function_as_it_is_known(
     monkeypatch, cudnn
 ):
-    chosen = lambda *widths: api.implementation_for(H100, jnp.bfloat16, *widths)
+    chosen = lambda K, V: api.implementation_for(H100, *arguments(K=K, V=V, dtype=jnp.bfloat16))
     assert chosen(192, 128) == "cudnn"
     with monkeypatch.context() as patch:
         patch.setattr(library, "check_cudnn_version", lambda: 91200)
@@ -185,6 +185,23 @@ def test_unequal_widths_need_a_cudnn_without_the_fault_and_a_function_as_it_is_k
         assert chosen(192, 128) == "cudnn_padded"
     monkeypatch.delattr(library, "check_cudnn_version")
     assert chosen(192, 128) == "cudnn_padded"
+
+
+@pytest.mark.parametrize(
+    "sizes, device, chosen",
+    [
+        (dict(), H100, "cudnn_grouped"),
+        (dict(H=3), H100, "cudnn"),
+        (dict(T=100), H100, "cudnn"),
+        (dict(V=192), H100, "cudnn"),
+        (dict(dtype=jnp.float16), H100, "cudnn"),
+        (dict(), A100, "cudnn_padded"),
+    ],
+)
+def test_a_backward_pass_of_our_own_for_grouped_heads_on_hopper(cudnn, sizes, device, chosen):
+    given = dict(B=1, T=128, H=2, J=1, K=192, V=128, dtype=jnp.bfloat16)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments(**given | sizes)]
+    assert api.implementation_for(device, *shapes) == chosen
 
 
 def test_the_names_of_the_settings_are_those_of_the_op():

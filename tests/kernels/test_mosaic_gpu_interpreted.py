@@ -23,6 +23,7 @@ from mlra_jax.kernels.absorbed_decode.problem import Problem
 mosaic_gpu = pytest.importorskip(
     "mlra_jax.kernels.absorbed_decode.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
 )
+interpreter = pytest.importorskip("interpreter")
 join, plan, walk = mosaic_gpu.join, mosaic_gpu.plan, mosaic_gpu.walk
 plgpu = walk.plgpu
 
@@ -44,47 +45,10 @@ def weigh(parts, lses, sums, statistics):
     statistics[pl.ds((groups + wg) * 4, 4)] = jnp.pad(weights.sum()[None], (0, 3))
 
 
-class Accumulator:
-    """An accumulator with a start value, which the interpreter does not have (`pl.run_state`)."""
-
-    def __init__(self, ref: plgpu.ACC):
-        self.value, self.shape = ref._init, ref.shape
-
-
-def run_state(products):
-    def run(refs):
-        leaf = lambda kind: dict(is_leaf=lambda x: isinstance(x, kind))
-        accumulators = jax.tree.map(Accumulator, refs, **leaf(plgpu.ACC))
-        products(accumulators)
-        return jax.tree.map(lambda acc: acc.value, accumulators, **leaf(Accumulator))
-
-    return run
-
-
-def wgmma(acc, a, b, product=plgpu.wgmma):
-    if not isinstance(acc, Accumulator):
-        product(acc, a, b)
-    elif isinstance(a, jax.Array):
-        # The interpreter has no product whose left side is in registers.
-        acc.value += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        # A product reads as copies write; a load needs a fence between itself and the next copy.
-        plgpu.commit_smem()
-    else:
-
-        def from_zero(ref):
-            product(ref, a, b)
-            return ref[...]
-
-        acc.value += pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
-
-
 @pytest.fixture
 def interpreted(monkeypatch):
     """Stands in for what the interpreter lacks and runs the kernel in it."""
-    if jax.__version_info__ < (0, 12):
-        pytest.skip("the interpreter of JAX before 0.12 wants all barriers waited for")
-    monkeypatch.setattr(pl, "run_state", run_state)
-    monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    interpreter.stand_in(monkeypatch)
     # When a launch may begin: no rule for it on a CPU, and no effect on the numbers.
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: None)
     monkeypatch.setattr(plgpu, "griddepcontrol_launch_dependents", lambda: None)
@@ -99,11 +63,11 @@ def interpreted(monkeypatch):
     def compiled(config, _q, _q_rope, latents, *_):
         # The race detector takes all stages of a union of references for one place.
         one_place = latents.shape[-1] == 512 and config.query_stages > 1
-        interpreter = plgpu.InterpretGPUParams(detect_races=not one_place)
+        params = plgpu.InterpretGPUParams(detect_races=not one_place)
         kernel = jax.jit(functools.partial(mosaic_gpu.absorbed_decode, scale=SCALE, config=config))
 
         def run(*arrays):
-            with plgpu.force_gpu_interpret_mode(interpreter):
+            with plgpu.force_gpu_interpret_mode(params):
                 return kernel(*arrays)
 
         return run

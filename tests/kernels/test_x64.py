@@ -52,6 +52,7 @@ def test_a_kernel_sees_int32_and_its_arguments_otherwise_as_they_are():
 
 def test_splash_attention_is_not_chosen_under_x64():
     tpu = type("Device", (), {"platform": "tpu"})
-    assert api.implementation_for(tpu, jnp.bfloat16, 192, 128) == "splash"
+    x = jax.ShapeDtypeStruct((1, 128, 2, 192), jnp.bfloat16)
+    assert api.implementation_for(tpu, x, x, x) == "splash"
     with jax.enable_x64(True):
-        assert api.implementation_for(tpu, jnp.bfloat16, 192, 128) == "reference"
+        assert api.implementation_for(tpu, x, x, x) == "reference"

@@ -1,6 +1,7 @@
 """Chooses how a whole sequence attends to itself: cuDNN, splash attention, or plain JAX."""
 
 import functools
+import importlib
 import inspect
 from typing import Any
 
@@ -37,9 +38,10 @@ def causal_attention(
       v_BTJV: values, of any width ("cudnn_padded": at most that of the keys). Same dtype.
       scale: what scores are multiplied by before the softmax, a Python number.
       implementation: "reference", plain JAX in blocks of queries; "cudnn", flash attention for
-        GPUs and 16 bits, "cudnn_padded" the same with values padded to the width of keys; "splash",
-        splash attention for TPUs; or "auto", what `implementation_for` says of the device that is
-        compiled for (that of the mesh inside shard_map, otherwise JAX's default backend).
+        GPUs and 16 bits, "cudnn_padded" the same with values padded to the width of keys,
+        "cudnn_grouped" the same with a backward pass of our own, for grouped heads on Hopper GPUs;
+        "splash", splash attention for TPUs; or "auto", what `implementation_for` says of the device
+        that is compiled for (that of the mesh inside shard_map, otherwise JAX's default backend).
       name: by which `jax.checkpoint` policies know the result and, where the implementation allows
         it, what the backward pass needs beside the result.
 
@@ -51,8 +53,7 @@ def causal_attention(
     """
     _check(q_BTHK, k_BTJK, v_BTJV)
     if implementation == "auto":
-        widths = q_BTHK.shape[-1], v_BTJV.shape[-1]
-        implementation = implementation_for(target.device(), q_BTHK.dtype, *widths)
+        implementation = implementation_for(target.device(), q_BTHK, k_BTJK, v_BTJV)
     if implementation not in _ATTEND:
         known = ", ".join(["auto", *_ATTEND])
         raise ValueError(f"implementation is {implementation!r}, expected one of {known}")
@@ -60,17 +61,35 @@ def causal_attention(
     return checkpoint_name(out_BTHV, name) if name else out_BTHV
 
 
-def implementation_for(device: Any, dtype: jnp.dtype, key_width: int, value_width: int) -> str:
-    """What serves a device (anything with a `platform`) fastest; the log says it once."""
-    chosen = "reference"
+def implementation_for(device: Any, q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> str:
+    """What serves a device (anything with a `platform`) fastest; the log says it once.
+
+    Of the arrays shapes and the dtype count, whole or a device's part of the batch and the heads.
+    """
+    chosen, dtype = "reference", q_BTHK.dtype
+    key_width, value_width = q_BTHK.shape[-1], v_BTJV.shape[-1]
     if target.is_gpu(device) and dtype != jnp.float32:
         unequal = key_width != value_width
         chosen = "cudnn_padded" if unequal and not _unequal_widths(device) else "cudnn"
+        if chosen == "cudnn" and _grouped_serves(device, q_BTHK, k_BTJK, v_BTJV):
+            chosen = "cudnn_grouped"
     # The library's indices are of the program's own type, and TPUs have no int64.
     elif device.platform == "tpu" and not jax.config.jax_enable_x64:
         chosen = "splash"
     _say(chosen, str(getattr(device, "device_kind", device.platform)), key_width, value_width)
     return chosen
+
+
+def _grouped_serves(device: Any, q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> bool:
+    """Whether our own backward pass is there and faster than cuDNN's."""
+    try:
+        return _mosaic_gpu().supports(device, q_BTHK, k_BTJK, v_BTJV)
+    except ImportError:  # A jaxlib without the Mosaic GPU dialect.
+        return False
+
+
+def _mosaic_gpu():
+    return importlib.import_module("mlra_jax.kernels.causal_attention.mosaic_gpu")
 
 
 @functools.cache
@@ -127,6 +146,10 @@ def _cudnn_padded(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
     return _cudnn(q_BTHK, k_BTJK, padded, scale=scale, name=name)[..., : v_BTJV.shape[-1]]
 
 
+def _cudnn_grouped(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
+    return _mosaic_gpu().causal_attention(q_BTHK, k_BTJK, v_BTJV, scale, name)
+
+
 def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
@@ -165,6 +188,7 @@ def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
 _ATTEND = {
     "cudnn": _cudnn,
     "cudnn_padded": _cudnn_padded,
+    "cudnn_grouped": _cudnn_grouped,
     "splash": _splash,
     "reference": _reference,
 }
