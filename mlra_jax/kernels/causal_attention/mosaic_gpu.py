@@ -125,7 +125,9 @@ def backward(
     # The order in which a model with absorbed projections makes gradients and wants them.
     do_GBTJV = do_BTHV.reshape(B, T, J, H // J, V).transpose(3, 0, 1, 2, 4)
     shapes = (H // J, B, T, J, K), (B, T, J, K), (B, T, J, V)
-    sums = [jax.new_ref(jnp.zeros(shape, jnp.float32)) for shape in shapes]
+    # Otherwise the zeros of all layers would be there at once.
+    do_GBTJV, zero = lax.optimization_barrier((do_GBTJV, jnp.float32(0)))
+    sums = [jax.new_ref(jnp.full(shape, zero)) for shape in shapes]
     _launch(B, T, H, J, K, V, q_BTHK.dtype, scale)(
         q_BTHK, k_BTJK, v_BTJV, do_GBTJV, lse_BHT, delta_BHT, *sums
     )
