@@ -14,9 +14,10 @@ from mlra_jax import remat, sharding
 from mlra_jax.attention import sharded
 from mlra_jax.kernels.causal_attention import causal_attention, reference
 
-mosaic_gpu = pytest.importorskip(
-    "mlra_jax.kernels.causal_attention.mosaic_gpu", reason="this jaxlib has no Mosaic GPU dialect"
+grouped = pytest.importorskip(
+    "mlra_jax.kernels.causal_attention.grouped", reason="this jaxlib has no Mosaic GPU dialect"
 )
+mosaic_gpu = grouped.mosaic_gpu
 interpreter = pytest.importorskip("interpreter")
 
 SCALE = 0.11
@@ -52,7 +53,7 @@ def gradients(monkeypatch):
     monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
     monkeypatch.setattr(mosaic_gpu, "_zero", lambda n: n * 0)
     monkeypatch.setattr(mosaic_gpu, "_hide_later", lower_triangle)
-    kernel = jax.jit(functools.partial(mosaic_gpu._backward_rule, SCALE, None))
+    kernel = jax.jit(functools.partial(grouped._backward_rule, SCALE, None))
 
     def interpreted(*arrays, detect_races):
         params = plgpu.InterpretGPUParams(detect_races=detect_races)

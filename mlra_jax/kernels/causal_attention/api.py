@@ -83,13 +83,13 @@ def implementation_for(device: Any, q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> st
 def _grouped_serves(device: Any, q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> bool:
     """Whether our own backward pass is there and faster than cuDNN's."""
     try:
-        return _mosaic_gpu().supports(device, q_BTHK, k_BTJK, v_BTJV)
+        return _grouped().supports(device, q_BTHK, k_BTJK, v_BTJV)
     except ImportError:  # A jaxlib without the Mosaic GPU dialect.
         return False
 
 
-def _mosaic_gpu():
-    return importlib.import_module("mlra_jax.kernels.causal_attention.mosaic_gpu")
+def _grouped():
+    return importlib.import_module("mlra_jax.kernels.causal_attention.grouped")
 
 
 @functools.cache
@@ -147,7 +147,7 @@ def _cudnn_padded(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
 
 
 def _cudnn_grouped(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
-    return _mosaic_gpu().causal_attention(q_BTHK, k_BTJK, v_BTJV, scale, name)
+    return _grouped().causal_attention(q_BTHK, k_BTJK, v_BTJV, scale, name)
 
 
 def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale, name):

@@ -1,14 +1,14 @@
-"""The backward pass of causal attention on Hopper GPUs; the forward pass is cuDNN's.
+"""The backward pass of causal attention of grouped heads on Hopper GPUs.
 
-cuDNN's own takes grouped heads one by one. Here a CTA keeps a block of keys and values and goes
-over the queries of several heads that share them, so that the gradients of keys and values add up
-in registers. A warpgroup copies; each of two others has half of the keys:
+A CTA keeps a block of keys and values and goes over the queries of several heads that share them,
+so that the gradients of keys and values add up in registers. A warpgroup copies; each of two others
+has half of the keys:
 
     sᵀ = k qᵀ            pᵀ = exp(scale sᵀ - lse)       dv += pᵀ do
     dpᵀ = v doᵀ          dsᵀ = pᵀ (dpᵀ - delta)         dk += dsᵀ q
 
 and, of what both found, dq += ds k for half of the columns, which the copy engine adds up in device
-memory in float32. With cuDNN's forward pass: FlashAttention-2 (arXiv 2307.08691), algorithm 2.
+memory in float32 (FlashAttention-2, arXiv 2307.08691, algorithm 2).
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -39,65 +38,21 @@ _HEADS = 2
 _SIDE_BY_SIDE = 8
 _WGMMA, _SCALAR = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 
 
-def supports(device: Any, q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> bool:
-    """Whether it serves these shapes, and so many query heads to a key/value head, on a device."""
-    return target.is_hopper(device) and _fits(q_BTHK, k_BTJK, v_BTJV)
-
-
-def _fits(q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> bool:
+def serves(q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> bool:
+    """Whether `backward` takes these shapes."""
     grouped = q_BTHK.shape[2] // k_BTJK.shape[2] % _HEADS == 0
     whole = q_BTHK.shape[1] % _KEYS == 0
     widths = k_BTJK.shape[3], v_BTJV.shape[3]
     return grouped and whole and widths == _WIDTHS and q_BTHK.dtype == jnp.bfloat16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def causal_attention(
-    q_BTHK: jax.Array, k_BTJK: jax.Array, v_BTJV: jax.Array, scale: float, name: str | None
-) -> jax.Array:
-    """As `api.causal_attention`.
-
-    Raises:
-      ValueError: shapes that it does not serve.
-    """
-    return _forward(q_BTHK, k_BTJK, v_BTJV, scale=scale)
-
-
-def _forward(q_BTHK, k_BTJK, v_BTJV, *, scale, **how):
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
-    if not _fits(q_BTHK, k_BTJK, v_BTJV):
-        shapes = f"{q_BTHK.dtype} {q_BTHK.shape}, {k_BTJK.shape} and {v_BTJV.shape}"
-        raise ValueError(
-            f"cudnn_grouped takes bfloat16, lengths that {_KEYS} divides, widths {_WIDTHS} and an "
-            f"even number of query heads to a key/value head, got {shapes}; cudnn takes others"
-        )
-    causal = library.MaskType.CAUSAL
-    return library.dot_product_attention(
-        q_BTHK, k_BTJK, v_BTJV, scale=scale, mask_type=causal, **how
-    )
-
-
-def _forward_rule(q_BTHK, k_BTJK, v_BTJV, scale, name):
-    out_BTHV, lse_BHT = _forward(q_BTHK, k_BTJK, v_BTJV, scale=scale, return_residual=True)
-    if name:
-        out_BTHV, lse_BHT = (checkpoint_name(x, name) for x in (out_BTHV, lse_BHT))
-    return out_BTHV, (q_BTHK, k_BTJK, v_BTJV, out_BTHV, lse_BHT)
-
-
-def _backward_rule(scale, name, kept, do_BTHV):
-    q_BTHK, k_BTJK, v_BTJV, out_BTHV, lse_BHT = kept
-    f32 = jnp.float32
-    delta_BHT = jnp.swapaxes((out_BTHV.astype(f32) * do_BTHV.astype(f32)).sum(-1), 1, 2)
-    arrays = q_BTHK, k_BTJK, v_BTJV, do_BTHV, lse_BHT * _LOG2E, delta_BHT
-    gradients = backward(*arrays, scale=scale)
-    return tuple(x.astype(q_BTHK.dtype) for x in gradients)
-
-
-causal_attention.defvjp(_forward_rule, _backward_rule)
+SERVED = (
+    f"bfloat16, lengths that {_KEYS} divides, keys of {_WIDTHS[0]} and values of {_WIDTHS[1]}, and "
+    "an even number of query heads to a key/value head"
+)
 
 
 # A function of its own in a program, so that all layers compile one.
@@ -324,7 +279,7 @@ def _step(program: _Program, me: int, n, i, head, sums):
 
     def probabilities(s):
         plgpu.wgmma(s, memory.k_smem.at[zero, mine], q.transpose((1, 0)))
-        s = s[...] * (p.scale * _LOG2E) - row(memory.lse_smem)
+        s = s[...] * (p.scale * LOG2E) - row(memory.lse_smem)
         ahead = i * _QUERIES - p.block * _KEYS - me * _ROWS
         hidden = i < p.first + _KEYS // _QUERIES
         s = lax.cond(hidden, lambda s: _hide_later(s, ahead), lambda s: s, s)
