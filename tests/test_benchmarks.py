@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import decode, decode_worker, long_streams, models
+from benchmarks import causal_attention, decode, decode_worker, long_streams, models
 from benchmarks.absorbed_decode import __main__ as absorbed_decode
 from mlra_jax.config import ConfigError, LatentConfig, preset
 from mlra_jax.data import token_file
@@ -254,3 +254,10 @@ def test_streams_are_read_under_each_policy(tmp_path, capsys):
     for length, said in (("480", "wants 962"), ("80", "a multiple of the trained context of 32")):
         assert long_streams.main([*flags, f"--length={length}"]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_causal_attention_is_checked_and_timed(capsys):
+    assert causal_attention.main(["--tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "reference, (2, 128, 2, 1): errors of dq, dk, dv " in said
+    assert "reference, (1, 128, 4, 2): forward " in said
