@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = flags.batch, flags.length, flags.heads, flags.shared
     arrays = inputs(*sizes)
     auto = implementation_for(jax.devices()[0], *arrays[:3])
-    ways = flags.over.split(",") if flags.over else sorted({auto, auto.split("_")[0]})
+    ways = flags.over.split(",") if flags.over else sorted({auto, auto.removesuffix("_grouped")})
     right = True
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
     for over in ways:
