@@ -204,13 +204,14 @@ def whole(
 
     It is rounded to `dtype`, if one is given and narrower.
     """
+    where = NamedSharding(mesh, PartitionSpec(*kept(axes, over)))
+    return jax.lax.with_sharding_constraint(_rounded(x, mesh, axes, dtype), where)
+
+
+def _rounded(x, mesh, axes, dtype):
     narrow = min(x.dtype, jnp.dtype(dtype or x.dtype), key=lambda d: d.itemsize)
     # Named as it is split first: else XLA would round it, or project it, behind the exchange.
-    parts = constrain(x.astype(narrow), mesh, *axes)
-    where = PartitionSpec(*kept(axes, over))
-    if over == BATCH and copies(mesh, axes):
-        return _copied(parts, mesh, axes, where)
-    return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, where))
+    return constrain(x.astype(narrow), mesh, *axes)
 
 
 def kept(axes: Sequence[str | None], over: Sequence[str]) -> tuple[tuple[str, ...] | None, ...]:
@@ -233,8 +234,8 @@ def split_by_fsdp(axes: Sequence[str | None]) -> int:
     return next(i for i, names in enumerate(mesh_axes(*axes)) if FSDP[0] in names)
 
 
-def _copied(parts, mesh, axes, where):
-    """`parts`, which `fsdp` splits, whole on each of its devices."""
+def _copied(x, mesh, axes, over, dtype):
+    """As `whole`, where `copies`."""
     at, ways = split_by_fsdp(axes), size(mesh, FSDP)
 
     def local(part):
@@ -243,8 +244,9 @@ def _copied(parts, mesh, axes, where):
         received = jax.lax.all_to_all(sent, FSDP, 0, 0)
         return jnp.moveaxis(received.reshape(-1, *first.shape[1:]), 0, at)
 
-    move = jax.shard_map(local, mesh=mesh, in_specs=spec(*axes), out_specs=where, check_vma=False)
-    return move(parts)
+    split_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    move = split_map(local, in_specs=spec(*axes), out_specs=PartitionSpec(*kept(axes, over)))
+    return move(_rounded(x, mesh, axes, dtype))
 
 
 def summed_in_turn(
@@ -299,8 +301,15 @@ def _gathered(x, given, *how):
     return (whole(x, *how) if given is None else given).astype(x.dtype)
 
 
+def _gathered_in_a_step(x, given, mesh, axes, over, dtype):
+    """What has a gradient is part of a training step, whose options make copies of engines."""
+    if given is None and over == BATCH and copies(mesh, axes):
+        given = _copied(x, mesh, axes, over, dtype)
+    return _gathered(x, given, mesh, axes, over, dtype), None
+
+
 _gathered.defvjp(
-    lambda x, given, *how: (_gathered(x, given, *how), None),
+    _gathered_in_a_step,
     lambda mesh, axes, over, dtype, _, slope: (constrain(slope, mesh, *axes), None),
 )
 

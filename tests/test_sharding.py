@@ -237,17 +237,18 @@ def test_what_is_gathered_travels_once_and_its_gradient_to_where_it_belongs():
 
 
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("vocab", "embed")])
-def test_what_gpus_copy_is_what_they_gather(monkeypatch, axes):
+def test_gpus_copy_in_a_training_step_what_they_gather_in_others(monkeypatch, axes):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     w = jax.device_put(jax.random.normal(jax.random.key(0), (8, 12)), sharding.named(mesh, *axes))
-    whole = lambda w: sharding.whole(w, mesh, axes, sharding.BATCH, "bfloat16")
-    want = whole(w)
     monkeypatch.setattr(sharding, "copies", lambda mesh, axes: True)
-    program = jax.jit(whole).lower(w).compile()
-    assert "all-to-all" in program.as_text() and "all-gather" not in program.as_text()
-    got = program(w)
-    assert got.sharding.is_equivalent_to(want.sharding, 2)
-    np.testing.assert_array_equal(got, want)
+    gathered = lambda w: sharding.gathered(w, mesh, axes, sharding.BATCH, "bfloat16")
+    made = []
+    for f, how in ((gathered, "all-gather"), (lambda w: jax.vjp(gathered, w)[0], "all-to-all")):
+        program = jax.jit(f).lower(w).compile()
+        assert set(re.findall("all-[a-z-]+[a-z]", program.as_text())) == {how}
+        made.append(program(w))
+    assert made[0].sharding.is_equivalent_to(made[1].sharding, 2)
+    np.testing.assert_array_equal(*made)
 
 
 def test_gpus_of_one_process_copy_what_fsdp_splits():
