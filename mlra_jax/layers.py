@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
@@ -34,7 +34,7 @@ def weigh(
     kernel: jax.Array,
     subscripts: str,
     out_dtype: str | None = None,
-    parts: int = 1,
+    place: tuple[Mesh, tuple[str | None, ...]] | None = None,
 ) -> jax.Array:
     """`einsum(subscripts, x, kernel)`, a product in the dtype of `x` whatever the kernel's is.
 
@@ -46,7 +46,8 @@ def weigh(
       kernel: a parameter.
       subscripts: `x,kernel->result`, each letter in two of the three.
       out_dtype: of the result, if it is not that of `x`.
-      parts: of `gradient_parts`, for a kernel whose last dimension is the result's last, too.
+      place: the mesh and the kernel's logical axes, for a gradient that GPUs exchange as they do it
+        best. The first dimension of `x` is then the batch.
     """
     return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
 
@@ -58,16 +59,19 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, out_dtype=None) -> jax.A
     )
 
 
-def _weigh_forward(x, kernel, subscripts, out_dtype, parts):
+def _weigh_forward(x, kernel, subscripts, out_dtype, place):
     # Not by calling `weigh`: policies of `jax.checkpoint` do not look inside of it.
     return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype), (x, kernel)
 
 
-def _weigh_backward(subscripts, out_dtype, parts, kept, slope):
+def _weigh_backward(subscripts, out_dtype, place, kept, slope):
     (x, kernel), (of_x, of_kernel, of_out) = kept, re.split(",|->", subscripts)
     slope = slope.astype(x.dtype)
     x_slope = einsum(f"{of_out},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
-    if parts > 1:
+    if place is not None and sharding.copies(*place):
+        kernel_slope = _slope_in_turn(x, slope, (of_x, of_out, of_kernel), *place)
+        return x_slope, kernel_slope.astype(kernel.dtype)
+    if place is not None and (parts := gradient_parts(*place)) > 1:
         slope = slope.reshape(*slope.shape[:-1], parts, -1)
         of_out, of_kernel = of_out[:-1] + "yz", of_kernel[:-1] + "yz"
     kernel_slope = einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
@@ -75,6 +79,27 @@ def _weigh_backward(subscripts, out_dtype, parts, kept, slope):
 
 
 weigh.defvjp(_weigh_forward, _weigh_backward)
+
+
+def _slope_in_turn(x, slope, letters, mesh, axes):
+    """The kernel's gradient, each device's part of it a product of its own."""
+    of_x, of_out, of_kernel = letters
+    split = dict(zip(of_kernel, sharding.kept(axes, sharding.BATCH), strict=True))
+    split[of_x[0]] = sharding.BATCH
+    cut, ways = of_kernel[sharding.split_by_fsdp(axes)], sharding.size(mesh, sharding.FSDP)
+
+    def narrow(y, of_y, i):
+        if cut not in of_y:
+            return y
+        width = y.shape[of_y.index(cut)] // ways
+        return jax.lax.dynamic_slice_in_dim(y, i * width, width, of_y.index(cut))
+
+    def part(i, x, slope):
+        x, slope = narrow(x, of_x, i), narrow(slope, of_out, i)
+        return einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
+
+    where = [PartitionSpec(*map(split.get, of)) for of in (of_x, of_out)]
+    return sharding.summed_in_turn(part, mesh, axes, (x, slope), where)
 
 
 def gradient_parts(mesh: Mesh, axes: Sequence[str | None]) -> int:
@@ -95,8 +120,7 @@ class Projection(nnx.Module):
     """A bias-free linear map `[..., in dims] -> [..., out dims]`, kernel `[in dims, out dims]`.
 
     `shape` and `axes` are the kernel's; the first `num_in` dimensions are contracted. The product
-    is computed in the input's dtype (`weigh`). With `mesh`, the last one's gradient is made in
-    `gradient_parts`.
+    is computed in the input's dtype (`weigh`), the gradient as `mesh` wants it, if there is one.
     """
 
     def __init__(
@@ -110,7 +134,7 @@ class Projection(nnx.Module):
         init=None,
         mesh: Mesh | None = None,
     ):
-        self.num_in, self.gradient_mesh = num_in, mesh
+        self.num_in, self.mesh = num_in, mesh
         init = init or nnx.initializers.normal(INIT_STDDEV)
         self.kernel = param(rngs, init, shape, axes, config.param_dtype)
 
@@ -119,10 +143,11 @@ class Projection(nnx.Module):
         rows, features = letters[: x.ndim - self.num_in], letters[x.ndim - self.num_in :]
         of_kernel = features[: self.kernel.ndim]
         inner, outer = of_kernel[: self.num_in], of_kernel[self.num_in :]
-        parts, axes = 1, self.kernel.get_metadata()["out_sharding"]
-        if self.gradient_mesh is not None:
-            parts = gradient_parts(self.gradient_mesh, axes)
-        return weigh(x, self.kernel[...], f"{rows}{inner},{of_kernel}->{rows}{outer}", None, parts)
+        place, axes = None, self.kernel.get_metadata()["out_sharding"]
+        if self.mesh is not None:
+            place = self.mesh, tuple(axes[-self.kernel.ndim :])  # That of the layers is first.
+        subscripts = f"{rows}{inner},{of_kernel}->{rows}{outer}"
+        return weigh(x, self.kernel[...], subscripts, None, place)
 
 
 def summands(x: jax.Array, kernel: jax.Array, num_in: int, out_dtype=None) -> jax.Array:
@@ -151,7 +176,6 @@ class SummedProjection(Projection):
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
-        self.gradient_mesh = None
         self.axes = tuple(projection.kernel.get_metadata()["out_sharding"][: self.num_in])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -278,17 +302,36 @@ def additions(
     return add_parts
 
 
+@jax.custom_vjp
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`; its gradients are computed in float32 and have the arrays' dtype."""
+    return nnx.silu(gate) * up
+
+
+def _gated_backward(arrays, slope):
+    gate, up, slope = (x.astype(jnp.float32) for x in (*arrays, slope))
+    sigmoid = jax.nn.sigmoid(gate)
+    up_slope = (slope * gate * sigmoid).astype(arrays[1].dtype)
+    gate_slope = (slope * up * sigmoid * (1 + gate * (1 - sigmoid))).astype(arrays[0].dtype)
+    # Where one is NaN the other is. XLA's GPU compiler makes one kernel of both, which reads each
+    # array once, only where one needs the other.
+    return jnp.where(jnp.isnan(up_slope), up_slope, gate_slope), up_slope
+
+
+gated.defvjp(lambda *arrays: (gated(*arrays), arrays), _gated_backward)
+
+
 class SwiGLU(nnx.Module):
     """`down(silu(gate x) * up x)`."""
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         self.mesh = mesh
         widen, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
-        self.gate = Projection(widen, ("embed", "mlp"), config=config, rngs=rngs)
-        self.up = Projection(widen, ("embed", "mlp"), config=config, rngs=rngs)
-        how = dict(config=config, rngs=rngs, init=output_init(config), mesh=mesh)
-        self.down = Projection(narrow, ("mlp", "embed"), **how)
+        how = dict(config=config, rngs=rngs, mesh=mesh)
+        self.gate = Projection(widen, ("embed", "mlp"), **how)
+        self.up = Projection(widen, ("embed", "mlp"), **how)
+        self.down = Projection(narrow, ("mlp", "embed"), init=output_init(config), **how)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = nnx.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        h_BTF = gated(self.gate(x_BTD), self.up(x_BTD))
         return self.down(sharding.constrain(h_BTF, self.mesh, "batch", "length", "mlp"))

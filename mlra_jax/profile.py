@@ -36,7 +36,7 @@ from mlra_jax.training.step import make_train_step
 _KINDS = (
     ("attention backward", r"bprop|sdpa.*bwd|dot_do_o|convert_dq|fmha_reduce|splash.*d(q|kv)"),
     ("attention forward", r"fprop|sdpa|flash|splash"),
-    ("communication", r"nccl|all[-_]?(reduce|gather|to[-_]all)|reduce[-_]?scatter|permute"),
+    ("communication", r"nccl|p2p|all[-_]?(reduce|gather|to[-_]all)|reduce[-_]?scatter|permute"),
     ("copies", r"memcpy|memset"),
     ("products", r"gemm|nvjet|cutlass|cublas|xmma|dot"),
 )

@@ -25,6 +25,7 @@ from mlra_jax.config import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
+FSDP = ("fsdp",)
 TENSOR = ("tensor",)
 CONTEXT = ("context",)
 MODEL = ("tensor", "context")
@@ -203,12 +204,77 @@ def whole(
 
     It is rounded to `dtype`, if one is given and narrower.
     """
+    where = NamedSharding(mesh, PartitionSpec(*kept(axes, over)))
+    return jax.lax.with_sharding_constraint(_rounded(x, mesh, axes, dtype), where)
+
+
+def _rounded(x, mesh, axes, dtype):
     narrow = min(x.dtype, jnp.dtype(dtype or x.dtype), key=lambda d: d.itemsize)
     # Named as it is split first: else XLA would round it, or project it, behind the exchange.
-    parts = constrain(x.astype(narrow), mesh, *axes)
-    kept = (tuple(a for a in names if a not in over) for names in mesh_axes(*axes))
-    where = NamedSharding(mesh, PartitionSpec(*(names or None for names in kept)))
-    return jax.lax.with_sharding_constraint(parts, where)
+    return constrain(x.astype(narrow), mesh, *axes)
+
+
+def kept(axes: Sequence[str | None], over: Sequence[str]) -> tuple[tuple[str, ...] | None, ...]:
+    """As `mesh_axes` without those in `over`; for a PartitionSpec."""
+    return tuple(tuple(a for a in names if a not in over) or None for names in mesh_axes(*axes))
+
+
+def copies(mesh: Mesh, axes: Sequence[str | None]) -> bool:
+    """Whether engines of GPUs copy from one to the other what `fsdp` splits of such an array.
+
+    XLA has them do what devices of one process send each other (`training/compiling.py` asks for
+    it); its gathers and sums over devices are kernels, which slow the products beside them.
+    """
+    processes = {device.process_index for device in mesh.devices.flat}
+    return platform(mesh) == "gpu" and len(processes) == 1 and splits(mesh, axes, FSDP)
+
+
+def split_by_fsdp(axes: Sequence[str | None]) -> int:
+    """Which dimension of an array with these names `fsdp` splits."""
+    return next(i for i, names in enumerate(mesh_axes(*axes)) if FSDP[0] in names)
+
+
+def _copied(x, mesh, axes, over, dtype):
+    """As `whole`, where `copies`."""
+    at, ways = split_by_fsdp(axes), size(mesh, FSDP)
+
+    def local(part):
+        first = jnp.moveaxis(part, at, 0)
+        sent = jnp.broadcast_to(first, (ways, *first.shape))
+        received = jax.lax.all_to_all(sent, FSDP, 0, 0)
+        return jnp.moveaxis(received.reshape(-1, *first.shape[1:]), 0, at)
+
+    split_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    move = split_map(local, in_specs=spec(*axes), out_specs=PartitionSpec(*kept(axes, over)))
+    return move(_rounded(x, mesh, axes, dtype))
+
+
+def summed_in_turn(
+    part: Callable[..., jax.Array],
+    mesh: Mesh,
+    axes: Sequence[str | None],
+    arrays: Sequence[jax.Array],
+    split: Sequence[PartitionSpec],
+) -> jax.Array:
+    """The sum over devices that split the batch, an array with these names, which `fsdp` splits.
+
+    `part(i, *arrays)` is what a device adds to the part of device i along `fsdp`, made of its own
+    shares of `arrays`, split as `split` says. A part is sent on from device to device, the one that
+    has it last keeps it, and meanwhile each makes what it adds to another part.
+    """
+    ways = size(mesh, FSDP)
+    next_one = [(i, (i + 1) % ways) for i in range(ways)]
+
+    def local(*arrays):
+        here = jax.lax.axis_index(FSDP)
+        total = part((here - 1) % ways, *arrays)
+        for back in range(2, ways + 1):
+            received = jax.lax.ppermute(total, FSDP, next_one)
+            total = received + part((here - back) % ways, *arrays)
+        return jax.lax.psum(total, "data") if mesh.shape["data"] > 1 else total
+
+    split_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    return split_map(local, in_specs=tuple(split), out_specs=spec(*axes))(*arrays)
 
 
 def gathered(
@@ -235,8 +301,15 @@ def _gathered(x, given, *how):
     return (whole(x, *how) if given is None else given).astype(x.dtype)
 
 
+def _gathered_in_a_step(x, given, mesh, axes, over, dtype):
+    """What has a gradient is part of a training step, whose options make copies of engines."""
+    if given is None and over == BATCH and copies(mesh, axes):
+        given = _copied(x, mesh, axes, over, dtype)
+    return _gathered(x, given, mesh, axes, over, dtype), None
+
+
 _gathered.defvjp(
-    lambda x, given, *how: (_gathered(x, given, *how), None),
+    _gathered_in_a_step,
     lambda mesh, axes, over, dtype, _, slope: (constrain(slope, mesh, *axes), None),
 )
 

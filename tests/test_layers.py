@@ -1,5 +1,7 @@
 """Layers against NumPy, and what fresh weights look like, every kind of tensor."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,9 @@ import tiny
 from flax import nnx
 from tiny import relative_error
 
-from mlra_jax import layers
+from mlra_jax import layers, sharding
 from mlra_jax import model as models
-from mlra_jax.layers import Projection, RMSNorm, SwiGLU, rotate, weigh
+from mlra_jax.layers import Projection, RMSNorm, SwiGLU, gated, rotate, weigh
 from mlra_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -110,6 +112,23 @@ def test_swiglu():
     assert relative_error(mlp(jnp.asarray(x, jnp.float32)), want) < 1e-6
 
 
+@pytest.mark.parametrize("dtype, rounding", [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_gradients_of_what_is_gated(dtype, rounding):
+    gate, up, slope = (jnp.asarray(RNG.normal(size=(7, 33)) * 3, dtype) for _ in range(3))
+    out, back = jax.vjp(gated, gate, up)
+    got = back(slope)
+    exact = [np.asarray(x, np.float64) for x in (gate, up, slope)]
+    sigmoid = 1 / (1 + np.exp(-exact[0]))
+    slopes = exact[2] * exact[1] * (sigmoid + exact[0] * sigmoid * (1 - sigmoid))
+    assert relative_error(out, exact[0] * sigmoid * exact[1]) < 2 * rounding
+    assert relative_error(got[0], slopes) < rounding
+    assert relative_error(got[1], exact[2] * exact[0] * sigmoid) < rounding
+    assert [x.dtype for x in got] == [dtype, dtype]
+    # What is not finite stays so, or a step could not be told to be skipped.
+    for x in back(slope.at[0, 0].set(jnp.nan)):
+        assert np.isnan(np.asarray(x, np.float64)).sum() == 1
+
+
 def kurtosis(x):
     """3 for a normal distribution, 1.8 for a uniform one."""
     return ((x - x.mean()) ** 4).mean() / x.var() ** 2
@@ -164,18 +183,42 @@ def test_parameters_have_the_dtype_of_the_config_and_another_seed_is_another_mod
     assert all((x == 1).all() or not (x == y).all() for x, y in zip(one, other, strict=True))
 
 
+DOWN, UP = ("mlp", "embed"), ("embed", "mlp")
+
+
 def test_gradients_are_made_in_the_parts_that_devices_have(monkeypatch):
     """The same gradient; where the batch is split, its parts one behind the other in memory."""
     x, w, slope = (
         jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((5, 6), (6, 8), (5, 8)))
     )
-    gradient = lambda parts: jax.vjp(lambda w: weigh(x, w, "ab,bc->ac", None, parts), w)[1](slope)[
-        0
-    ]
-    np.testing.assert_allclose(gradient(4), x.T @ slope, rtol=1e-5, atol=1e-5)
-    shapes = str(jax.make_jaxpr(lambda: gradient(4))())
-    assert "f32[6,4,2]" in shapes
-    mesh, down, up = make_mesh(data=2, fsdp=2, tensor=2), ("mlp", "embed"), ("embed", "mlp")
-    assert layers.gradient_parts(mesh, down) == 1
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    gradient = lambda: jax.vjp(lambda w: weigh(x, w, "ab,bc->ac", None, (mesh, DOWN)), w)[1](slope)
+    assert layers.gradient_parts(mesh, DOWN) == 1
     monkeypatch.setattr(layers, "on_gpus", lambda mesh: True)
-    assert [layers.gradient_parts(mesh, axes) for axes in (down, up)] == [2, 1]
+    assert [layers.gradient_parts(mesh, axes) for axes in (DOWN, UP)] == [2, 1]
+    np.testing.assert_allclose(gradient()[0], x.T @ slope, rtol=1e-5, atol=1e-5)
+    assert "f32[6,2,4]" in str(jax.make_jaxpr(gradient)())
+
+
+@pytest.mark.parametrize("axes", [UP, DOWN, ("q_latent", "heads", "head_dim")])
+def test_gradients_are_summed_in_turn_where_gpus_copy(monkeypatch, axes):
+    """Each device's part, in float32 also where products are not, and nothing but copies."""
+    mesh, outer = make_mesh(fsdp=4, tensor=2), "cde"[: len(axes) - 1]
+    shapes = (8, 3, 16), (16, 8, 4)[: len(axes)], (8, 3, 8, 4)[: len(axes) + 1]
+    x, w, slope = (RNG.normal(size=shape) for shape in shapes)
+    monkeypatch.setattr(sharding, "copies", lambda mesh, axes: True)
+
+    @jax.jit
+    def gradient(x, w, slope):
+        product = lambda w: weigh(x, w, f"abz,z{outer}->ab{outer}", None, (mesh, axes))
+        return jax.vjp(product, w)[1](slope)[0]
+
+    batch = sharding.named(mesh, "batch")
+    x, slope = (jax.device_put(jnp.asarray(y, jnp.bfloat16), batch) for y in (x, slope))
+    w = jax.device_put(jnp.asarray(w, jnp.float32), sharding.named(mesh, *axes))
+    program = gradient.lower(x, w, slope).compile()
+    assert not re.search("all-gather|all-reduce|reduce-scatter|all-to-all", program.as_text())
+    got = program(x, w, slope)
+    assert got.sharding.is_equivalent_to(w.sharding, w.ndim)
+    exact = np.einsum(f"abz,ab{outer}->z{outer}", *(np.asarray(y, np.float64) for y in (x, slope)))
+    assert relative_error(got, exact) < 1e-6

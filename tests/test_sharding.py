@@ -1,5 +1,6 @@
 """Where every parameter lies, in exact bytes, and what no mesh can split."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from mlra_jax import model as models
 from mlra_jax import sharding
 from mlra_jax.config import ConfigError
+from mlra_jax.plan.topology import describe
 from mlra_jax.sharding import make_mesh, parse_mesh
 
 MODEL, BATCH = ("tensor", "context"), ("data", "fsdp")
@@ -232,6 +234,33 @@ def test_what_is_gathered_travels_once_and_its_gradient_to_where_it_belongs():
     np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-4)
     alone = sharding.make_mesh()
     assert sharding.gathered(w_DF, alone, axes, sharding.BATCH, "bfloat16") is w_DF
+
+
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("vocab", "embed")])
+def test_gpus_copy_in_a_training_step_what_they_gather_in_others(monkeypatch, axes):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    w = jax.device_put(jax.random.normal(jax.random.key(0), (8, 12)), sharding.named(mesh, *axes))
+    monkeypatch.setattr(sharding, "copies", lambda mesh, axes: True)
+    gathered = lambda w: sharding.gathered(w, mesh, axes, sharding.BATCH, "bfloat16")
+    made = []
+    for f, how in ((gathered, "all-gather"), (lambda w: jax.vjp(gathered, w)[0], "all-to-all")):
+        program = jax.jit(f).lower(w).compile()
+        assert set(re.findall("all-[a-z-]+[a-z]", program.as_text())) == {how}
+        made.append(program(w))
+    assert made[0].sharding.is_equivalent_to(made[1].sharding, 2)
+    np.testing.assert_array_equal(*made)
+
+
+def test_gpus_of_one_process_copy_what_fsdp_splits():
+    """Neither processors of other kinds nor other processes, and nothing that is whole anyway."""
+    up = ("embed", "mlp")
+    gpus = list(describe("h100:4").devices)
+    mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=gpus)
+    assert sharding.copies(mesh, up) and not sharding.copies(mesh, ("norm", "mlp"))
+    assert not sharding.copies(sharding.make_mesh(data=2, tensor=2, devices=gpus), up)
+    assert not sharding.copies(sharding.make_mesh(fsdp=2, tensor=2), up)
+    gpus[3] = dataclasses.replace(gpus[3], process_index=1)
+    assert not sharding.copies(sharding.make_mesh(fsdp=2, tensor=2, devices=gpus), up)
 
 
 def test_each_device_pads_its_own_part_and_cuts_its_own_gradient():

@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         self.scale, self.kernel = 1 / math.sqrt(a.query_dim), config.execution.attention_kernel
         self.dtype = config.execution.dtype
         heads.check_heads(a.num_heads, mesh)
-        project = functools.partial(Projection, config=config, rngs=rngs)
+        project = functools.partial(Projection, config=config, rngs=rngs, mesh=mesh)
         self._add_parameters(config, project, rngs)
         self._add_outputs(config, project)
 
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         D, H, V = config.embed_dim, a.num_heads, a.value_dim
         if width := gate_width(a):
             self.gate = project((D, H, width), ("embed", "heads", "head_dim"))
-        how = dict(num_in=2, init=output_init(config), mesh=self.mesh)
+        how = dict(num_in=2, init=output_init(config))
         self.out = project((H, V, D), ("heads", "head_dim", "embed"), **how)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -13,10 +13,13 @@ _OF_SEVERAL = {
     "gpu": {
         "xla_gpu_experimental_collective_start_as_early_as_possible": "True",
         "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+        "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+        "xla_gpu_use_memcpy_local_p2p": "True",
     }
 }
 """By platform, what steps on devices that split the batch are compiled with: more than one exchange
-begun and not waited for. Latency hiding itself is on by default (`benchmarks/NOTES_TRAIN.md`)."""
+begun and not waited for, and copies by engines instead of kernels where devices of one process
+send each other something. Latency hiding itself is on by default (`benchmarks/NOTES_TRAIN.md`)."""
 
 
 def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:

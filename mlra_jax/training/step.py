@@ -80,8 +80,22 @@ def _sum_and_gradients(mesh, chunk, x_BTD, table_VD, known):
     none = jnp.zeros((shares, len(table_VD), *cut), jnp.float32)
     sums = jnp.zeros((), jnp.float32), sharding.constrain(none, mesh, "batch", "vocab")
     (total, slopes), x_slope = _over_chunks(add, chunk, sums, (x_BTD, *known))
-    slope = sharding.constrain(slopes.sum(0).reshape(table_VD.shape), mesh, *TABLE)
+    slope = _summed_over_shares(mesh, slopes)
     return total, (x_slope, slope.astype(table_VD.dtype))
+
+
+def _summed_over_shares(mesh, slopes):
+    """The table's gradient, of which `[shares, V, ...]` are devices' own shares."""
+    if not sharding.copies(mesh, TABLE):
+        return sharding.constrain(slopes.sum(0).reshape(slopes.shape[1], -1), mesh, *TABLE)
+    ways = sharding.size(mesh, sharding.FSDP)
+
+    def part(i, own_1V):
+        own_VnD = own_1V.reshape(own_1V.shape[1], ways, -1)
+        return jax.lax.dynamic_index_in_dim(own_VnD, i, 1, keepdims=False)
+
+    where = [sharding.spec("batch", "vocab")]
+    return sharding.summed_in_turn(part, mesh, TABLE, [slopes], where)
 
 
 def _scaled(mesh, chunk, gradients, slope):

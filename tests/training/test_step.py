@@ -79,10 +79,12 @@ def one_device():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape, monkeypatch):
-    # As on GPUs: each device's width of the MLP is padded, from 24 or 12, and gradients of what is
-    # split along its last dimension are made in parts.
+    # As on GPUs: each device's width of the MLP is padded, from 24 or 12; gradients are summed in
+    # turn, or those of what is split along its last dimension are made in parts.
     monkeypatch.setattr(models, "product_step", lambda mesh: 20 if shape[2] > 1 else 1)
     monkeypatch.setattr(layers, "on_gpus", lambda mesh: shape[1] == 2)
+    in_turn = lambda mesh, axes: shape[2] < 4 and sharding.splits(mesh, axes, sharding.FSDP)
+    monkeypatch.setattr(sharding, "copies", in_turn)
     _, expected = one_device
     state, losses = run(on_mesh(*shape))
     for name in ("loss", "gradient_norm", "learning_rate"):
