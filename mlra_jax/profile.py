@@ -34,7 +34,10 @@ from mlra_jax.training.step import make_train_step
 # What a kernel does, by its name in small letters or, on TPUs, what it was made of; the first that
 # fits.
 _KINDS = (
-    ("attention backward", r"bprop|sdpa.*bwd|dot_do_o|convert_dq|fmha_reduce|splash.*d(q|kv)"),
+    (
+        "attention backward",
+        r"bprop|sdpa.*bwd|dot_do_o|convert_dq|fmha_reduce|splash.*d(q|kv)|attention_backward",
+    ),
     ("attention forward", r"fprop|sdpa|flash|splash"),
     ("communication", r"nccl|p2p|all[-_]?(reduce|gather|to[-_]all)|reduce[-_]?scatter|permute"),
     ("copies", r"memcpy|memset"),
