@@ -115,7 +115,12 @@ def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, groups, branch
     # In and the queries, each device's own where it asks no latent of others; on one device out and
     # down.
     E = 128 + 64 + max(L // mesh.shape["tensor"], L % mesh.shape["tensor"]) * 128
-    expected_calls = [(4, 128, E), (4, 128, 8 * 192 // mesh.shape["tensor"]), (4, 8 * 128, 128), (4, 1024, 128)]
+    expected_calls = [
+        (4, 128, E),
+        (4, 128, 8 * 192 // mesh.shape["tensor"]),
+        (4, 8 * 128, 128),
+        (4, 1024, 128),
+    ]
     assert calls == expected_calls[: 4 if mesh.size == 1 else 2]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, found, expected)
