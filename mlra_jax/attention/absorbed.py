@@ -70,9 +70,7 @@ def query_recipe(a: LatentConfig, q_up_QHX: jax.Array, k_up_JCK: jax.Array) -> j
     return both_QbHX.reshape(len(q_up_QHX), -1, both_QbHX.shape[-1])
 
 
-def output_recipe(
-    a: LatentConfig, ways: int, out_HKD: jax.Array, v_up_JCK: jax.Array
-) -> jax.Array:
+def output_recipe(a: LatentConfig, ways: int, out_HKD: jax.Array, v_up_JCK: jax.Array) -> jax.Array:
     """`out` `[P, C, D]` of the training form's `out` and `v_up`, float32."""
     out_PKD = part_columns(out_HKD, a, ways, axis=0)
     factor = a.num_branches**-0.5 if a.scaled else 1.0
