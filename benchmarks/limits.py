@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.timing import queued_seconds, seconds
+from mlra_jax.kernels import target
 
 BYTES = 4 * 10**9
 # The streaming sum takes whole tiles of every multiprocessor.
@@ -43,18 +44,13 @@ def launch_seconds() -> float:
     return statistics.median(seconds(lambda: empty(small), 30))
 
 
-def is_hopper(device: jax.Device) -> bool:
-    """Whether the Mosaic GPU kernels run there."""
-    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
-
-
 def readers(pool: jax.Array | jax.ShapeDtypeStruct) -> dict[str, Callable]:
     """Ways of reading a pool, compiled."""
     ways = {
         "XLA, maximum": jnp.max,
         "XLA, row sums": lambda x: jnp.sum(x.reshape(-1, 4096), axis=1, dtype=jnp.float32),
     }
-    if is_hopper(jax.devices()[0]):
+    if target.is_hopper(jax.devices()[0]):
         ways["TMA, column sums"] = lambda x: _streaming_sum(x.reshape(-1, 128))
     return {f"read ({name})": jax.jit(way).lower(pool).compile() for name, way in ways.items()}
 

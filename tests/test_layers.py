@@ -10,7 +10,7 @@ from tiny import relative_error
 
 from mlra_jax import layers
 from mlra_jax import model as models
-from mlra_jax.layers import Projection, RMSNorm, SwiGLU, rotate, weigh
+from mlra_jax.layers import Projection, RMSNorm, SwiGLU, gated, rotate, weigh
 from mlra_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -108,6 +108,23 @@ def test_swiglu():
     gated = x @ gate
     want = (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
     assert relative_error(mlp(jnp.asarray(x, jnp.float32)), want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype, rounding", [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_gradients_of_what_is_gated(dtype, rounding):
+    gate, up, slope = (jnp.asarray(RNG.normal(size=(7, 33)) * 3, dtype) for _ in range(3))
+    out, back = jax.vjp(gated, gate, up)
+    got = back(slope)
+    exact = [np.asarray(x, np.float64) for x in (gate, up, slope)]
+    sigmoid = 1 / (1 + np.exp(-exact[0]))
+    slopes = exact[2] * exact[1] * (sigmoid + exact[0] * sigmoid * (1 - sigmoid))
+    assert relative_error(out, exact[0] * sigmoid * exact[1]) < 2 * rounding
+    assert relative_error(got[0], slopes) < rounding
+    assert relative_error(got[1], exact[2] * exact[0] * sigmoid) < rounding
+    assert [x.dtype for x in got] == [dtype, dtype]
+    # What is not finite stays so, or a step could not be told to be skipped.
+    for x in back(slope.at[0, 0].set(jnp.nan)):
+        assert np.isnan(np.asarray(x, np.float64)).sum() == 1
 
 
 def kurtosis(x):

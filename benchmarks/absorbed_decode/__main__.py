@@ -33,8 +33,9 @@ from benchmarks.absorbed_decode.points import (
 )
 from benchmarks.absorbed_decode.programs import compilations, error_of, programs
 from benchmarks.absorbed_decode.report import failure_of, figures, table, targets
-from benchmarks.limits import BYTES, describe, is_hopper, measure_limits, random_pool
+from benchmarks.limits import BYTES, describe, measure_limits, random_pool
 from benchmarks.timing import compile_all, poison, seconds
+from mlra_jax.kernels import target
 
 _TOLERANCE = 5e-3
 
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         figures(json.loads(options.input.read_text()), folder)
         return 0
     device = jax.devices()[0]
-    if not is_hopper(device):
+    if not target.is_hopper(device):
         message = f"absorbed_decode: this benchmark needs a Hopper GPU, found {device.device_kind}"
         print(message, file=sys.stderr)
         return 1
