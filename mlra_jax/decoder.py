@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import cache as kv
 from mlra_jax import sharding
-from mlra_jax.attention import joined, mechanism
+from mlra_jax.attention import absorbed, joined, mechanism
 from mlra_jax.attention.parted import part_columns
 from mlra_jax.config import ModelConfig
 from mlra_jax.layers import Projection, RMSNorm, SummedProjection, additions
@@ -309,9 +309,16 @@ def recipe(path: tuple[str, ...], config: ModelConfig, like: jax.ShapeDtypeStruc
         missing[axis] = (0, like.shape[axis] - x.shape[axis])
         return jnp.pad(x, missing)
 
+    mesh = like.sharding.mesh
+    ways = sharding.size(mesh, sharding.MODEL)
     match path:
-        case ("attention", "out", "kernel") if joined.is_parted(config, like.sharding.mesh):
-            ways = sharding.size(like.sharding.mesh, sharding.MODEL)
+        case ("attention", "q_up", "kernel") if joined.is_absorbed(config, mesh):
+            sources = [path, ("attention", "k_up", "kernel")]
+            return sources, functools.partial(absorbed.query_recipe, config.attention)
+        case ("attention", "out", "kernel") if joined.is_absorbed(config, mesh):
+            sources = [path, ("attention", "v_up", "kernel")]
+            return sources, functools.partial(absorbed.output_recipe, config.attention, ways)
+        case ("attention", "out", "kernel") if joined.is_parted(config, mesh):
             return [path], lambda x: part_columns(x, config.attention, ways, axis=0)
         case ("mlp", "gate_up", "kernel"):
             sources = [("mlp", "gate", "kernel"), ("mlp", "up", "kernel")]
@@ -319,7 +326,7 @@ def recipe(path: tuple[str, ...], config: ModelConfig, like: jax.ShapeDtypeStruc
         case ("mlp", "down", "kernel"):
             return [path], lambda down: pad(down, 0)
         case ("attention", "joined", "kernel"):
-            names, join = joined.recipe(config, like.sharding.mesh)
+            names, join = joined.recipe(config, mesh)
             return [("attention", name, "kernel") for name in names], join
     return [path], lambda x: x
 

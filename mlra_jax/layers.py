@@ -239,10 +239,15 @@ class RMSNorm(nnx.Module):
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
     """Rotary position embedding, half-split pairing, angles `position * base^(-2j/R)`."""
-    cos, sin = (y[:, :, None] for y in angles(positions_BT, x_BTHR.shape[-1], base))
+    return rotated(x_BTHR, *angles(positions_BT, x_BTHR.shape[-1], base))
+
+
+def rotated(x_BTHR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """As `rotate`, by the cosines and sines of `angles`."""
+    cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
     x1, x2 = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
-    return rotated.astype(x_BTHR.dtype)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
+    return turned.astype(x_BTHR.dtype)
 
 
 def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from mlra_jax import checkpoints, sharding
 from mlra_jax import model as models
+from mlra_jax.attention import joined
 from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.data.tokenizers import RANKS_FILE, get_tokenizer, keep_ranks
 from mlra_jax.decoder import Decoder, recipe
@@ -72,6 +73,8 @@ def save_model(
       CheckpointError: the folder has this step or a later one already, or a name in which
         checkpoints are not found again.
       FileNotFoundError, ValueError: no such tokenizer.
+      ValueError: a decoder of several devices whose up-projections are part of other weights
+        (`attention.absorbed`).
     """
     name = _tokenizer_name(model, tokenizer)
     steps = checkpoints.finished_steps(path)
@@ -100,8 +103,14 @@ def _training_params(decoder: Decoder) -> dict:
     """The training form's parameters, a nested dict with layers stacked, in the weights' dtypes.
 
     What a recipe does is to place numbers. It is shown their numbers, from 1 on, so that what it
-    makes says where each came from; 0 is filling.
+    makes says where each came from; 0 is filling. An `absorbed` form's recipes multiply.
     """
+    if joined.is_absorbed(decoder.config, decoder.mesh):
+        raise ValueError(
+            "this decoder has its up-projections in other weights, as its mesh of several devices "
+            "wants them, and cannot be saved; save what load_trainable gives, or load_model on one "
+            "device"
+        )
     _, shapes = models.structure(decoder.config, decoder.mesh)
     stacked = traverse_util.flatten_dict(shapes["layers"])
     layers = [

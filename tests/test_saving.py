@@ -56,6 +56,14 @@ def test_a_decoder_is_saved_as_the_model_that_it_was_made_of(name, mesh, tmp_pat
     same(params(load_trainable(tmp_path)), params(model))
 
 
+def test_a_decoder_without_up_projections_is_not_saved(tmp_path):
+    absorbed = dataclasses.replace(tiny.LATENT["mlra_4"], latent_dim=40)
+    model = tiny.random_model(tiny.config(absorbed), make_mesh(tensor=4))
+    with pytest.raises(ValueError, match="save what load_trainable gives, or load_model on one"):
+        save_model(Decoder.from_model(model, Vocabulary(80, "bytes")), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_ranks_go_where_the_weights_go(tmp_path, monkeypatch):
     ranks, text = tmp_path / "ranks", "so many words"
     tiny.write_ranks(ranks)

@@ -58,8 +58,12 @@ class FromLatents(Attention):
         return self._turned(self._by_head(q_BTHK), positions_BT)
 
     def _turned(self, q_BTHK, positions_BT):
-        q_nope, q_rope = jnp.split(q_BTHK, [self.config.nope_dim], axis=-1)
+        q_nope, q_rope = jnp.split(q_BTHK, [self._fixed_width()], axis=-1)
         return jnp.concatenate([q_nope, rotate(q_rope, positions_BT, self.rope_base)], axis=-1)
+
+    def _fixed_width(self):
+        """Of what of a query does not turn."""
+        return self.config.nope_dim
 
     def _down(self, x_BTQ, axis):
         return heads.gathered(x_BTQ, axis, self.mesh)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from mlra_jax import sharding
-from mlra_jax.attention import mechanism
+from mlra_jax.attention import absorbed, mechanism
 from mlra_jax.attention.base import Attention
 from mlra_jax.attention.latent import LatentAttention
 from mlra_jax.attention.parted import part_columns, parted
@@ -29,8 +29,15 @@ def is_parted(config: ModelConfig, mesh: Mesh) -> bool:
     return latent and sharding.size(mesh, sharding.MODEL) > 1
 
 
+def is_absorbed(config: ModelConfig, mesh: Mesh) -> bool:
+    """Whether the decoding form is that of `absorbed`."""
+    return is_parted(config, mesh) and absorbed.is_absorbed(config.attention, mesh)
+
+
 def _apart(config: ModelConfig, mesh: Mesh) -> type[Attention]:
     of_model = mechanism(config.attention)
+    if is_absorbed(config, mesh):
+        return absorbed.absorbed(of_model)
     return parted(of_model) if is_parted(config, mesh) else of_model
 
 

@@ -71,9 +71,10 @@ class LatentAttention(FromLatents):
         return kept | {"latents": jnp.repeat(kept["latents"], copies, axis=2)}
 
     def _enter(self, x_BTD, positions_BT, cache, lengths_B):
+        turned = angles(positions_BT, self.config.rope_dim, self.rope_base)
         entered = sharded.enter(
             self.input_summands(x_BTD),
-            angles(positions_BT, self.config.rope_dim, self.rope_base),
+            turned,
             (self.q_norm, self.kv_norm),
             cache,
             lengths_B,
@@ -83,7 +84,10 @@ class LatentAttention(FromLatents):
         if entered is None:
             return super()._enter(x_BTD, positions_BT, cache, lengths_B)
         q_BTQ, cache = entered
-        return {}, self._turned(self.q_up(q_BTQ), positions_BT), {}, cache
+        kernel = self.q_up.kernel
+        how = dict(axes=kernel.get_metadata()["out_sharding"], rope=self.config.rope_dim)
+        q_BTHK = sharded.queries(q_BTQ, kernel[...], turned, **how, mesh=self.mesh)
+        return {}, q_BTHK, {}, cache
 
     def _ask(self, q_BTHK):
         return self._ask_latents(q_BTHK)

@@ -66,10 +66,14 @@ def parted(mechanism: type[LatentAttention]) -> type[LatentAttention]:
                     (config.embed_dim, parts, width), ("embed", "latent_heads", "head_dim")
                 )
             self.out = project(
-                (parts, a.value_dim, config.embed_dim),
+                (parts, self._output_width(), config.embed_dim),
                 ("latent_heads", "head_dim", "embed"),
                 num_in=2,
             )
+
+        def _output_width(self):
+            """Of what `out` takes of a head."""
+            return self.config.value_dim
 
         def _down(self, x_BTQ, axis):
             return x_BTQ

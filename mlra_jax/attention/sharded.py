@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from mlra_jax import remat, sharding
 from mlra_jax.kernels import between_products
 from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
 from mlra_jax.kernels.softmax import join, merge
-from mlra_jax.layers import RMSNorm
+from mlra_jax.layers import RMSNorm, rotated, summands
 
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -101,6 +101,40 @@ def enter(
         check_vma=False,
     )(summands_NBTE, angles, [norm.scale[...] for norm in norms], lengths_B, *kept)
     return q_BTQ, dict(zip(names, kept, strict=True))
+
+
+def queries(
+    q_BTQ: jax.Array,
+    kernel_QHK: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    *,
+    axes: Sequence[str | None],
+    rope: int,
+    mesh: Mesh,
+) -> jax.Array:
+    """Queries `[B, T, H, K]`, the last `rope` of K turned, of the heads whose kernel a device has.
+
+    `axes` are the kernel's; the first is on every device.
+    """
+
+    def local(q_BTQ, kernel_QHK, angles):
+        made_NBTHK = summands(q_BTQ, kernel_QHK, 1)
+        N, *_, K = made_NBTHK.shape
+        if between_products.turns(N, K - rope, rope):
+            made = between_products.turn(made_NBTHK, angles, rope=rope, dtype=q_BTQ.dtype.name)
+        else:
+            nope_BTHK, rope_BTHR = jnp.split(made_NBTHK.sum(0).astype(q_BTQ.dtype), [K - rope], -1)
+            made = nope_BTHK, rotated(rope_BTHR, *angles)
+        return jnp.concatenate(made, axis=-1)
+
+    rows = sharding.spec("batch", "length")
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, sharding.spec(*axes), rows),
+        out_specs=sharding.spec("batch", "length", *axes[1:]),
+        check_vma=False,
+    )(q_BTQ, kernel_QHK, angles)
 
 
 def decode_step(

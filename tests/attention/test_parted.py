@@ -1,5 +1,6 @@
 """Latent attention decoded over several devices: the same numbers, two exchanges a layer."""
 
+import dataclasses
 import re
 
 import jax
@@ -11,6 +12,7 @@ from decoding import decoding_error, lower_step
 from mlra_jax import sharding
 from mlra_jax.attention.parted import part_heads
 from mlra_jax.config import LatentConfig
+from mlra_jax.decoder import Decoder, abstract_decoder
 from mlra_jax.kernels import exchange
 from mlra_jax.sharding import make_mesh
 
@@ -35,6 +37,57 @@ def test_heads_of_branches_that_are_cut_elsewhere():
     sizes = dict(num_heads=6, latent_dim=48, q_latent_dim=24, nope_dim=10, rope_dim=6)
     heads = part_heads(LatentConfig(groups=1, branches=4, **sizes), 3)
     np.testing.assert_array_equal(heads[1], [2, 3, 4, 5, 0, 1, 2, 3])
+
+
+LATENT = dict(num_heads=8, q_latent_dim=24, nope_dim=12, rope_dim=6)
+BRANCHES = LatentConfig(groups=1, branches=4, latent_dim=40, **LATENT)
+CHOSEN = dataclasses.replace(BRANCHES, latent_dim=48, head_gated=True, branch_gated=True)
+GROUPS = LatentConfig(groups=2, branches=2, latent_dim=48, num_kv_heads=4, **LATENT)
+
+
+@pytest.mark.parametrize(
+    ("attention", "tensor", "context"), [(BRANCHES, 4, 1), (CHOSEN, 4, 2), (GROUPS, 2, 2)]
+)
+def test_up_projections_are_part_of_other_weights_where_that_costs_nothing(
+    attention, tensor, context
+):
+    config, mesh = tiny.config(attention), make_mesh(tensor=tensor, context=context)
+    assert decoding_error(attention, tensor, context, num_layers=2) < 1e-5
+    weights = abstract_decoder(config, mesh).weights["layers"][0]["attention"]
+    a = attention
+    assert not {"k_up", "v_up"} & weights.keys()
+    heads = a.branches * a.num_heads
+    assert weights["q_up"]["kernel"].shape == (24, heads, a.latent_head_dim + a.rope_dim)
+    assert weights["out"]["kernel"].shape == (heads, a.latent_head_dim, config.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [
+        (dict(), 2),  # Two branches of each head on a device: larger than both.
+        (dict(), 1),
+        (dict(latent_dim=52), 4),  # Latents wider than keys.
+        (dict(gated=True), 4),
+        (dict(base_dim=16), 4),
+    ],
+)
+def test_up_projections_stay_where_they_must(changes, tensor):
+    config = tiny.config(dataclasses.replace(BRANCHES, **changes))
+    weights = abstract_decoder(config, make_mesh(tensor=tensor)).weights["layers"][0]
+    assert {"k_up", "v_up"} < weights["attention"].keys()
+
+
+def test_products_of_weights_are_rounded_once():
+    """bfloat16 decoders of one device and of several are as far from float32."""
+    tokens = np.random.default_rng(1).integers(0, tiny.VOCAB, (2, 9), np.int32)
+
+    def logits(dtype, mesh):
+        model = tiny.random_model(tiny.config(BRANCHES, dtype=dtype), mesh)
+        return Decoder.from_model(model)(tokens)
+
+    truth = logits("float32", make_mesh())
+    one, four = (logits("bfloat16", make_mesh(tensor=n)) for n in (1, 4))
+    assert tiny.relative_error(four, truth) < 1.3 * tiny.relative_error(one, truth)
 
 
 def exchanges(name: str, mesh, layers: int) -> dict[str, int]:

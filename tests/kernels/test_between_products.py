@@ -92,7 +92,7 @@ def test_enter():
 )
 def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, groups, branches, mesh):
     L, mesh = groups * branches, make_mesh(**mesh)
-    widths = dict(latent_dim=128 * L, q_latent_dim=128, nope_dim=16, rope_dim=64)
+    widths = dict(latent_dim=128 * L, q_latent_dim=128, nope_dim=128, rope_dim=64)
     attention = LatentConfig(num_heads=8, groups=groups, branches=branches, **widths)
     config = tiny.config(attention, embed_dim=128, mlp_dim=1024)
     decoder = Decoder.from_model(tiny.random_model(config, mesh))
@@ -112,10 +112,16 @@ def test_a_step_gives_what_it_gives_without(monkeypatch, lengths, groups, branch
 
     monkeypatch.setattr(between_products, "summands", two)
     found = interpreted(lambda *arrays: step(*arrays), tokens, cache)
-    # In, and on one device out and down.
+    # In and the queries, each device's own where it asks no latent of others; on one device out and
+    # down.
     E = 128 + 64 + max(L // mesh.shape["tensor"], L % mesh.shape["tensor"]) * 128
-    expected_calls = [(4, 128, E), (4, 8 * 16, 128), (4, 1024, 128)]
-    assert calls == expected_calls[: 3 if mesh.size == 1 else 1]
+    expected_calls = [
+        (4, 128, E),
+        (4, 128, 8 * 192 // mesh.shape["tensor"]),
+        (4, 8 * 128, 128),
+        (4, 1024, 128),
+    ]
+    assert calls == expected_calls[: 4 if mesh.size == 1 else 2]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, found, expected)
 
@@ -146,6 +152,8 @@ def test_what_no_kernel_serves_is_left_to_xla():
     assert not enters(1024, 512, 64, N=1)
     assert not enters(24, 512, 64) and not enters(1024, 48, 64) and not enters(1024, 512, 32)
     assert between.sums(3072) and not between.sums(40)
+    assert between.turns(2, 128, 64) and not between.turns(1, 128, 64)
+    assert not between.turns(2, 96, 64) and not between.turns(2, 128, 32)
 
 
 def test_lowers_for_hopper_and_changes_the_cache_in_place():
@@ -157,6 +165,7 @@ def test_lowers_for_hopper_and_changes_the_cache_in_place():
             q,
             cache,
             between.sum_and_norm(parts, x, scales[0], factor=1.0, eps=EPS, dtype="bfloat16"),
+            between.turn(parts.reshape(8, 8, 1, 16, 192), angles, rope=64, dtype="bfloat16"),
         )
 
     of = jax.ShapeDtypeStruct
@@ -175,5 +184,5 @@ def test_lowers_for_hopper_and_changes_the_cache_in_place():
     function = jax.jit(step, donate_argnums=(5, 6))
     text = export.export(function, platforms=["cuda"], disabled_checks=safe)(*arrays).mlir_module()
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line]
-    assert len(calls) == 2
+    assert len(calls) == 3
     assert sum(line.count("output_operand_alias<") for line in calls) == 2

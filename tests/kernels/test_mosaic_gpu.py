@@ -233,9 +233,11 @@ LONG = dict(cache=131072)
         (LONG | dict(device_kind="NVIDIA H800 PCIe"), dict(stages=4, ctas=114, stripes=True)),
         # Two latents to a tile where their query rows fit one product each.
         (LONG | dict(latents=4, heads=24), dict(stages=4, ctas=128, shared=2, stripes=True)),
-        (dict(latents=4, heads=32, queries=2, batch=2), dict(stages=4, shared=2)),
-        (dict(latents=2, heads=33, queries=2, batch=2), dict(stages=4, query_stages=2)),
-        (dict(latents=3, batch=2), dict(stages=4, query_stages=2)),
+        (dict(latents=4, heads=32, queries=2, batch=2), dict(shared=2, join_rows=2)),
+        (dict(latents=2, heads=33, queries=2, batch=2), dict(query_stages=2, join_rows=2)),
+        (dict(latents=3, batch=2), dict(query_stages=2, join_rows=2)),
+        # Few query rows are joined by all multiprocessors.
+        (dict(heads=24, batch=8), dict(query_stages=2, join_rows=1)),
         (dict(latents=2, heads=64, rope=128), dict(stages=3, ctas=64, shared=2, stripes=True)),
         # Of few query rows cache positions are the rows of products, in long batches.
         (dict(latents=4, heads=24, batch=31), dict(stages=2, shared=4, swap=True)),
@@ -254,16 +256,16 @@ LONG = dict(cache=131072)
         ),
         # Four units at most divide the CTAs among themselves, and only evenly.
         (dict(latents=4, heads=65), dict(stages=4, ctas=128, stripes=True)),
-        (dict(latents=5), dict(stages=4, query_stages=2)),
+        (dict(latents=5), dict(query_stages=2, join_rows=2)),
         (dict(latents=4, heads=65, device_kind="NVIDIA H20"), dict(ctas=78, query_stages=2)),
         # Wide latents leave room for fewer stages.
         (dict(batch=64), dict(stages=4, query_stages=2)),
         (dict(width=256), dict(stages=4, ctas=64, stripes=True)),
         (dict(width=256, heads=128), dict(stages=3, ctas=64, stripes=True)),
         (dict(width=512, batch=64), dict(stages=2)),
-        (dict(width=512, rope=128, batch=2), dict(stages=1)),
+        (dict(width=512, rope=128, batch=2), dict(stages=1, join_rows=2)),
         # Keys and values by head: nothing is shared that two of a tile would read once.
-        (GQA, dict(stages=4, query_stages=2)),
+        (GQA, dict(query_stages=2, join_rows=1)),
         (GQA | dict(latents=4, groups=4, rope_heads=4), dict(stages=4, ctas=128, stripes=True)),
         (dict(width=256, rope=256, values_only=True), dict(stages=2, ctas=64, stripes=True)),
     ],
@@ -286,8 +288,8 @@ def test_candidates_fit_and_hold_the_heuristic():
             {2, 4, 8},
         ),
         (dict(latents=2, heads=24), {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {4}),
-        (GQA, {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {2, 4, 8}),
-        (GQA | dict(rope=32), {64, 128}, {2, 4}, {1}, {1, 2}, {2, 4, 8}),
+        (GQA, {64, 128}, {1, 2, 3, 4}, {1, 2}, {1, 2}, {1, 2, 4, 8}),
+        (GQA | dict(rope=32), {64, 128}, {2, 4}, {1}, {1, 2}, {1, 2, 4, 8}),
     ):
         p = problem(**changes)
         found = mosaic_gpu.candidates(p)

@@ -107,12 +107,12 @@ EDGES = [
             dict(ctas=3, stages=4, join_rows=8),
             [EDGES, [([0, 0], 9)] * 9],
         ),
-        # A row in four parts, one more than are read at once.
+        # A row in five parts, one more than are read at once.
         (
             "alternate",
             dict(B=2, T=1, L=1, H=3, C=128, S=264, G=1),
-            dict(ctas=5, stages=2, join_rows=8),
-            [[([256], 0), ([9], 8)]],
+            dict(ctas=11, stages=2, join_rows=8),
+            [[([264], 0), ([9], 8)]],
         ),
         # An empty row, one of a few positions, latents in two groups, two rows' queries in flight.
         (

@@ -6,6 +6,8 @@ from mlra_jax.kernels.between_products.mosaic_gpu import (
     sum_and_norm,
     summands,
     sums,
+    turn,
+    turns,
 )
 
-__all__ = ["enter", "enters", "sum_and_norm", "summands", "sums"]
+__all__ = ["enter", "enters", "sum_and_norm", "summands", "sums", "turn", "turns"]

@@ -8,6 +8,7 @@ of the vectors that a row is made of.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,28 @@ def _store(ref, value) -> None:
         plgpu.store(ref, value.astype(ref.dtype), optimized=False)
     else:
         ref[...] = value.astype(ref.dtype)
+
+
+def _added_up(N: int, summands_ref, token, start, width: int, lying) -> jax.Array:
+    at = pl.ds(start, width)
+    parts = [_load(summands_ref.at[n, token, at], lying) for n in range(N)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _turns(angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`[2, B * T, R]`: what a vector is multiplied by, and what it is with its halves exchanged."""
+    cos, sin = (x.reshape(-1, x.shape[-1]) for x in angles)
+    return jnp.stack([jnp.tile(cos, 2), jnp.concatenate([-sin, sin], axis=-1)])
+
+
+def _rotated(x, turns_ref, token, twice) -> jax.Array:
+    """A rotary vector of `_SHORT`, turned; `twice` is memory for it, two times."""
+    (R,) = x.shape
+    cos, sin = (_load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
+    # Beside itself, each half has the other one behind it.
+    twice[pl.ds(0, R)], twice[pl.ds(R, R)] = x, x
+    plgpu.commit_smem()
+    return x * cos + _load(twice.at[pl.ds(R // 2, R)], _SHORT) * sin
 
 
 def _launch(body, name: str, **how):
@@ -165,8 +188,8 @@ def enter(
     (N, rows, T, E), (B, S, L, C), R = summands_NBTE.shape, latents_BSLC.shape, k_rope_BSR.shape[-1]
     (Q,), (all_latents,) = (scale.shape for scale in scales)
     own = Q + all_latents + R > E
-    cos, sin = (x.reshape(rows * T, -1) for x in angles)
-    turns_2XR = jnp.stack([jnp.tile(cos, 2), jnp.concatenate([-sin, sin], axis=-1)])
+    arrays = summands_NBTE.reshape(N, rows * T, E), _turns(angles), *scales
+    added_up = functools.partial(_added_up, N)
 
     def body(
         summands_ref,
@@ -186,15 +209,11 @@ def enter(
         slot = slots_ref[jnp.minimum(row, B - 1), t]
         kept = (row < B) & (slot < S)
 
-        def added_up(start, width, lying):
-            at = pl.ds(start, width)
-            parts = [_load(summands_ref.at[n, token, at], lying) for n in range(N)]
-            return functools.reduce(jnp.add, parts)
-
         def scaled(start, scale_ref, factor):
             (width,) = scale_ref.shape
             scale = _load(scale_ref, layout(width)) * factor
-            return normed(added_up(start, width, layout(width)), scale, eps)
+            x = added_up(summands_ref, token, start, width, layout(width))
+            return normed(x, scale, eps)
 
         @pl.when(vector == 0)
         def _query():
@@ -211,12 +230,8 @@ def enter(
 
         @pl.when(vector > L)
         def _rotary():
-            cos, sin = (_load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
-            x = added_up(E - R, R, _SHORT)
-            # Beside itself, each half has the other one behind it.
-            twice[pl.ds(0, R)], twice[pl.ds(R, R)] = x, x
-            plgpu.commit_smem()
-            x = x * cos + _load(twice.at[pl.ds(R // 2, R)], _SHORT) * sin
+            x = added_up(summands_ref, token, E - R, R, _SHORT)
+            x = _rotated(x, turns_ref, token, twice)
             pl.when(kept)(lambda: _store(k_rope.at[row, slot], x))
 
     latents, k_rope = jax.new_ref(latents_BSLC), jax.new_ref(k_rope_BSR)
@@ -227,5 +242,46 @@ def enter(
         grid=(rows * T, 2 + L),
         grid_names=("token", "vector"),
         scratch_types=[plgpu.SMEM((2 * R,), jnp.float32)],
-    )(summands_NBTE.reshape(N, rows * T, E), turns_2XR, *scales, slots_BT, first, latents, k_rope)
+    )(*arrays, slots_BT, first, latents, k_rope)
     return q_XQ.reshape(rows, T, Q), jax.freeze(latents), jax.freeze(k_rope)
+
+
+def turns(summands: int, nope: int, rope: int) -> bool:
+    """Whether `turn` serves so many summands of queries of these widths."""
+    return summands > 1 and not (nope % THREADS or rope % _SHORT_WIDTHS)
+
+
+@functools.partial(jax.jit, static_argnames=("rope", "dtype"))
+@target.int32_indices
+def turn(
+    summands_NBTHK: jax.Array, angles: tuple[jax.Array, jax.Array], *, rope: int, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Queries from one product to the next: added up, and the last `rope` of K turned.
+
+    Args:
+      summands_NBTHK: float32.
+      angles: as of `enter`.
+
+    Returns:
+      (`[B, T, H, K - rope]`, `[B, T, H, rope]`), in `dtype`.
+    """
+    N, *rows, H, K = summands_NBTHK.shape
+    tokens, nope = math.prod(rows), K - rope
+
+    def body(summands_ref, turns_ref, nope_ref, rope_ref, twice):
+        token, head = lax.axis_index("token"), lax.axis_index("head")
+        start = pl.multiple_of(head * K, _SHORT_WIDTHS)
+        x = _added_up(N, summands_ref, token, start, nope, layout(nope))
+        turning = _added_up(N, summands_ref, token, start + nope, rope, _SHORT)
+        _store(nope_ref.at[token, head], x)
+        _store(rope_ref.at[token, head], _rotated(turning, turns_ref, token, twice))
+
+    made = _launch(
+        body,
+        "turn",
+        out_type=[jax.ShapeDtypeStruct((tokens, H, x), jnp.dtype(dtype)) for x in (nope, rope)],
+        grid=(tokens, H),
+        grid_names=("token", "head"),
+        scratch_types=[plgpu.SMEM((2 * rope,), jnp.float32)],
+    )(summands_NBTHK.reshape(N, tokens, H * K), _turns(angles))
+    return tuple(x.reshape(*rows, H, -1) for x in made)

@@ -31,8 +31,6 @@ COLUMNS = 8
 # Warpgroups that join a row together, and their warps.
 JOINERS = 2
 WARPS = JOINERS * plan.LANES // 32
-# Parts of a row that `_of_shares` reads at once.
-_AT_ONCE = 3
 
 
 def launch(shape: Shape) -> Callable:
@@ -104,7 +102,7 @@ def _of_teams(shape: Shape):
 
 
 def _of_shares(shape: Shape):
-    chunks, rows = shape.lines, shape.config.join_rows
+    chunks, rows, at_once = shape.lines, shape.config.join_rows, shape.parts_at_once
     groups = plan.cdiv(shape.stream_rows, rows)
     lanes = plgpu.Layout.WG_STRIDED((plan.LANES,), 1)
 
@@ -124,8 +122,8 @@ def _of_shares(shape: Shape):
             plgpu.griddepcontrol_launch_dependents()
 
         def some_parts(i, carry):
-            base = i * _AT_ONCE
-            parts = [first + jnp.minimum(base + k, count - 1) for k in range(_AT_ONCE)]
+            base = i * at_once
+            parts = [first + jnp.minimum(base + k, count - 1) for k in range(at_once)]
             lses = [[lses_ref[stream, row, part] for part in parts] for row in own]
             values = [
                 [plgpu.load(part_ref.at[stream, row, chunk, part], layout=lanes) for part in parts]
@@ -137,7 +135,7 @@ def _of_shares(shape: Shape):
                 new_top = functools.reduce(jnp.maximum, lse, top)
                 fade = jnp.exp2(top - new_top)
                 acc, total = acc * fade, total * fade
-                for k in range(_AT_ONCE):
+                for k in range(at_once):
                     weight = jnp.exp2(lse[k] - new_top)
                     acc = acc + value[k].astype(jnp.float32) * weight
                     total = total + weight
@@ -146,7 +144,7 @@ def _of_shares(shape: Shape):
 
         nothing = plgpu.layout_cast(jnp.zeros((plan.LANES,), jnp.float32), lanes)
         carry = [(nothing, jnp.float32(LOWEST), jnp.float32(0)) for _ in range(rows)]
-        carry = lax.fori_loop(0, schedule.cdiv(count, _AT_ONCE), some_parts, carry)
+        carry = lax.fori_loop(0, schedule.cdiv(count, at_once), some_parts, carry)
         for r, state in enumerate(carry):
             place = _Place(batch_row, unit_in_row, stream, group * rows + r, chunk)
             pl.when(group * rows + r < shape.stream_rows)(

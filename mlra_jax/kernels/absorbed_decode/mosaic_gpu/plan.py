@@ -25,6 +25,7 @@ _MOST_QUERIES = 16
 _FEW_ROWS = 32
 # Tiles of four latents for each CTA from which they were faster; for one tile they are slower.
 _MANY_TILES = 15
+_FEWEST_AT_ONCE, _MOST_AT_ONCE = 3, 9
 # All of two bytes, which `join.weigh` counts on.
 _DTYPES = ("bfloat16", "float16")
 # More in flight gains nothing, but memory then serves some CTAs long before others.
@@ -171,6 +172,12 @@ class Shape:
         return self.config.ctas + self.problem.batch * self.units
 
     @property
+    def parts_at_once(self) -> int:
+        """Parts of a row that are joined at once, about half of them where tiles are no stripes."""
+        of_unit = cdiv(self.config.ctas, self.problem.batch * self.units) + 1
+        return min(max(cdiv(of_unit, 2), _FEWEST_AT_ONCE), _MOST_AT_ONCE)
+
+    @property
     def piece(self) -> int:
         """Columns that a warpgroup passes through shared memory at a time when it has finished."""
         return {32: 16, 64: 32, 128: 64, 256: 32, 512: 128}[self.problem.width]
@@ -248,7 +255,14 @@ def heuristic(problem: Problem) -> Config:
         config = dataclasses.replace(config, shared=4, swap=True)
     elif problem.width <= 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
-    return _with_most_stages(config, problem)
+    config = _with_most_stages(config, problem)
+    if config is not None and not config.stripes:
+        shape = Shape(problem, config)
+        rows = problem.batch * shape.units * shape.streams * shape.stream_rows * shape.lines
+        # So few of a CTA that all multiprocessors have one.
+        join_rows = next(n for n in (config.join_rows, 2, 1) if rows >= n * config.ctas or n == 1)
+        config = dataclasses.replace(config, join_rows=join_rows)
+    return config
 
 
 def candidates(problem: Problem) -> list[Config]:
