@@ -219,14 +219,21 @@ def kept(axes: Sequence[str | None], over: Sequence[str]) -> tuple[tuple[str, ..
     return tuple(tuple(a for a in names if a not in over) or None for names in mesh_axes(*axes))
 
 
-def copies(mesh: Mesh, axes: Sequence[str | None]) -> bool:
-    """Whether engines of GPUs copy from one to the other what `fsdp` splits of such an array.
+def has_copies(mesh: Mesh) -> bool:
+    """Whether engines of GPUs copy from one to the other what `fsdp` splits.
 
     XLA has them do what devices of one process send each other (`training/compiling.py` asks for
-    it); its gathers and sums over devices are kernels, which slow the products beside them.
+    it); its gathers and sums over devices are kernels, which slow the products beside them. Only
+    two GPUs have run it so far.
     """
     processes = {device.process_index for device in mesh.devices.flat}
-    return platform(mesh) == "gpu" and len(processes) == 1 and splits(mesh, axes, FSDP)
+    pair = mesh.size == mesh.shape["fsdp"] == 2
+    return platform(mesh) == "gpu" and len(processes) == 1 and pair
+
+
+def copies(mesh: Mesh, axes: Sequence[str | None]) -> bool:
+    """Whether they do so with an array with these logical names."""
+    return has_copies(mesh) and splits(mesh, axes, FSDP)
 
 
 def split_by_fsdp(axes: Sequence[str | None]) -> int:

@@ -251,16 +251,16 @@ def test_gpus_copy_in_a_training_step_what_they_gather_in_others(monkeypatch, ax
     np.testing.assert_array_equal(*made)
 
 
-def test_gpus_of_one_process_copy_what_fsdp_splits():
-    """Neither processors of other kinds nor other processes, and nothing that is whole anyway."""
-    up = ("embed", "mlp")
-    gpus = list(describe("h100:4").devices)
-    mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=gpus)
-    assert sharding.copies(mesh, up) and not sharding.copies(mesh, ("norm", "mlp"))
-    assert not sharding.copies(sharding.make_mesh(data=2, tensor=2, devices=gpus), up)
-    assert not sharding.copies(sharding.make_mesh(fsdp=2, tensor=2), up)
-    gpus[3] = dataclasses.replace(gpus[3], process_index=1)
-    assert not sharding.copies(sharding.make_mesh(fsdp=2, tensor=2, devices=gpus), up)
+def test_two_gpus_of_one_process_copy_what_fsdp_splits():
+    """Neither processors of other kinds, other processes or more of them, nor what is whole."""
+    up, gpus = ("embed", "mlp"), list(describe("h100:4").devices)
+    made = lambda devices=gpus, **axes: sharding.make_mesh(**axes, devices=devices)
+    pair = made(gpus[:2], fsdp=2)
+    assert sharding.copies(pair, up) and not sharding.copies(pair, ("norm", "mlp"))
+    for other in (made(tensor=2), made(fsdp=2, tensor=2), made(fsdp=4), made(None, fsdp=2)):
+        assert not sharding.copies(other, up)
+    gpus[1] = dataclasses.replace(gpus[1], process_index=1)
+    assert not sharding.copies(made(fsdp=2), up)
 
 
 def test_each_device_pads_its_own_part_and_cuts_its_own_gradient():

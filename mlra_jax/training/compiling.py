@@ -13,19 +13,22 @@ _OF_SEVERAL = {
     "gpu": {
         "xla_gpu_experimental_collective_start_as_early_as_possible": "True",
         "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
-        "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
-        "xla_gpu_use_memcpy_local_p2p": "True",
     }
 }
 """By platform, what steps on devices that split the batch are compiled with: more than one exchange
-begun and not waited for, and copies by engines instead of kernels where devices of one process
-send each other something. Latency hiding itself is on by default (`benchmarks/NOTES_TRAIN.md`)."""
+begun and not waited for. Latency hiding itself is on by default (`benchmarks/NOTES_TRAIN.md`)."""
+_COPIED = {
+    "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+    "xla_gpu_use_memcpy_local_p2p": "True",
+}
+"""With which engines copy what devices send each other, where `sharding.has_copies`."""
 
 
 def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:
     """What this program sets, as far as this JAX knows it, and `xla_options` over it."""
     several = sharding.size(mesh, sharding.BATCH) > 1
     own = _OF_SEVERAL.get(sharding.platform(mesh), {}) if several else {}
+    own = own | (_COPIED if sharding.has_copies(mesh) else {})
     known = {name: value for name, value in own.items() if _refusal({name: value}) is None}
     asked = (item.split("=", 1) for item in experiment.xla_options.split())
     return known | {name: _as_python(value) for name, value in asked}
