@@ -307,23 +307,27 @@ def additions(
     return add_parts
 
 
-@jax.custom_vjp
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up`; its gradients are computed in float32 and have the arrays' dtype."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gated(gate: jax.Array, up: jax.Array, together: bool) -> jax.Array:
+    """`silu(gate) * up`; its gradients are computed in float32 and have the arrays' dtype.
+
+    Where they are wanted `together`, one needs the other: only then XLA's GPU compiler makes one
+    kernel of both, which reads each array once. (TPUs would gather a weight once more for it.)
+    """
     return nnx.silu(gate) * up
 
 
-def _gated_backward(arrays, slope):
+def _gated_backward(together, arrays, slope):
     gate, up, slope = (x.astype(jnp.float32) for x in (*arrays, slope))
     sigmoid = jax.nn.sigmoid(gate)
     up_slope = (slope * gate * sigmoid).astype(arrays[1].dtype)
     gate_slope = (slope * up * sigmoid * (1 + gate * (1 - sigmoid))).astype(arrays[0].dtype)
-    # Where one is NaN the other is. XLA's GPU compiler makes one kernel of both, which reads each
-    # array once, only where one needs the other.
-    return jnp.where(jnp.isnan(up_slope), up_slope, gate_slope), up_slope
+    if together:  # Where one is NaN the other is.
+        gate_slope = jnp.where(jnp.isnan(up_slope), up_slope, gate_slope)
+    return gate_slope, up_slope
 
 
-gated.defvjp(lambda *arrays: (gated(*arrays), arrays), _gated_backward)
+gated.defvjp(lambda gate, up, together: (gated(gate, up, together), (gate, up)), _gated_backward)
 
 
 class SwiGLU(nnx.Module):
@@ -338,5 +342,5 @@ class SwiGLU(nnx.Module):
         self.down = Projection(narrow, ("mlp", "embed"), init=output_init(config), **how)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = gated(self.gate(x_BTD), self.up(x_BTD))
+        h_BTF = gated(self.gate(x_BTD), self.up(x_BTD), on_gpus(self.mesh))
         return self.down(sharding.constrain(h_BTF, self.mesh, "batch", "length", "mlp"))

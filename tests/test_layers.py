@@ -112,10 +112,11 @@ def test_swiglu():
     assert relative_error(mlp(jnp.asarray(x, jnp.float32)), want) < 1e-6
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("dtype, rounding", [("float32", 1e-6), ("bfloat16", 4e-3)])
-def test_gradients_of_what_is_gated(dtype, rounding):
+def test_gradients_of_what_is_gated(dtype, rounding, together):
     gate, up, slope = (jnp.asarray(RNG.normal(size=(7, 33)) * 3, dtype) for _ in range(3))
-    out, back = jax.vjp(gated, gate, up)
+    out, back = jax.vjp(lambda gate, up: gated(gate, up, together), gate, up)
     got = back(slope)
     exact = [np.asarray(x, np.float64) for x in (gate, up, slope)]
     sigmoid = 1 / (1 + np.exp(-exact[0]))
