@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 
 from mlra_jax import sharding
 from mlra_jax.attention import heads
-from mlra_jax.attention.latent import LatentAttention, absorbs
+from mlra_jax.attention.from_latents import branch_factor
+from mlra_jax.attention.latent import LatentAttention, absorbs, per_head
 from mlra_jax.attention.parted import part_columns, parted
 from mlra_jax.config import LatentConfig
+from mlra_jax.layers import einsum
 
 
 def is_absorbed(a: LatentConfig, mesh: Mesh) -> bool:
@@ -63,7 +65,7 @@ def absorbed(mechanism: type[LatentAttention]) -> type[LatentAttention]:
 def query_recipe(a: LatentConfig, q_up_QHX: jax.Array, k_up_JCK: jax.Array) -> jax.Array:
     """`q_up` `[Q, P, C + R]` of the training form's `q_up` and `k_up`, float32."""
     nope_QHK, rope_QHR = jnp.split(q_up_QHX, [a.nope_dim], axis=-1)
-    k_up_bHCK = _by_head(a, k_up_JCK).reshape(a.branches, a.num_heads, -1, a.nope_dim)
+    k_up_bHCK = per_head(a, k_up_JCK).reshape(a.branches, a.num_heads, -1, a.nope_dim)
     q_QbHC = _product("qhk,bhck->qbhc", nope_QHK, k_up_bHCK)
     rope_QbHR = jnp.broadcast_to(rope_QHR[:, None], (*q_QbHC.shape[:-1], a.rope_dim))
     both_QbHX = jnp.concatenate([q_QbHC, rope_QbHR], axis=-1)
@@ -73,14 +75,8 @@ def query_recipe(a: LatentConfig, q_up_QHX: jax.Array, k_up_JCK: jax.Array) -> j
 def output_recipe(a: LatentConfig, ways: int, out_HKD: jax.Array, v_up_JCK: jax.Array) -> jax.Array:
     """`out` `[P, C, D]` of the training form's `out` and `v_up`, float32."""
     out_PKD = part_columns(out_HKD, a, ways, axis=0)
-    factor = a.num_branches**-0.5 if a.scaled else 1.0
-    return factor * _product("pck,pkd->pcd", _by_head(a, v_up_JCK), out_PKD)
-
-
-def _by_head(a, up_JCK):
-    return jnp.repeat(up_JCK, a.num_heads // a.kv_heads, axis=0)
+    return branch_factor(a) * _product("pck,pkd->pcd", per_head(a, v_up_JCK), out_PKD)
 
 
 def _product(subscripts, x, y):
-    x, y = (z.astype(jnp.float32) for z in (x, y))
-    return jnp.einsum(subscripts, x, y, precision="highest")
+    return einsum(subscripts, x.astype(jnp.float32), y.astype(jnp.float32))

@@ -19,6 +19,11 @@ from mlra_jax.config import LatentConfig
 from mlra_jax.layers import RMSNorm, rotate, weigh
 
 
+def branch_factor(a: LatentConfig) -> float:
+    """By which the sum of the branches is multiplied."""
+    return 1 / math.sqrt(a.num_branches) if a.scaled else 1.0
+
+
 class FromLatents(Attention):
     """Whole sequences by keys and values; what is kept between decoding steps is the members'."""
 
@@ -28,7 +33,7 @@ class FromLatents(Attention):
         a: LatentConfig = config.attention
         D, H, C = config.embed_dim, a.num_heads, a.latent_head_dim
         factor = lambda width: math.sqrt(D / width) if a.scaled else 1.0
-        self.branch_factor = 1 / math.sqrt(a.num_branches) if a.scaled else 1.0
+        self.branch_factor = branch_factor(a)
         norm = functools.partial(RMSNorm, config=config, rngs=rngs)
         self.q_down = project((D, a.q_latent_dim), ("embed", "q_latent"))
         self.q_norm = norm(a.q_latent_dim, factor=factor(a.q_latent_dim))

@@ -6,6 +6,7 @@ decode step makes none of them. The up-projections are absorbed into the query a
 part of its key.
 """
 
+import jax
 import jax.numpy as jnp
 
 from mlra_jax import sharding
@@ -14,6 +15,12 @@ from mlra_jax.attention.from_latents import FromLatents, up_projected
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
 from mlra_jax.layers import angles, weigh
+
+
+def per_head(a: LatentConfig, kernel_JCK: jax.Array) -> jax.Array:
+    """An up-projection's kernel with one matrix for each branch head."""
+    shared = a.num_heads // a.kv_heads
+    return kernel_JCK if shared == 1 else jnp.repeat(kernel_JCK, shared, axis=0)
 
 
 class LatentAttention(FromLatents):
@@ -35,10 +42,7 @@ class LatentAttention(FromLatents):
         }
 
     def _per_head(self, projection):
-        """An up-projection's kernel with one matrix for each branch head."""
-        kernel = projection.kernel[...]
-        shared = self.config.num_heads // self.config.kv_heads
-        return kernel if shared == 1 else jnp.repeat(kernel, shared, axis=0)
+        return per_head(self.config, projection.kernel[...])
 
     def _whole(self, y, q_BTHK, kept):
         if absorbs(self.config):

@@ -11,7 +11,7 @@ from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.kernels import target
-from mlra_jax.kernels.causal_attention import reference
+from mlra_jax.kernels.causal_attention import cudnn, reference
 
 _SPLASH_BLOCK = 512
 _UNEQUAL_WIDTHS = 91300
@@ -133,11 +133,7 @@ def _cudnn(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
         return jax.nn.dot_product_attention(
             q_BTHK, k_BTJK, v_BTJV, scale=scale, is_causal=True, implementation="cudnn"
         )
-    # The function above refuses unequal widths; what it calls takes them.
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
-    causal = library.MaskType.CAUSAL
-    return library.dot_product_attention(q_BTHK, k_BTJK, v_BTJV, scale=scale, mask_type=causal)
+    return cudnn.attend(q_BTHK, k_BTJK, v_BTJV, scale=scale)
 
 
 def _cudnn_padded(q_BTHK, k_BTJK, v_BTJV, *, scale, name):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.kernels import target
-from mlra_jax.kernels.causal_attention import mosaic_gpu
+from mlra_jax.kernels.causal_attention import cudnn, mosaic_gpu
 
 # Query heads to a key/value head from which on it is chosen; 24 were measured.
 _GROUP = 4
@@ -37,17 +37,12 @@ def causal_attention(
 
 
 def _forward(q_BTHK, k_BTJK, v_BTJV, *, scale, **how):
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
     if not mosaic_gpu.serves(q_BTHK, k_BTJK, v_BTJV):
         shapes = f"{q_BTHK.dtype} {q_BTHK.shape}, {k_BTJK.shape} and {v_BTJV.shape}"
         raise ValueError(
             f"cudnn_grouped takes {mosaic_gpu.SERVED}, got {shapes}; cudnn takes others"
         )
-    causal = library.MaskType.CAUSAL
-    return library.dot_product_attention(
-        q_BTHK, k_BTJK, v_BTJV, scale=scale, mask_type=causal, **how
-    )
+    return cudnn.attend(q_BTHK, k_BTJK, v_BTJV, scale=scale, **how)
 
 
 def _forward_rule(q_BTHK, k_BTJK, v_BTJV, scale, name):
