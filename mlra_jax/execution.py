@@ -35,7 +35,7 @@ def normalise_dtype(config: Any, name: str) -> None:
 
 
 REMAT = ("auto", "none", "block", "attention", "products", "offload")
-ATTENTION_KERNELS = ("auto", "cudnn", "cudnn_padded", "cudnn_grouped", "splash", "reference")
+ATTENTION_KERNELS = ("auto", "cudnn", "cudnn_padded", "mosaic_gpu", "splash", "reference")
 
 
 @dataclasses.dataclass(frozen=True)

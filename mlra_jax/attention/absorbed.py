@@ -50,11 +50,8 @@ def absorbed(mechanism: type[LatentAttention]) -> type[LatentAttention]:
             return tuple(jnp.split(q_BTPX, [self._fixed_width()], axis=-1))
 
         def _whole_absorbed(self, y, q_BTPX, c_BTLC, k_rope_BTR):
-            k_BTJX = heads.repeat_for_mesh(heads.with_shared(c_BTLC, k_rope_BTR), self.mesh)
-            v_BTJC = heads.repeat_for_mesh(c_BTLC, self.mesh)
-            return self._from_latents(
-                y, self._to_itself(self._by_branch_head(q_BTPX), k_BTJX, v_BTJC)
-            )
+            queries = self._ask_latents(q_BTPX)
+            return self._from_latents(y, self._to_latents(*queries, c_BTLC, k_rope_BTR))
 
         def _from_latents(self, y, z_BTPC):
             return self._by_branch_head(self._chosen(y, z_BTPC))

@@ -60,14 +60,20 @@ class LatentAttention(FromLatents):
         q_HBTbC = weigh(jnp.moveaxis(q_nope_BTHK, 2, 0), k_up_HKbC, "abcd,adef->abcef")
         q_BTbHC = jnp.moveaxis(q_HBTbC, 0, 3)
         rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (B, T, a.branches, H, a.rope_dim))
-        q_BTbHX = jnp.concatenate([q_BTbHC, rope_BTbHR], axis=-1)
-        k_BTJX = heads.repeat_for_mesh(heads.with_shared(c_BTLC, k_rope_BTR), self.mesh)
-        z_BTPC = self._to_itself(
-            self._by_branch_head(q_BTbHX.reshape(B, T, a.branches * H, -1)),
-            k_BTJX,
-            heads.repeat_for_mesh(c_BTLC, self.mesh),
-        )
+        q_BTPC, rope_BTPR = (x.reshape(B, T, -1, x.shape[-1]) for x in (q_BTbHC, rope_BTbHR))
+        z_BTPC = self._to_latents(q_BTPC, rope_BTPR, c_BTLC, k_rope_BTR)
         return self._joined(y, z_BTPC)
+
+    def _to_latents(self, q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR):
+        return sharded.whole_sequence_of_latents(
+            *map(self._by_branch_head, (q_BTPC, q_rope_BTPR)),
+            heads.repeat_for_mesh(c_BTLC, self.mesh),
+            k_rope_BTR,
+            heads=self.config.num_heads,
+            scale=self.scale,
+            mesh=self.mesh,
+            implementation=self.kernel,
+        )
 
     def _entries(self, kept):
         tensor = sharding.size(self.mesh, sharding.TENSOR)

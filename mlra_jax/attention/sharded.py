@@ -12,7 +12,12 @@ from jax.sharding import Mesh
 from mlra_jax import cache as kv
 from mlra_jax import remat, sharding
 from mlra_jax.kernels import between_products
-from mlra_jax.kernels.causal_attention import causal_attention, implementation_for
+from mlra_jax.kernels.causal_attention import (
+    causal_attention,
+    implementation_for,
+    latent_attention,
+    latents_for,
+)
 from mlra_jax.kernels.softmax import join, merge
 from mlra_jax.layers import RMSNorm, rotated, summands
 
@@ -34,15 +39,43 @@ def whole_sequence(
     """
     if implementation == "auto":
         implementation = implementation_for(mesh.devices.flat[0], q_BTHK, k_BTJK, v_BTJV)
-    local = functools.partial(
-        causal_attention, scale=scale, implementation=implementation, name=remat.ATTENTION
-    )
+    how = dict(scale=scale, implementation=implementation, name=remat.ATTENTION)
+    local = functools.partial(causal_attention, **how)
+    return _by_head(local, mesh, q_BTHK, k_BTJK, v_BTJV)
+
+
+def whole_sequence_of_latents(
+    q_BTPC: jax.Array,
+    q_rope_BTPR: jax.Array,
+    c_BTLC: jax.Array,
+    k_rope_BTR: jax.Array,
+    *,
+    heads: int,
+    scale: float,
+    mesh: Mesh,
+    implementation: str = "auto",
+) -> jax.Array:
+    """As `whole_sequence`, `[B, T, P, C]`, of what `latent_attention` takes; P and L must divide."""
+
+    def local(*arrays):
+        device = mesh.devices.flat[0]
+        chosen = latents_for(device, *arrays) if implementation == "auto" else implementation
+        how = dict(heads=heads, scale=scale, implementation=chosen, name=remat.ATTENTION)
+        return latent_attention(*arrays, **how)
+
+    return _by_head(local, mesh, q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR)
+
+
+def _by_head(local: Callable[..., jax.Array], mesh: Mesh, *arrays: jax.Array) -> jax.Array:
+    """On each device its rows and its heads; arrays without heads are whole."""
     if mesh.size == 1:
-        return local(q_BTHK, k_BTJK, v_BTJV)
-    split = sharding.spec("batch", "length", "heads", "head_dim")
+        return local(*arrays)
+    axes = "batch", "length", "heads", "head_dim"
+    of = lambda x: sharding.spec(*(axes if x.ndim == 4 else (*axes[:2], None)))
+    split = tuple(map(of, arrays))
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(split, split, split), out_specs=split, check_vma=False
-    )(q_BTHK, k_BTJK, v_BTJV)
+        local, mesh=mesh, in_specs=split, out_specs=split[0], check_vma=False
+    )(*arrays)
 
 
 def enter(

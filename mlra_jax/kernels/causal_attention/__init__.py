@@ -1,5 +1,7 @@
 """Causal attention over whole sequences: training and prefill."""
 
 from mlra_jax.kernels.causal_attention.api import causal_attention, implementation_for
+from mlra_jax.kernels.causal_attention.latent import implementation_for as latents_for
+from mlra_jax.kernels.causal_attention.latent import latent_attention
 
-__all__ = ["causal_attention", "implementation_for"]
+__all__ = ["causal_attention", "implementation_for", "latent_attention", "latents_for"]

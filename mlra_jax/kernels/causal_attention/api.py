@@ -1,7 +1,6 @@
 """Chooses how a whole sequence attends to itself: cuDNN, splash attention, or plain JAX."""
 
 import functools
-import importlib
 import inspect
 from typing import Any
 
@@ -13,6 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import cudnn, reference
 
+MOSAIC_GPU = "mosaic_gpu"
+"""Of `latent_attention` only."""
 _SPLASH_BLOCK = 512
 _UNEQUAL_WIDTHS = 91300
 """The cuDNN from which on values may have another width than keys: 9.13. Earlier ones that take it
@@ -38,8 +39,7 @@ def causal_attention(
       v_BTJV: values, of any width ("cudnn_padded": at most that of the keys). Same dtype.
       scale: what scores are multiplied by before the softmax, a Python number.
       implementation: "reference", plain JAX in blocks of queries; "cudnn", flash attention for
-        GPUs and 16 bits, "cudnn_padded" the same with values padded to the width of keys,
-        "cudnn_grouped" the same with a backward pass of our own, for grouped heads on Hopper GPUs;
+        GPUs and 16 bits, "cudnn_padded" the same with values padded to the width of keys;
         "splash", splash attention for TPUs; or "auto", what `implementation_for` says of the device
         that is compiled for (that of the mesh inside shard_map, otherwise JAX's default backend).
       name: by which `jax.checkpoint` policies know the result and, where the implementation allows
@@ -71,25 +71,16 @@ def implementation_for(device: Any, q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> st
     if target.is_gpu(device) and dtype != jnp.float32:
         unequal = key_width != value_width
         chosen = "cudnn_padded" if unequal and not _unequal_widths(device) else "cudnn"
-        if chosen == "cudnn" and _grouped_serves(device, q_BTHK, k_BTJK, v_BTJV):
-            chosen = "cudnn_grouped"
     # The library's indices are of the program's own type, and TPUs have no int64.
     elif device.platform == "tpu" and not jax.config.jax_enable_x64:
         chosen = "splash"
-    _say(chosen, str(getattr(device, "device_kind", device.platform)), key_width, value_width)
+    say(chosen, device, key_width, value_width)
     return chosen
 
 
-def _grouped_serves(device: Any, q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> bool:
-    """Whether our own backward pass is there and faster than cuDNN's."""
-    try:
-        return _grouped().supports(device, q_BTHK, k_BTJK, v_BTJV)
-    except ImportError:  # A jaxlib without the Mosaic GPU dialect.
-        return False
-
-
-def _grouped():
-    return importlib.import_module("mlra_jax.kernels.causal_attention.grouped")
+def say(chosen: str, device: Any, key_width: int, value_width: int) -> None:
+    """Logs it once."""
+    _say(chosen, str(getattr(device, "device_kind", device.platform)), key_width, value_width)
 
 
 @functools.cache
@@ -142,10 +133,6 @@ def _cudnn_padded(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
     return _cudnn(q_BTHK, k_BTJK, padded, scale=scale, name=name)[..., : v_BTJV.shape[-1]]
 
 
-def _cudnn_grouped(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
-    return _grouped().causal_attention(q_BTHK, k_BTJK, v_BTJV, scale, name)
-
-
 def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
@@ -184,7 +171,6 @@ def _splash(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
 _ATTEND = {
     "cudnn": _cudnn,
     "cudnn_padded": _cudnn_padded,
-    "cudnn_grouped": _cudnn_grouped,
     "splash": _splash,
     "reference": _reference,
 }

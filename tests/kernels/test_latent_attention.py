@@ -1,0 +1,91 @@
+"""Attention to latents: what its kernels are given and give, by stand-ins in plain JAX."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlra_jax import sharding
+from mlra_jax.attention import sharded
+from mlra_jax.kernels.causal_attention import latent, latent_attention, reference
+
+SCALE = 0.3
+
+
+def of_kernels(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR, *, scale):
+    """What the kernels compute: (z_HBTbC, lse_BPT)."""
+    H, B, T, b, C = q_HBTbC.shape
+    G = H * b // c_BTLC.shape[2]
+    q_BTPC = q_HBTbC.transpose(1, 2, 3, 0, 4).reshape(B, T, b * H, C)
+    q_BTPX = jnp.concatenate([q_BTPC, jnp.tile(q_rope_BTHR, (1, 1, b, 1))], axis=-1)
+    rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*c_BTLC.shape[:3], k_rope_BTR.shape[-1]))
+    k_BTPX = jnp.repeat(jnp.concatenate([c_BTLC, rope], axis=-1), G, axis=2)
+    scores = scale * jnp.einsum("btpx,bspx->bpts", q_BTPX, k_BTPX, precision="highest")
+    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
+    lse_BPT = jax.nn.logsumexp(scores, axis=-1)
+    c_BTPC = jnp.repeat(c_BTLC, G, axis=2)
+    weights = jnp.exp(scores - lse_BPT[..., None])
+    z_BTPC = jnp.einsum("bpts,bspc->btpc", weights, c_BTPC, precision="highest")
+    return z_BTPC.reshape(B, T, b, H, C).transpose(3, 0, 1, 2, 4), lse_BPT * np.log2(np.e)
+
+
+def by_statistics(q, q_rope, c, k_rope, dz, lse_BPT, delta_BPT, *, scale):
+    """The gradients, if the statistics are right."""
+    (z, lse), pull = jax.vjp(functools.partial(of_kernels, scale=scale), q, q_rope, c, k_rope)
+    delta = (z * dz).sum(-1).transpose(1, 3, 0, 2).reshape(lse.shape)
+    wrong = jnp.abs(lse - lse_BPT).max() + jnp.abs(delta - delta_BPT).max() > 1e-4
+    return [jnp.where(wrong, jnp.nan, x) for x in pull((dz, jnp.zeros_like(lse)))]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    serves = lambda *_: True
+    forward = types.SimpleNamespace(forward=of_kernels, serves=serves)
+    backward = types.SimpleNamespace(backward=by_statistics, serves=serves)
+    monkeypatch.setattr(latent, "_kernels", lambda: (forward, backward))
+
+
+def arguments(B, T, H, branches, L, C=8, R=4):
+    random = np.random.default_rng(H + L)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))
+    rope = jnp.tile(draw(B, T, H, R), (1, 1, branches, 1))
+    return draw(B, T, H * branches, C), rope, draw(B, T, L, C), draw(B, T, R)
+
+
+def attend(implementation, mesh, heads, q, q_rope, c, k_rope):
+    ways = sharding.size(mesh, sharding.MODEL)
+    c = jnp.repeat(c, np.lcm(c.shape[2], ways) // c.shape[2], axis=2)
+    how = dict(heads=heads, scale=SCALE, mesh=mesh, implementation=implementation)
+    return sharded.whole_sequence_of_latents(q, q_rope, c, k_rope, **how)
+
+
+@pytest.mark.parametrize(
+    "H, branches, L, sizes",
+    [
+        (6, 4, 4, dict()),
+        (6, 2, 4, dict(data=2, tensor=2)),  # two latents of a branch
+        (6, 2, 4, dict(tensor=2, context=2)),  # half of a branch's heads on each
+        (4, 4, 4, dict(tensor=8)),  # more devices than latents
+        (6, 4, 4, dict(tensor=3)),  # a branch and a third on each
+        (6, 1, 3, dict(fsdp=2)),  # GLA: one branch, its heads in groups
+    ],
+)
+def test_heads_branches_and_latents_over_a_mesh(kernels, H, branches, L, sizes):
+    devices = jax.devices()[: np.prod(list(sizes.values()), dtype=int)]
+    mesh = sharding.make_mesh(**sizes, devices=devices)
+    arrays = arguments(2, 9, H, branches, L)
+
+    def with_gradients(implementation):
+        call = lambda *x: (jnp.sin(attend(implementation, mesh, H, *x)) ** 2).sum()
+        return jax.jit(jax.value_and_grad(call, (0, 1, 2, 3)))(*arrays)
+
+    got, want = with_gradients("mosaic_gpu"), with_gradients("reference")
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert a.shape == b.shape
+        # Rotary queries are the same for all branches: their sum is what counts.
+        if a.ndim == 4 and a.shape[2:] == (H * branches, 4):
+            a, b = (x.reshape(2, 9, branches, H, 4).sum(2) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
