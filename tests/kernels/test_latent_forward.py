@@ -1,5 +1,6 @@
 """The forward pass of attention to latents on Hopper GPUs, in JAX's interpreter."""
 
+import functools
 import math
 
 import jax
@@ -19,10 +20,15 @@ interpreter = pytest.importorskip("interpreter")
 SCALE = 0.11
 
 
-def arguments(H, B, T, b, N, dtype=jnp.bfloat16):
-    random = np.random.default_rng(T + H)
-    shapes = (H, B, T, b, 128), (B, T, H, 64), (B, T, b * N, 128), (B, T, 64)
-    return [jnp.asarray(random.standard_normal(s, np.float32), dtype) for s in shapes]
+def shapes(H, B, T, b, N, dtype=jnp.bfloat16):
+    sizes = (H, B, T, b, 128), (B, T, H, 64), (B, T, b * N, 128), (B, T, 64)
+    return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+
+
+def arguments(*sizes):
+    random = np.random.default_rng(sum(sizes))
+    draw = lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype)
+    return [draw(x) for x in shapes(*sizes)]
 
 
 def attended(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR):
@@ -72,8 +78,18 @@ def test_forward_interpreted(forward, H, B, T, b, N):
     np.testing.assert_allclose(found_BPT, lse_BPT, atol=1e-4)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_lowered_for_hopper(x64):
+    """Bfloat16 in, bfloat16 and float32 out, by one kernel, of the model's own size."""
+    with jax.enable_x64(x64):
+        kernel = jax.jit(functools.partial(latent_forward.forward, scale=SCALE))
+        text = kernel.trace(*shapes(24, 4, 2048, 4, 1)).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2(" in line)
+    assert "(tensor<24x4x2048x4x128xbf16>, tensor<4x96x2048xf32>)" in call
+
+
 def test_what_it_serves():
-    serves = lambda *sizes, **dtype: latent_forward.serves(*arguments(*sizes, **dtype)[:3])
+    serves = lambda *sizes, **dtype: latent_forward.serves(*shapes(*sizes, **dtype)[:3])
     assert serves(3, 1, 128, 2, 1) and serves(4, 1, 256, 1, 4)
     assert not serves(4, 1, 192, 1, 4)
     assert not serves(4, 1, 128, 1, 4, dtype=jnp.float16)
