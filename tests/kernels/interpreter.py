@@ -8,23 +8,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 class Accumulator:
-    """An accumulator with a start value, which the interpreter does not have (`pl.run_state`)."""
+    """An accumulator with a start value, which the interpreter does not have."""
 
-    def __init__(self, ref: plgpu.ACC):
-        self.value, self.shape = ref._init, ref.shape
+    def __init__(self, value: jax.Array):
+        self.value, self.shape = value, value.shape
+
+    def __getitem__(self, index):
+        return self.value[index]
+
+    def __setitem__(self, index, value):
+        assert index is Ellipsis
+        self.value = value
 
 
 def run_state(products):
     def run(refs):
         leaf = lambda kind: dict(is_leaf=lambda x: isinstance(x, kind))
-        accumulators = jax.tree.map(Accumulator, refs, **leaf(plgpu.ACC))
+        accumulators = jax.tree.map(lambda ref: Accumulator(ref._init), refs, **leaf(plgpu.ACC))
         products(accumulators)
         return jax.tree.map(lambda acc: acc.value, accumulators, **leaf(Accumulator))
 
     return run
 
 
-def wgmma(acc, a, b, product=plgpu.wgmma):
+def run_scoped(products, *refs):
+    return products(*(Accumulator(jnp.zeros(ref.shape, ref.dtype)) for ref in refs))
+
+
+def wgmma(acc, a, b, product=plgpu.wgmma, run_scoped=pl.run_scoped):
     if not isinstance(acc, Accumulator):
         product(acc, a, b)
     elif isinstance(a, jax.Array):
@@ -38,7 +49,7 @@ def wgmma(acc, a, b, product=plgpu.wgmma):
             product(ref, a, b)
             return ref[...]
 
-        acc.value += pl.run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
+        acc.value += run_scoped(from_zero, plgpu.ACC(acc.shape, jnp.float32))
 
 
 def stand_in(monkeypatch):
@@ -46,4 +57,8 @@ def stand_in(monkeypatch):
     if jax.__version_info__ < (0, 12):
         pytest.skip("the interpreter of JAX before 0.12 wants all barriers waited for")
     monkeypatch.setattr(pl, "run_state", run_state)
+    monkeypatch.setattr(pl, "run_scoped", run_scoped)
+    load = lambda accumulator, wait_n: accumulator.value
+    monkeypatch.setattr(plgpu, "wgmma_accumulator_load", load)
+    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
     monkeypatch.setattr(plgpu, "wgmma", wgmma)
