@@ -58,10 +58,11 @@ def whole_sequence_of_latents(
     """As `whole_sequence`, `[B, T, P, C]`, of what `latent_attention` takes; P and L must divide."""
 
     def local(*arrays):
-        device = mesh.devices.flat[0]
-        chosen = latents_for(device, *arrays) if implementation == "auto" else implementation
-        how = dict(heads=heads, scale=scale, implementation=chosen, name=remat.ATTENTION)
-        return latent_attention(*arrays, **how)
+        chosen = implementation
+        if chosen == "auto":
+            chosen = latents_for(mesh.devices.flat[0], *arrays, heads=heads)
+        how = dict(scale=scale, implementation=chosen, name=remat.ATTENTION)
+        return latent_attention(*arrays, heads=heads, **how)
 
     return _by_head(local, mesh, q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR)
 

@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import api
 
+SERVED = "bfloat16, latents of 128 and rotary keys of 64, and lengths that 128 divides"
+
 
 def latent_attention(
     q_BTPC: jax.Array,
@@ -49,7 +51,7 @@ def latent_attention(
     """
     if implementation == "auto":
         arrays = q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR
-        implementation = implementation_for(target.device(), *arrays)
+        implementation = implementation_for(target.device(), *arrays, heads=heads)
     if implementation == api.MOSAIC_GPU:
         return _by_our_kernels(q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR, heads, scale, name)
     shared = *c_BTLC.shape[:3], k_rope_BTR.shape[-1]
@@ -61,23 +63,25 @@ def latent_attention(
 
 
 def implementation_for(
-    device: Any, q_BTPC: Any, q_rope_BTPR: Any, c_BTLC: Any, k_rope_BTR: Any
+    device: Any, q_BTPC: Any, q_rope_BTPR: Any, c_BTLC: Any, k_rope_BTR: Any, *, heads: int
 ) -> str:
-    """As `api.implementation_for`, of these arrays."""
+    """As `api.implementation_for`, of what `latent_attention` takes."""
     width = c_BTLC.shape[-1] + k_rope_BTR.shape[-1]
-    if target.is_hopper(device) and _serves(q_BTPC, q_rope_BTPR, c_BTLC):
+    if target.is_hopper(device) and _serve(q_BTPC, q_rope_BTPR, c_BTLC, heads):
         api.say(api.MOSAIC_GPU, device, width, c_BTLC.shape[-1])
         return api.MOSAIC_GPU
     with_rope = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], width), x.dtype)
     return api.implementation_for(device, with_rope(q_BTPC), with_rope(c_BTLC), c_BTLC)
 
 
-def _serves(q_BTPC: Any, q_rope_BTPR: Any, c_BTLC: Any) -> bool:
+def _serve(q_BTPC: Any, q_rope_BTPR: Any, c_BTLC: Any, heads: int) -> bool:
+    """Whether our kernels are there and take these shapes."""
     try:
-        forward, backward = _kernels()
+        kernels = _kernels()
     except ImportError:  # A jaxlib without the Mosaic GPU dialect.
         return False
-    return all(kernel.serves(q_BTPC, q_rope_BTPR, c_BTLC) for kernel in (forward, backward))
+    arrays = jax.eval_shape(lambda *x: _by_head(*x, heads), q_BTPC, q_rope_BTPR)
+    return all(kernel.serves(*arrays, c_BTLC) for kernel in kernels)
 
 
 def _kernels():
@@ -86,13 +90,21 @@ def _kernels():
 
 
 def _by_our_kernels(q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR, heads, scale, name):
-    """Arrays in the order in which absorbed projections make and want them, and back."""
+    if not _serve(q_BTPC, q_rope_BTPR, c_BTLC, heads):
+        shapes = ", ".join(f"{x.dtype} {x.shape}" for x in (q_BTPC, q_rope_BTPR, c_BTLC))
+        raise ValueError(f"mosaic_gpu takes {SERVED}, got {shapes}; auto takes others")
+    arrays = *_by_head(q_BTPC, q_rope_BTPR, heads), c_BTLC, k_rope_BTR
+    z_HBTbC = _attend(*arrays, scale, name)
+    return z_HBTbC.transpose(1, 2, 3, 0, 4).reshape(q_BTPC.shape)
+
+
+def _by_head(q_BTPC, q_rope_BTPR, heads):
+    """(q_HBTbC, q_rope_BTHR), the order in which absorbed projections make queries."""
     B, T, P, C = q_BTPC.shape
-    # Of branches that are not whole on a device each head counts as a head of its own.
+    # Of branches that are not whole on a device each head counts as one of its own.
     H = heads if P % heads == 0 else P
     q_HBTbC = q_BTPC.reshape(B, T, -1, H, C).transpose(3, 0, 1, 2, 4)
-    z_HBTbC = _attend(q_HBTbC, q_rope_BTPR[:, :, :H], c_BTLC, k_rope_BTR, scale, name)
-    return z_HBTbC.transpose(1, 2, 3, 0, 4).reshape(q_BTPC.shape)
+    return q_HBTbC, q_rope_BTPR[:, :, :H]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
