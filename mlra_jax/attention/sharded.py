@@ -74,9 +74,9 @@ def _by_head(local: Callable[..., jax.Array], mesh: Mesh, *arrays: jax.Array) ->
     axes = "batch", "length", "heads", "head_dim"
     of = lambda x: sharding.spec(*(axes if x.ndim == 4 else (*axes[:2], None)))
     split = tuple(map(of, arrays))
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=split, out_specs=split[0], check_vma=False
-    )(*arrays)
+    return jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split[0], check_vma=False)(
+        *arrays
+    )
 
 
 def enter(

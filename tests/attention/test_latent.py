@@ -125,13 +125,17 @@ def test_what_whole_sequences_attend_to_is_chosen_by_widths(monkeypatch, member,
         seen.append((q.shape[2:], k.shape[2:], v.shape[2:]))
         return q[..., : v.shape[-1]]
 
+    def attend_to_latents(q, q_rope, c, k_rope, **_):
+        return attend(jnp.concatenate([q, q_rope], axis=-1), c, c)
+
     monkeypatch.setattr(sharded, "whole_sequence", attend)
+    monkeypatch.setattr(sharded, "whole_sequence_of_latents", attend_to_latents)
     definition, shapes = models.structure(config, mesh)
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     jax.eval_shape(lambda p, t: nnx.merge(definition, p).hidden(t), shapes, tokens)
     branch_heads = 24 * config.attention.branches
-    keys = 4 if absorbed else branch_heads
-    assert set(seen) == {((branch_heads, 192), (keys, 192), (keys, 128))}
+    keys = (4, 128) if absorbed else (branch_heads, 192)
+    assert set(seen) == {((branch_heads, 192), keys, (keys[0], 128))}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""The backward pass of latent attention on Hopper GPUs: its numbers in JAX's interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mlra_jax.kernels.causal_attention import reference
+
+latent_backward = pytest.importorskip(
+    "mlra_jax.kernels.causal_attention.latent_backward",
+    reason="this jaxlib has no Mosaic GPU dialect",
+)
+interpreter = pytest.importorskip("interpreter")
+
+SCALE = 0.11
+
+
+def arguments(H, B, T, b, N):
+    random = np.random.default_rng(T + H)
+    shapes = (H, B, T, b, 128), (B, T, H, 64), (B, T, b * N, 128), (B, T, 64), (H, B, T, b, 128)
+    return [jnp.asarray(random.standard_normal(s, np.float32), jnp.bfloat16) for s in shapes]
+
+
+def attend(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR):
+    """Results, as the queries are laid out, and binary logarithms of the sums of weights."""
+    (H, B, T, b, _), L = q_HBTbC.shape, c_BTLC.shape[2]
+    q_BTbHC = jnp.moveaxis(q_HBTbC, 0, 3)
+    rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (*q_BTbHC.shape[:4], 64))
+    q_BTPX = jnp.concatenate([q_BTbHC, rope_BTbHR], -1).reshape(B, T, b * H, -1)
+    shared_BTLR = jnp.broadcast_to(k_rope_BTR[:, :, None], (B, T, L, 64))
+    k_BTLX = jnp.concatenate([c_BTLC, shared_BTLR], -1)
+    z_BTPC = reference.causal_attention(q_BTPX, k_BTLX, c_BTLC, scale=SCALE)
+    scores = SCALE * jnp.einsum("btpx,bspx->bpts", q_BTPX, jnp.repeat(k_BTLX, b * H // L, axis=2))
+    seen = jnp.tril(jnp.ones((T, T), bool))
+    lse_BPT = jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1) / np.log(2)
+    return jnp.moveaxis(z_BTPC.reshape(B, T, b, H, -1), 3, 0), lse_BPT
+
+
+def lower_triangle(x, ahead):
+    later = jnp.arange(x.shape[0])[:, None] > jnp.arange(x.shape[1]) + ahead
+    return jnp.where(later, -jnp.inf, x)
+
+
+def add(source, to, reduction_op, copy=plgpu.copy_smem_to_gmem):
+    """The interpreter has no copies that add; here no two add to the same place at a time."""
+    assert reduction_op == "add"
+    source[...] += to[...]
+    plgpu.commit_smem()
+    copy(source, to)
+    plgpu.wait_smem_to_gmem(0)
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    interpreter.stand_in(monkeypatch)
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", add)
+    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
+    # The race detector takes all parts of a union of references for one place.
+    monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
+    monkeypatch.setattr(latent_backward.hopper, "zero", lambda n: n * 0)
+    monkeypatch.setattr(latent_backward.hopper, "hide_later", lower_triangle)
+    kernel = jax.jit(functools.partial(latent_backward.backward, scale=SCALE))
+
+    def interpreted(*arrays, detect_races):
+        params = plgpu.InterpretGPUParams(detect_races=detect_races)
+        with plgpu.force_gpu_interpret_mode(params):
+            return kernel(*arrays)
+
+    return interpreted
+
+
+@pytest.mark.parametrize("H, B, T, b, N", [(2, 1, 256, 1, 1), (4, 2, 128, 2, 2), (2, 1, 128, 1, 1)])
+def test_gradients_interpreted(gradients, H, B, T, b, N):
+    """Blocks on and off the diagonal; rows, latents, branches and heads each by itself."""
+    *given, dz = arguments(H, B, T, b, N)
+    wide = [x.astype(jnp.float32) for x in given]
+    z, pull, lse = jax.vjp(attend, *wide, has_aux=True)
+    wanted = pull(dz.astype(jnp.float32))
+    delta_HBTb = (z * dz).sum(-1)
+    delta_BPT = delta_HBTb.transpose(1, 3, 0, 2).reshape(lse.shape)
+    norm = lambda x: np.sqrt((np.asarray(x, np.float64) ** 2).sum(axis=-1))
+    # Programs that add to the same place, which the copy engine may, would be a race.
+    found = gradients(*given, dz, lse, delta_BPT, detect_races=(T, b) == (128, 1))
+    for got, want in zip(found, wanted, strict=True):
+        assert got.shape == want.shape and got.dtype == jnp.float32
+        # Every vector by itself, beside the largest: some are zero but for rounding.
+        assert (norm(got - want) <= 6e-3 * norm(want) + 2e-3 * norm(want).max()).all()
+
+
+@pytest.mark.parametrize(
+    "sizes, served",
+    [
+        ((24, 3, 384, 4, 1), True),
+        ((24, 1, 128, 1, 4), True),
+        ((24, 1, 128, 2, 8), False),
+        ((24, 1, 192, 4, 1), False),
+    ],
+)
+def test_what_it_serves(sizes, served):
+    """Whole blocks of keys; pairs of heads of one latent, which groups of 3 are not."""
+    q_HBTbC, q_rope_BTHR, c_BTLC, *_ = jax.eval_shape(lambda: arguments(*sizes))
+    assert latent_backward.serves(q_HBTbC, q_rope_BTHR, c_BTLC) == served
+
+
+def test_one_kernel_for_hopper():
+    arrays = jax.eval_shape(lambda: arguments(24, 2, 256, 4, 1))
+    sums = [jax.ShapeDtypeStruct((2, 96, 256), jnp.float32)] * 2
+    back = jax.jit(functools.partial(latent_backward.backward, scale=SCALE))
+    text = back.trace(*arrays, *sums).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2(") == 1
