@@ -314,20 +314,20 @@ def _step(program: _Program, me: int, c, n, i, head, sums):
         ahead = i * _QUERIES - p.block * _KEYS - me * _ROWS
         hidden = i < p.first + _KEYS // _QUERIES
         s = lax.cond(hidden, lambda s: hopper.hide_later(s, ahead), lambda s: s, s)
-        return jnp.exp2(s).astype(bf16)
+        return jnp.exp2(s)
 
     def products(refs):
         dc, dk_rope = refs
 
         def slopes(s_and_dp):
             k_rope = memory.k_smem.at[zero, mine, pl.ds(_C, _R)]
-            plgpu.wgmma(s_and_dp.at[:, :_QUERIES], k_rope, q_rope.transpose((1, 0)))
             plgpu.wgmma(s_and_dp, c, memory.q_dz_smem.at[slot].transpose((1, 0)))
+            plgpu.wgmma(s_and_dp.at[:, :_QUERIES], k_rope, q_rope.transpose((1, 0)))
             s_and_dp = s_and_dp[...]
             probability = probabilities(s_and_dp[:, :_QUERIES])
-            plgpu.wgmma(dc, probability, dz)
+            plgpu.wgmma(dc, probability.astype(bf16), dz)
             difference = s_and_dp[:, _QUERIES:] * p.scale - row(memory.delta_smem)
-            return (probability.astype(jnp.float32) * difference).astype(bf16)
+            return (probability * difference).astype(bf16)
 
         ds = pl.run_scoped(slopes, plgpu.ACC((_ROWS, 2 * _QUERIES), jnp.float32))
         pl.when(n > 1)(lambda: plgpu.barrier_wait(memory.ds_empty.at[slot]))
