@@ -9,8 +9,9 @@ half of the keys:
     dpᵀ = c dzᵀ          dsᵀ = scale pᵀ (dpᵀ - delta)     dc, dk_rope += dsᵀ q
 
 and, of what both found, dq += ds k for half of the columns, which the copy engine adds up in device
-memory in float32 (FlashAttention-2, arXiv 2307.08691, algorithm 2). Tensor cores are given the next
-block's scores before dq is sent.
+memory in float32 (FlashAttention-2, arXiv 2307.08691, algorithm 2). That is done a block of queries
+later, so that neither waits for the other. Latents stay in registers; c qᵀ and c dzᵀ are one
+product.
 """
 
 import dataclasses
@@ -141,17 +142,16 @@ def _launch(H, B, T, b, L, scale):
 
 def _memory() -> dict[str, Any]:
     bf16, f32, barrier = jnp.bfloat16, jnp.float32, plgpu.Barrier
-    # Operands of a product have lines of one width, and half of dq's columns are whole lines of 64.
-    operand = lambda *shape: hopper.swizzled(shape, bf16, 64)
     sums = lambda *shape: hopper.swizzled(shape, f32, 128)
     return dict(
-        q_smem=operand(2, _QUERIES, _C),
-        q_rope_smem=operand(2, _QUERIES, _R),
-        dz_smem=operand(2, _QUERIES, _C),
+        # Of two blocks, the queries and below them dz.
+        q_dz_smem=hopper.swizzled((2, 2 * _QUERIES, _C), bf16, 128),
+        q_rope_smem=hopper.swizzled((2, _QUERIES, _R), bf16, 64),
         lse_smem=plgpu.SMEM((2, _QUERIES), f32),
         delta_smem=plgpu.SMEM((2, _QUERIES), f32),
-        k_smem=operand(1, _KEYS, _C + _R),
-        ds_smem=operand(1, _KEYS, _QUERIES),
+        # Half of the columns are whole lines of 32.
+        k_smem=hopper.swizzled((1, _KEYS, _C + _R), bf16, 64),
+        ds_smem=hopper.swizzled((2, _KEYS, _QUERIES), bf16, 64),
         # Sums on their way to device memory: the columns of dq that the first multiplier has, the
         # other's in both arrays; or 64 columns of each one's keys.
         sums_smem=plgpu.RefUnion(
@@ -159,11 +159,10 @@ def _memory() -> dict[str, Any]:
             sums(2 * _MULTIPLIERS - 1, _ROWS, 64),
         ),
         k_full=barrier(),
-        q_full=barrier(num_arrivals=3, num_barriers=2),
-        dz_full=barrier(num_arrivals=2, num_barriers=2),
+        full=barrier(num_arrivals=5, num_barriers=2),
         empty=barrier(num_arrivals=_MULTIPLIERS, num_barriers=2),
-        ds_full=barrier(num_arrivals=_MULTIPLIERS),
-        ds_empty=barrier(num_arrivals=_MULTIPLIERS),
+        ds_full=barrier(num_arrivals=_MULTIPLIERS, num_barriers=2),
+        ds_empty=barrier(num_arrivals=_MULTIPLIERS, num_barriers=2),
     )
 
 
@@ -202,20 +201,30 @@ class _Program:
     blocks: int
     scale: float
 
+    def over_queries(self, step, carry):
+        """`step(n, i, head, carry)` for block i of each head's queries."""
+
+        def place_and_step(n, state):
+            i, head, carry = state
+            carry = step(n, i, head, carry)
+            last = i == self.blocks - 1
+            return jnp.where(last, self.first, i + 1), head + last.astype(jnp.int32), carry
+
+        state = self.first, self.first_head, carry
+        return lax.fori_loop(0, self.steps, place_and_step, state)[2]
+
     @property
     def steps(self):
         return _HEADS * (self.blocks - self.first)
 
-    def over_queries(self, step) -> None:
-        """`step(n, i, head)` for block i of each head's queries."""
+    def before(self, i, head):
+        """The place of the step before."""
+        begins = i == self.first
+        return jnp.where(begins, self.blocks, i) - 1, head - begins.astype(jnp.int32)
 
-        def place_and_step(n, place):
-            i, head = place
-            step(n, i, head)
-            last = i == self.blocks - 1
-            return jnp.where(last, self.first, i + 1), head + last.astype(jnp.int32)
 
-        lax.fori_loop(0, self.steps, place_and_step, (self.first, self.first_head))
+def _queries_and_dz(memory, slot):
+    return (memory.q_dz_smem.at[slot, pl.ds(x, _QUERIES)] for x in (0, _QUERIES))
 
 
 def _load(program: _Program) -> None:
@@ -224,33 +233,31 @@ def _load(program: _Program) -> None:
     keys = pl.ds(p.block * _KEYS, _KEYS)
     plgpu.copy_gmem_to_smem(p.k.at[p.batch, keys, p.latent], memory.k_smem.at[0], memory.k_full)
 
-    def load(n, i, head):
+    def load(n, i, head, _):
         slot, rows = lax.rem(n, jnp.int32(2)), pl.ds(i * _QUERIES, _QUERIES)
-        branch_head = p.branch * p.heads + head
+        branch_head, (q, dz) = p.branch * p.heads + head, _queries_and_dz(memory, slot)
         pl.when(n > 1)(lambda: plgpu.barrier_wait(memory.empty.at[slot]))
-        for source, to, full in (
-            (p.q.at[head, p.batch, rows, p.branch], memory.q_smem, memory.q_full),
-            (p.q_rope.at[p.batch, rows, head], memory.q_rope_smem, memory.q_full),
-            (p.lse.at[p.batch, branch_head, rows], memory.lse_smem, memory.q_full),
-            (p.dz.at[head, p.batch, rows, p.branch], memory.dz_smem, memory.dz_full),
-            (p.delta.at[p.batch, branch_head, rows], memory.delta_smem, memory.dz_full),
+        for source, to in (
+            (p.q.at[head, p.batch, rows, p.branch], q),
+            (p.q_rope.at[p.batch, rows, head], memory.q_rope_smem.at[slot]),
+            (p.lse.at[p.batch, branch_head, rows], memory.lse_smem.at[slot]),
+            (p.dz.at[head, p.batch, rows, p.branch], dz),
+            (p.delta.at[p.batch, branch_head, rows], memory.delta_smem.at[slot]),
         ):
-            plgpu.copy_gmem_to_smem(source, to.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(source, to, memory.full.at[slot])
 
-    p.over_queries(load)
+    p.over_queries(load, None)
 
 
 def _multiply(program: _Program, me: int) -> None:
     plgpu.set_max_registers(240, action="increase")
     p, memory = program, program.memory
     plgpu.barrier_wait(memory.k_full)
-
-    def steps(refs):
-        _next_scores(program, me, jnp.int32(0), refs[-1])
-        p.over_queries(functools.partial(_step, program, me, refs))
-
-    zeros = [_zeros(width) for width in (_C, _R, _QUERIES)]
-    dc, dk_rope, _ = pl.run_state(steps)(tuple(map(plgpu.ACC.init, zeros)))
+    c = plgpu.load(memory.k_smem.at[0, pl.ds(me * _ROWS, _ROWS), pl.ds(0, _C)], layout=hopper.WGMMA)
+    zeros = [jnp.zeros((_ROWS, width), jnp.float32) for width in (_C, _R)]
+    sums = tuple(plgpu.layout_cast(x, hopper.WGMMA) for x in zeros)
+    dc, dk_rope = p.over_queries(functools.partial(_step, program, me, c), sums)
+    _add_dq(program, me, 0, p.steps - 1, p.blocks - 1, p.first_head + _HEADS - 1)
     # Of three places of 64 columns the first and the last are each multiplier's own.
     smem = memory.sums_smem[1].at[me * _MULTIPLIERS]
     keys = pl.ds(p.block * _KEYS + me * _ROWS, _ROWS)
@@ -259,10 +266,6 @@ def _multiply(program: _Program, me: int) -> None:
         _add((smem, dc[:, column : column + 64], to))
     _add((smem, dk_rope, p.dk_rope.at[p.batch, keys]))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _zeros(width: int):
-    return plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), hopper.WGMMA)
 
 
 def _add(*parts) -> None:
@@ -275,50 +278,16 @@ def _add(*parts) -> None:
         plgpu.copy_smem_to_gmem(smem, to, reduction_op="add")
 
 
-def _next_scores(program: _Program, me: int, n, scores) -> None:
-    """Issues the products of step n's scores; behind the last step those of queries left there."""
-    p, memory = program, program.memory
-    slot, zero, mine = lax.rem(n, jnp.int32(2)), hopper.zero(n), pl.ds(me * _ROWS, _ROWS)
-    pl.when(n < p.steps)(lambda: plgpu.barrier_wait(memory.q_full.at[slot]))
-    scores[...] = _zeros(_QUERIES)
-    for columns, q in (pl.ds(0, _C), memory.q_smem), (pl.ds(_C, _R), memory.q_rope_smem):
-        plgpu.wgmma(scores, memory.k_smem.at[zero, mine, columns], q.at[slot].transpose((1, 0)))
+def _add_dq(program: _Program, me: int, zero, n, i, head) -> None:
+    """Adds half of the columns of dq of step n."""
+    p, memory, slot = program, program.memory, lax.rem(n, jnp.int32(2))
+    plgpu.barrier_wait(memory.ds_full.at[slot])
 
-
-def _step(program: _Program, me: int, refs, n, i, head) -> None:
-    """Adds the gradients that a block of queries makes."""
-    p, memory, (dc, dk_rope, scores) = program, program.memory, refs
-    slot, zero, mine = lax.rem(n, jnp.int32(2)), hopper.zero(n), pl.ds(me * _ROWS, _ROWS)
-    q, q_rope, dz = (x.at[slot] for x in (memory.q_smem, memory.q_rope_smem, memory.dz_smem))
-    ds_smem = memory.ds_smem.at[zero]
-    row = lambda ref: lax.broadcast_in_dim(
-        plgpu.load(ref.at[slot], layout=hopper.COLUMN, optimized=False), scores.shape, [1]
-    )
-
-    def probabilities(s):
-        s = s * (p.scale * hopper.LOG2E) - row(memory.lse_smem)
-        ahead = i * _QUERIES - p.block * _KEYS - me * _ROWS
-        hidden = i < p.first + _KEYS // _QUERIES
-        s = lax.cond(hidden, lambda s: hopper.hide_later(s, ahead), lambda s: s, s)
-        return jnp.exp2(s).astype(jnp.bfloat16)
-
-    def slopes(dp):
-        # Nothing else may be in flight when scores are read that a step before issued.
-        s = scores[...]
-        plgpu.barrier_wait(memory.dz_full.at[slot])
-        plgpu.wgmma(dp, memory.k_smem.at[zero, mine, pl.ds(0, _C)], dz.transpose((1, 0)))
-        probability = probabilities(s)
-        plgpu.wgmma(dc, probability, dz)
-        difference = plgpu.wgmma_accumulator_load(dp, wait_n=1) * p.scale - row(memory.delta_smem)
-        return (probability.astype(jnp.float32) * difference).astype(jnp.bfloat16)
-
-    def add_dq(dq):
-        columns = pl.ds(me * _HALF, _HALF)
-        plgpu.wgmma(dq, ds_smem.transpose((1, 0)), memory.k_smem.at[zero, :, columns])
-        _next_scores(program, me, n + 1, scores)
-        value = plgpu.wgmma_accumulator_load(dq, wait_n=2)
-        plgpu.barrier_arrive(memory.ds_empty)
-        plgpu.barrier_arrive(memory.empty.at[slot])
+    def add(dq):
+        ds, columns = memory.ds_smem.at[slot], pl.ds(me * _HALF, _HALF)
+        plgpu.wgmma(dq, ds.transpose((1, 0)), memory.k_smem.at[zero, :, columns])
+        value = dq[...]
+        plgpu.barrier_arrive(memory.ds_empty.at[slot])
         rows, rest = pl.ds(i * _QUERIES, _QUERIES), _C - _HALF
         dq_at = lambda *columns: p.dq.at[head, p.batch, rows, p.branch, pl.ds(*columns)]
         most, some, rope = (x.at[zero] for x in memory.sums_smem[0])
@@ -328,12 +297,48 @@ def _step(program: _Program, me: int, refs, n, i, head) -> None:
             dq_rope_at = p.dq_rope.at[p.batch, rows, head]
             _add((some, value[:, :rest], dq_at(_HALF, rest)), (rope, value[:, rest:], dq_rope_at))
 
-    ds = pl.run_scoped(slopes, plgpu.ACC(scores.shape, jnp.float32))
-    pl.when(n > 0)(lambda: plgpu.barrier_wait(memory.ds_empty))
-    ds_smem.at[mine][...] = ds
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(memory.ds_full)
-    plgpu.wgmma(dc, ds, q)
-    plgpu.wgmma(dk_rope, ds, q_rope)
-    plgpu.barrier_wait(memory.ds_full)
-    pl.run_scoped(add_dq, plgpu.ACC((_QUERIES, _HALF), jnp.float32))
+    pl.run_scoped(add, plgpu.ACC((_QUERIES, _HALF), jnp.float32))
+
+
+def _step(program: _Program, me: int, c, n, i, head, sums):
+    """The gradients of keys with those of a block of queries."""
+    p, memory, bf16 = program, program.memory, jnp.bfloat16
+    slot, zero, mine = lax.rem(n, jnp.int32(2)), hopper.zero(n), pl.ds(me * _ROWS, _ROWS)
+    (q, dz), q_rope = _queries_and_dz(memory, slot), memory.q_rope_smem.at[slot]
+    row = lambda ref: lax.broadcast_in_dim(
+        plgpu.load(ref.at[slot], layout=hopper.COLUMN, optimized=False), (_ROWS, _QUERIES), [1]
+    )
+
+    def probabilities(s):
+        s = s * (p.scale * hopper.LOG2E) - row(memory.lse_smem)
+        ahead = i * _QUERIES - p.block * _KEYS - me * _ROWS
+        hidden = i < p.first + _KEYS // _QUERIES
+        s = lax.cond(hidden, lambda s: hopper.hide_later(s, ahead), lambda s: s, s)
+        return jnp.exp2(s)
+
+    def products(refs):
+        dc, dk_rope = refs
+
+        def slopes(s_and_dp):
+            k_rope = memory.k_smem.at[zero, mine, pl.ds(_C, _R)]
+            plgpu.wgmma(s_and_dp, c, memory.q_dz_smem.at[slot].transpose((1, 0)))
+            plgpu.wgmma(s_and_dp.at[:, :_QUERIES], k_rope, q_rope.transpose((1, 0)))
+            s_and_dp = s_and_dp[...]
+            probability = probabilities(s_and_dp[:, :_QUERIES])
+            plgpu.wgmma(dc, probability.astype(bf16), dz)
+            difference = s_and_dp[:, _QUERIES:] * p.scale - row(memory.delta_smem)
+            return (probability * difference).astype(bf16)
+
+        ds = pl.run_scoped(slopes, plgpu.ACC((_ROWS, 2 * _QUERIES), jnp.float32))
+        pl.when(n > 1)(lambda: plgpu.barrier_wait(memory.ds_empty.at[slot]))
+        memory.ds_smem.at[slot, mine][...] = ds
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(memory.ds_full.at[slot])
+        plgpu.wgmma(dc, ds, q)
+        plgpu.wgmma(dk_rope, ds, q_rope)
+
+    plgpu.barrier_wait(memory.full.at[slot])
+    sums = pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
+    plgpu.barrier_arrive(memory.empty.at[slot])
+    pl.when(n > 0)(lambda: _add_dq(program, me, zero, n - 1, *p.before(i, head)))
+    return sums
