@@ -38,7 +38,7 @@ _KINDS = (
         "attention backward",
         r"bprop|sdpa.*bwd|dot_do_o|convert_dq|fmha_reduce|splash.*d(q|kv)|attention_backward",
     ),
-    ("attention forward", r"fprop|sdpa|flash|splash"),
+    ("attention forward", r"fprop|sdpa|flash|splash|attention_forward"),
     ("communication", r"nccl|p2p|all[-_]?(reduce|gather|to[-_]all)|reduce[-_]?scatter|permute"),
     ("copies", r"memcpy|memset"),
     ("products", r"gemm|nvjet|cutlass|cublas|xmma|dot"),
