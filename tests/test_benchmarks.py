@@ -1,8 +1,10 @@
 """The benchmarks that need an accelerator to say something run on a CPU too, on tiny models."""
 
+import importlib.machinery
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from mlra_jax.config import ConfigError, LatentConfig, preset
 from mlra_jax.data import token_file
 from mlra_jax.decoder import Decoder, abstract_cache, abstract_decoder
 from mlra_jax.evaluate.scoring import token_scores
+from mlra_jax.kernels.causal_attention import reference
 from mlra_jax.saving import save_model
 from mlra_jax.sharding import make_mesh
 
@@ -261,3 +264,22 @@ def test_causal_attention_is_checked_and_timed(capsys):
     said = capsys.readouterr().out
     assert "reference, (2, 128, 2, 1): errors of dq, dk, dv " in said
     assert "reference, (1, 128, 4, 2): forward " in said
+
+
+def test_tokamax_is_asked_for_the_same_attention(monkeypatch, capsys):
+    def attend(q, k, v, *, scale, is_causal, implementation):
+        assert is_causal and implementation == "mosaic"
+        return reference.causal_attention(q, k, v, scale=scale)
+
+    tokamax = types.ModuleType("tokamax")
+    tokamax.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
+    tokamax.dot_product_attention = attend
+    monkeypatch.setitem(sys.modules, "tokamax", tokamax)
+    flags = ["--tiny", "--over=tokamax:mosaic"]
+    assert causal_attention.main([*flags, "--widths=32,16"]) == 0
+    assert "tokamax:mosaic, (1, 128, 4, 2): forward " in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(SystemExit) as stopped:
+        causal_attention.main(flags)
+    assert stopped.value.code == 2
+    assert "needs tokamax: pip install tokamax" in capsys.readouterr().err
