@@ -17,7 +17,7 @@ from mlra_jax.kernels.causal_attention import causal_attention, reference
 grouped = pytest.importorskip(
     "mlra_jax.kernels.causal_attention.grouped", reason="this jaxlib has no Mosaic GPU dialect"
 )
-mosaic_gpu = grouped.mosaic_gpu
+hopper = grouped.hopper
 interpreter = pytest.importorskip("interpreter")
 
 SCALE = 0.11
@@ -51,8 +51,8 @@ def gradients(monkeypatch):
     monkeypatch.setattr(plgpu, "wgmma_wait", lambda n: None)
     # The race detector takes all parts of a union of references for one place.
     monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
-    monkeypatch.setattr(mosaic_gpu, "_zero", lambda n: n * 0)
-    monkeypatch.setattr(mosaic_gpu, "_hide_later", lower_triangle)
+    monkeypatch.setattr(hopper, "zero", lambda n: n * 0)
+    monkeypatch.setattr(hopper, "hide_later", lower_triangle)
     kernel = jax.jit(functools.partial(grouped._backward_rule, SCALE, None))
 
     def interpreted(*arrays, detect_races):

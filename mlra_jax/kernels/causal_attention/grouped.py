@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.kernels import target
-from mlra_jax.kernels.causal_attention import cudnn, mosaic_gpu
+from mlra_jax.kernels.causal_attention import cudnn, hopper, mosaic_gpu
 
 # Query heads to a key/value head from which on it is chosen; 24 were measured.
 _GROUP = 4
@@ -56,7 +56,7 @@ def _backward_rule(scale, name, kept, do_BTHV):
     q_BTHK, k_BTJK, v_BTJV, out_BTHV, lse_BHT = kept
     products_BTHV = out_BTHV.astype(jnp.float32) * do_BTHV.astype(jnp.float32)
     delta_BHT = jnp.swapaxes(products_BTHV.sum(axis=-1), 1, 2)
-    arrays = q_BTHK, k_BTJK, v_BTJV, do_BTHV, lse_BHT * mosaic_gpu.LOG2E, delta_BHT
+    arrays = q_BTHK, k_BTJK, v_BTJV, do_BTHV, lse_BHT * hopper.LOG2E, delta_BHT
     gradients = mosaic_gpu.backward(*arrays, scale=scale)
     return tuple(x.astype(q_BTHK.dtype) for x in gradients)
 

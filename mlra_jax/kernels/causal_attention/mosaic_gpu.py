@@ -19,15 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
 from mlra_jax.kernels import target
+from mlra_jax.kernels.causal_attention import hopper
 
 # Queries and keys of a block, warpgroups that multiply, and keys of each.
 _QUERIES, _KEYS, _MULTIPLIERS, _ROWS = 64, 128, 2, 64
@@ -36,9 +33,7 @@ _WIDTHS = 192, 128
 _HEADS = 2
 # Of so many programs' queries, keys and sums the L2 cache holds what they are at.
 _SIDE_BY_SIDE = 8
-_WGMMA, _SCALAR = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-LOG2E = math.log2(math.e)
+_WGMMA, _COLUMN = hopper.WGMMA, hopper.COLUMN
 
 
 def serves(q_BTHK: Any, k_BTJK: Any, v_BTJV: Any) -> bool:
@@ -139,17 +134,17 @@ def _launch(B, T, H, J, K, V, dtype, scale):
 def _memory(K: int, V: int, dtype) -> dict[str, Any]:
     f32, barrier = jnp.float32, plgpu.Barrier
     return dict(
-        q_smem=_swizzled((2, _QUERIES, K), dtype, 64),
-        do_smem=_swizzled((2, _QUERIES, V), dtype, 128),
+        q_smem=hopper.swizzled((2, _QUERIES, K), dtype, 64),
+        do_smem=hopper.swizzled((2, _QUERIES, V), dtype, 128),
         lse_smem=plgpu.SMEM((2, _QUERIES), f32),
         delta_smem=plgpu.SMEM((2, _QUERIES), f32),
-        k_smem=_swizzled((1, _KEYS, K), dtype, 64),
-        v_smem=_swizzled((1, _KEYS, V), dtype, 128),
-        ds_smem=_swizzled((1, _KEYS, _QUERIES), dtype, 64),
+        k_smem=hopper.swizzled((1, _KEYS, K), dtype, 64),
+        v_smem=hopper.swizzled((1, _KEYS, V), dtype, 128),
+        ds_smem=hopper.swizzled((1, _KEYS, _QUERIES), dtype, 64),
         # Sums on their way to device memory: each multiplier's half of the columns, or 64 of them.
         sums_smem=plgpu.RefUnion(
-            _swizzled((_MULTIPLIERS, _QUERIES, K // 2), f32, 128),
-            _swizzled((2 * _MULTIPLIERS - 1, _ROWS, 64), f32, 128),
+            hopper.swizzled((_MULTIPLIERS, _QUERIES, K // 2), f32, 128),
+            hopper.swizzled((2 * _MULTIPLIERS - 1, _ROWS, 64), f32, 128),
         ),
         kv_full=barrier(num_arrivals=2),
         q_full=barrier(num_arrivals=2, num_barriers=2),
@@ -158,11 +153,6 @@ def _memory(K: int, V: int, dtype) -> dict[str, Any]:
         ds_full=barrier(num_arrivals=_MULTIPLIERS),
         ds_empty=barrier(num_arrivals=_MULTIPLIERS),
     )
-
-
-def _swizzled(shape, dtype, swizzle: int):
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +257,7 @@ def _add(smem, x, to) -> None:
 def _step(program: _Program, me: int, n, i, head, sums):
     """The gradients with those of a block of queries."""
     p, memory, dtype = program, program.memory, program.k.dtype
-    slot, zero = lax.rem(n, jnp.int32(2)), _zero(n)
+    slot, zero = lax.rem(n, jnp.int32(2)), hopper.zero(n)
     mine, half = pl.ds(me * _ROWS, _ROWS), p.k.shape[-1] // 2
     columns = pl.ds(me * half, half)
     q, do, ds_smem = memory.q_smem.at[slot], memory.do_smem.at[slot], memory.ds_smem.at[zero]
@@ -279,10 +269,10 @@ def _step(program: _Program, me: int, n, i, head, sums):
 
     def probabilities(s):
         plgpu.wgmma(s, memory.k_smem.at[zero, mine], q.transpose((1, 0)))
-        s = s[...] * (p.scale * LOG2E) - row(memory.lse_smem)
+        s = s[...] * (p.scale * hopper.LOG2E) - row(memory.lse_smem)
         ahead = i * _QUERIES - p.block * _KEYS - me * _ROWS
         hidden = i < p.first + _KEYS // _QUERIES
-        s = lax.cond(hidden, lambda s: _hide_later(s, ahead), lambda s: s, s)
+        s = lax.cond(hidden, lambda s: hopper.hide_later(s, ahead), lambda s: s, s)
         return jnp.exp2(s).astype(dtype)
 
     def differences(probability, dp):
@@ -319,58 +309,3 @@ def _step(program: _Program, me: int, n, i, head, sums):
         pl.run_scoped(add_dq, plgpu.ACC((_QUERIES, half), jnp.float32))
 
     return pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in sums))
-
-
-# --- What the array language has no word for ---
-
-
-def _zero(n):
-    """0, of which the compiler does not know it: addresses are computed anew and take no registers.
-
-    n is less than 2**24.
-    """
-    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
-
-    @plgpu.inline_mgpu(arg_types=(_SCALAR,), return_type=result)
-    def shift(_, n):
-        [value] = n.registers.flat
-        i32 = ir.IntegerType.get_signless(32)
-        value = llvm.inline_asm(i32, [value], "shr.u32 $0, $1, 24;", "=r,r")
-        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
-
-    return shift(n)
-
-
-def _hide_later(x, ahead):
-    """-inf where a key (row) comes after the query (column), which begin `ahead` of the keys.
-
-    Of a thread's elements all but one number are constants, which take no registers.
-    """
-    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=_WGMMA)
-
-    @plgpu.inline_mgpu(arg_types=(_WGMMA, _SCALAR), return_type=result)
-    def hide(_, x, ahead):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        constant = functools.partial(arith.constant, i32)
-        thread = mgpu.utils.thread_idx()
-        lane = arith.andi(thread, constant(31))
-        warp = arith.andi(arith.shrui(thread, constant(5)), constant(3))
-        row = arith.addi(arith.muli(warp, constant(16)), arith.shrui(lane, constant(2)))
-        column = arith.muli(arith.andi(lane, constant(3)), constant(2))
-        [ahead] = ahead.registers.flat
-        ahead = arith.addi(arith.subi(column, row), ahead)
-        lowest = arith.constant(f32, float("-inf"))
-        strides = x.layout.tiling.tile_strides((x.shape[1], 1))
-        registers = np.empty_like(x.registers)
-        for index in np.ndindex(x.registers.shape):
-            offset = sum(i * stride for i, stride in zip(index, strides, strict=True))
-            row, column = divmod(offset, x.shape[1])
-            pair = x.registers[index]
-            for k in range(2):
-                seen = arith.cmpi(arith.CmpIPredicate.sge, ahead, constant(row - column - k))
-                value = arith.select(seen, vector.extract(pair, [], [k]), lowest)
-                pair = vector.insert(value, pair, [], [k])
-            registers[index] = pair
-        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
-
-    return hide(x, ahead)
