@@ -58,7 +58,6 @@ def add(source, to, reduction_op, copy=plgpu.copy_smem_to_gmem):
 def gradients(monkeypatch):
     interpreter.stand_in(monkeypatch)
     monkeypatch.setattr(plgpu, "copy_smem_to_gmem", add)
-    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
     # The race detector takes all parts of a union of references for one place.
     monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
     monkeypatch.setattr(latent_backward.hopper, "zero", lambda n: n * 0)

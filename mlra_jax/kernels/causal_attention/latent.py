@@ -15,7 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import api
 
-SERVED = "bfloat16, latents of 128 and rotary keys of 64, and lengths that 128 divides"
+SERVED = (
+    "bfloat16, latents of 128 and rotary keys of 64, lengths that 128 divides, and an even number "
+    "of heads to a latent"
+)
 
 
 def latent_attention(
