@@ -259,5 +259,5 @@ def test_streams_are_read_under_each_policy(tmp_path, capsys):
 def test_causal_attention_is_checked_and_timed(capsys):
     assert causal_attention.main(["--tiny"]) == 0
     said = capsys.readouterr().out
-    assert "reference, (2, 128, 2, 1): errors of dq, dk, dv " in said
-    assert "reference, (1, 128, 4, 2): forward " in said
+    assert "reference, (2, 128, 2, 1, 1): errors of dq, dq_rope, dc, dk_rope " in said
+    assert "reference, (1, 128, 2, 2, 2): forward " in said
