@@ -262,8 +262,8 @@ def test_streams_are_read_under_each_policy(tmp_path, capsys):
 def test_causal_attention_is_checked_and_timed(capsys):
     assert causal_attention.main(["--tiny"]) == 0
     said = capsys.readouterr().out
-    assert "reference, (2, 128, 2, 1): errors of dq, dk, dv " in said
-    assert "reference, (1, 128, 4, 2): forward " in said
+    assert "reference, (2, 128, 2, 1, 1): errors of dq, dq_rope, dc, dk_rope " in said
+    assert "reference, (1, 128, 2, 2, 2): forward " in said
 
 
 def test_tokamax_is_asked_for_the_same_attention(monkeypatch, capsys):
@@ -276,8 +276,8 @@ def test_tokamax_is_asked_for_the_same_attention(monkeypatch, capsys):
     tokamax.dot_product_attention = attend
     monkeypatch.setitem(sys.modules, "tokamax", tokamax)
     flags = ["--tiny", "--over=tokamax:mosaic"]
-    assert causal_attention.main([*flags, "--widths=32,16"]) == 0
-    assert "tokamax:mosaic, (1, 128, 4, 2): forward " in capsys.readouterr().out
+    assert causal_attention.main(flags) == 0
+    assert "tokamax:mosaic, (1, 128, 2, 2, 2): forward " in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "tokamax", None)
     with pytest.raises(SystemExit) as stopped:
         causal_attention.main(flags)

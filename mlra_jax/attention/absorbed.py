@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlra_jax import sharding
-from mlra_jax.attention import heads
 from mlra_jax.attention.from_latents import branch_factor
 from mlra_jax.attention.latent import LatentAttention, absorbs, per_head
 from mlra_jax.attention.parted import part_columns, parted

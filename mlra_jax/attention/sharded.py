@@ -55,7 +55,7 @@ def whole_sequence_of_latents(
     mesh: Mesh,
     implementation: str = "auto",
 ) -> jax.Array:
-    """As `whole_sequence`, `[B, T, P, C]`, of what `latent_attention` takes; P and L must divide."""
+    """As `whole_sequence`, `[B, T, P, C]`, of what `latent_attention` takes; P and L divide."""
 
     def local(*arrays):
         chosen = implementation

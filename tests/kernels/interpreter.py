@@ -1,11 +1,8 @@
 """What JAX's interpreter of Mosaic GPU lacks for kernels that multiply into accumulators."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -49,32 +46,12 @@ class Parts:
         return self.value.shape
 
 
-def fori_loop(accumulators, first, end, step, state, loop=lax.fori_loop):
-    """A loop whose steps add to accumulators from outside."""
-
-    def put(values):
-        for acc, value in zip(accumulators, values, strict=True):
-            acc.value = value
-
-    def carried(n, before):
-        state, values = before
-        put(values)
-        return step(n, state), [acc.value for acc in accumulators]
-
-    state, values = loop(first, end, carried, (state, [acc.value for acc in accumulators]))
-    put(values)
-    return state
-
-
 def run_state(products):
     def run(refs):
         leaf = lambda kind: dict(is_leaf=lambda x: isinstance(x, kind))
         start = lambda ref: Accumulator(ref._init)
         accumulators = jax.tree.map(start, refs, **leaf(plgpu.ACC))
-        with pytest.MonkeyPatch.context() as patch:
-            leaves = jax.tree.leaves(accumulators, **leaf(Accumulator))
-            patch.setattr(lax, "fori_loop", functools.partial(fori_loop, leaves))
-            products(accumulators)
+        products(accumulators)
         return jax.tree.map(lambda acc: acc.value, accumulators, **leaf(Accumulator))
 
     return run

@@ -1,6 +1,7 @@
 """Attention to latents: what its kernels are given and give, by stand-ins in plain JAX."""
 
 import functools
+import re
 import types
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlra_jax import sharding
+from mlra_jax import remat, sharding
 from mlra_jax.attention import sharded
-from mlra_jax.kernels.causal_attention import latent, latent_attention, reference
+from mlra_jax.kernels.causal_attention import api, latent, latent_attention
 
 SCALE = 0.3
+NO_DIALECT = "this jaxlib has no Mosaic GPU dialect"
 
 
 def of_kernels(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR, *, scale):
@@ -89,3 +91,49 @@ def test_heads_branches_and_latents_over_a_mesh(kernels, H, branches, L, sizes):
         if a.ndim == 4 and a.shape[2:] == (H * branches, 4):
             a, b = (x.reshape(2, 9, branches, H, 4).sum(2) for x in (a, b))
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+HOPPER, AMPERE = (types.SimpleNamespace(platform="gpu", device_kind=x) for x in ("H100", "A100"))
+
+
+@pytest.mark.parametrize(
+    "sizes, device, chosen",
+    [
+        (dict(), HOPPER, "mosaic_gpu"),
+        (dict(H=5), HOPPER, "cudnn"),
+        (dict(T=100), HOPPER, "cudnn"),
+        (dict(C=64), HOPPER, "cudnn"),
+        (dict(dtype=jnp.float16), HOPPER, "cudnn"),
+        (dict(), AMPERE, "cudnn_padded"),
+    ],
+)
+def test_kernels_of_our_own_on_hopper(monkeypatch, sizes, device, chosen):
+    pytest.importorskip("mlra_jax.kernels.causal_attention.latent_backward", reason=NO_DIALECT)
+    monkeypatch.setattr(api, "_unequal_widths", lambda device: device is HOPPER)
+    shapes = abstract(**sizes)
+    heads = shapes[0].shape[2] // 2
+    assert latent.implementation_for(device, *shapes, heads=heads) == chosen
+    if device is HOPPER and chosen != "mosaic_gpu":
+        with pytest.raises(ValueError, match="mosaic_gpu takes bfloat16, .* got") as raised:
+            how = dict(heads=heads, scale=SCALE, implementation="mosaic_gpu")
+            jax.eval_shape(functools.partial(latent_attention, **how), *shapes)
+        assert "\n" not in str(raised.value)
+
+
+def abstract(H=4, T=128, C=128, dtype=jnp.bfloat16):
+    sizes = (1, T, 2 * H, C), (1, T, 2 * H, 64), (1, T, 2, C), (1, T, 64)
+    return [jax.ShapeDtypeStruct(x, dtype) for x in sizes]
+
+
+@pytest.mark.parametrize("policy, forward", [("none", 1), ("attention", 1), ("block", 2)])
+def test_the_forward_pass_runs_again_only_where_its_results_are_not_kept(policy, forward):
+    """By the names that `remat` knows."""
+    pytest.importorskip("mlra_jax.kernels.causal_attention.latent_backward", reason=NO_DIALECT)
+    how = dict(heads=4, scale=SCALE, implementation="mosaic_gpu", name=remat.ATTENTION)
+    again = remat.checkpointed(functools.partial(latent_attention, **how), policy, in_loop=False)
+    total = lambda *x: (again(*x).astype(jnp.float32) ** 2).sum()
+    traced = jax.jit(jax.grad(total, (0, 1, 2, 3))).trace(*abstract())
+    # Whatever calls a kernel is a function of its own, which layers share.
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"call @(forward|backward)\w*\(", text)
+    assert calls == ["forward"] * forward + ["backward"]

@@ -19,10 +19,15 @@ interpreter = pytest.importorskip("interpreter")
 SCALE = 0.11
 
 
-def arguments(H, B, T, b, N):
-    random = np.random.default_rng(T + H)
-    shapes = (H, B, T, b, 128), (B, T, H, 64), (B, T, b * N, 128), (B, T, 64), (H, B, T, b, 128)
-    return [jnp.asarray(random.standard_normal(s, np.float32), jnp.bfloat16) for s in shapes]
+def shapes(H, B, T, b, N):
+    sizes = (H, B, T, b, 128), (B, T, H, 64), (B, T, b * N, 128), (B, T, 64), (H, B, T, b, 128)
+    return [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
+
+
+def arguments(*sizes):
+    random = np.random.default_rng(sum(sizes))
+    draw = lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype)
+    return [draw(x) for x in shapes(*sizes)]
 
 
 def attend(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR):
@@ -58,7 +63,6 @@ def add(source, to, reduction_op, copy=plgpu.copy_smem_to_gmem):
 def gradients(monkeypatch):
     interpreter.stand_in(monkeypatch)
     monkeypatch.setattr(plgpu, "copy_smem_to_gmem", add)
-    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
     # The race detector takes all parts of a union of references for one place.
     monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
     monkeypatch.setattr(latent_backward.hopper, "zero", lambda n: n * 0)
@@ -102,13 +106,19 @@ def test_gradients_interpreted(gradients, H, B, T, b, N):
 )
 def test_what_it_serves(sizes, served):
     """Whole blocks of keys; pairs of heads of one latent, which groups of 3 are not."""
-    q_HBTbC, q_rope_BTHR, c_BTLC, *_ = jax.eval_shape(lambda: arguments(*sizes))
-    assert latent_backward.serves(q_HBTbC, q_rope_BTHR, c_BTLC) == served
+    assert latent_backward.serves(*shapes(*sizes)[:3]) == served
 
 
-def test_one_kernel_for_hopper():
-    arrays = jax.eval_shape(lambda: arguments(24, 2, 256, 4, 1))
-    sums = [jax.ShapeDtypeStruct((2, 96, 256), jnp.float32)] * 2
-    back = jax.jit(functools.partial(latent_backward.backward, scale=SCALE))
-    text = back.trace(*arrays, *sums).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu_v2(") == 1
+@pytest.mark.parametrize("x64", [False, True])
+def test_lowered_for_hopper(x64):
+    """By one kernel, of the model's own size."""
+    with jax.enable_x64(x64):
+        sums = [jax.ShapeDtypeStruct((4, 96, 2048), jnp.float32)] * 2
+        kernel = jax.jit(functools.partial(latent_backward.backward, scale=SCALE))
+        text = (
+            kernel.trace(*shapes(24, 4, 2048, 4, 1), *sums)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
+    (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2(" in line)
+    assert "tensor<24x4x2048x4x128xf32>, tensor<4x2048x24x64xf32>" in call

@@ -47,7 +47,8 @@ def attended(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR):
     return jnp.moveaxis(z_BTPC.reshape(B, T, b, H, C), 3, 0), lse_BPT / math.log(2)
 
 
-def lower_triangle(x, ahead):
+def lower_triangle(x, ahead, *, keys):
+    assert keys == 1
     later = jnp.arange(x.shape[1]) > jnp.arange(x.shape[0])[:, None] + ahead
     return jnp.where(later, -jnp.inf, x)
 
@@ -55,7 +56,7 @@ def lower_triangle(x, ahead):
 @pytest.fixture
 def forward(monkeypatch):
     interpreter.stand_in(monkeypatch)
-    monkeypatch.setattr(latent_forward, "_hide_later", lower_triangle)
+    monkeypatch.setattr(latent_forward.hopper, "hide_later", lower_triangle)
     # So that each takes several blocks of queries, not all as many.
     monkeypatch.setattr(latent_forward, "_PROGRAMS", 3)
 

@@ -39,11 +39,13 @@ def zero(n):
     return shift(n)
 
 
-def hide_later(x, ahead):
-    """-inf where a key (row) comes after the query (column), which begin `ahead` of the keys.
+def hide_later(x, ahead, *, keys: int = 0):
+    """-inf where a key comes after the query; queries begin `ahead` of the keys.
 
-    Of a thread's elements all but one number are constants, which take no registers.
+    `keys` is their axis: 0 where they are the rows. Of a thread's elements all but one number are
+    constants, which take no registers.
     """
+    sign = 1 - 2 * keys
     result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, _SCALAR), return_type=result)
@@ -56,7 +58,7 @@ def hide_later(x, ahead):
         row = arith.addi(arith.muli(warp, constant(16)), arith.shrui(lane, constant(2)))
         column = arith.muli(arith.andi(lane, constant(3)), constant(2))
         [ahead] = ahead.registers.flat
-        ahead = arith.addi(arith.subi(column, row), ahead)
+        ahead = arith.addi(arith.muli(arith.subi(column, row), constant(sign)), ahead)
         lowest = arith.constant(f32, float("-inf"))
         strides = x.layout.tiling.tile_strides((x.shape[1], 1))
         registers = np.empty_like(x.registers)
@@ -65,7 +67,8 @@ def hide_later(x, ahead):
             row, column = divmod(offset, x.shape[1])
             pair = x.registers[index]
             for k in range(2):
-                seen = arith.cmpi(arith.CmpIPredicate.sge, ahead, constant(row - column - k))
+                least = constant(sign * (row - column - k))
+                seen = arith.cmpi(arith.CmpIPredicate.sge, ahead, least)
                 value = arith.select(seen, vector.extract(pair, [], [k]), lowest)
                 pair = vector.insert(value, pair, [], [k])
             registers[index] = pair

@@ -38,14 +38,9 @@ _HEADS = 2
 # Of so many programs' queries, keys and sums the L2 cache holds what they are at.
 _SIDE_BY_SIDE = 8
 
-SERVED = (
-    f"bfloat16, lengths that {_KEYS} divides, latents of {_C} and rotary keys of {_R}, and an even "
-    "number of query heads to a latent"
-)
-
 
 def serves(q_HBTbC: Any, q_rope_BTHR: Any, c_BTLC: Any) -> bool:
-    """Whether `backward` takes these shapes; `SERVED` says which it takes."""
+    """Whether `backward` takes these shapes; of heads pairs must share a latent."""
     (H, _, T, b, C), (L, R) = q_HBTbC.shape, (c_BTLC.shape[2], q_rope_BTHR.shape[-1])
     grouped = L % b == 0 and H % (L // b * _HEADS) == 0
     return grouped and T % _KEYS == 0 and (C, R) == (_C, _R) and q_HBTbC.dtype == jnp.bfloat16

@@ -12,21 +12,17 @@ while the other one multiplies (FlashAttention-3, arXiv 2407.08608, sections 3.1
 
 import dataclasses
 import functools
-import math
 import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
 
 from mlra_jax.kernels import target
+from mlra_jax.kernels.causal_attention import hopper
 
 # Keys of a block, warpgroups that multiply, queries of each, blocks of keys in shared memory.
 _KEYS, _MULTIPLIERS, _ROWS, _STAGES = 128, 2, 64, 3
@@ -34,8 +30,6 @@ _QUERIES = _MULTIPLIERS * _ROWS
 _WIDTHS = 128, 64
 # One program a multiprocessor of an H100 or H200; it takes one block of queries after the other.
 _PROGRAMS = 132
-_WGMMA = plgpu.Layout.WGMMA
-LOG2E = math.log2(math.e)
 
 
 def serves(q_HBTbC: Any, q_rope_BTHR: Any, c_BTLC: Any) -> bool:
@@ -111,12 +105,13 @@ def forward(
 
 def _memory(dtype) -> dict[str, Any]:
     (C, R), barrier = _WIDTHS, plgpu.Barrier
+    swizzled = lambda *shape: hopper.swizzled(shape, dtype, 128)
     return dict(
-        q_smem=_swizzled((_MULTIPLIERS, _ROWS, C), dtype),
-        q_rope_smem=_swizzled((_MULTIPLIERS, _ROWS, R), dtype),
-        c_smem=_swizzled((_STAGES, _KEYS, C), dtype),
-        k_rope_smem=_swizzled((_STAGES, _KEYS, R), dtype),
-        z_smem=_swizzled((_MULTIPLIERS, _ROWS, C), dtype),
+        q_smem=swizzled(_MULTIPLIERS, _ROWS, C),
+        q_rope_smem=swizzled(_MULTIPLIERS, _ROWS, R),
+        c_smem=swizzled(_STAGES, _KEYS, C),
+        k_rope_smem=swizzled(_STAGES, _KEYS, R),
+        z_smem=swizzled(_MULTIPLIERS, _ROWS, C),
         lse_smem=plgpu.SMEM((_MULTIPLIERS, _ROWS), jnp.float32),
         q_full=barrier(num_arrivals=2, num_barriers=_MULTIPLIERS),
         q_empty=barrier(num_arrivals=1, num_barriers=_MULTIPLIERS),
@@ -124,11 +119,6 @@ def _memory(dtype) -> dict[str, Any]:
         keys_empty=barrier(num_arrivals=_MULTIPLIERS, num_barriers=_STAGES),
         turn=barrier(num_arrivals=1, num_barriers=_MULTIPLIERS),
     )
-
-
-def _swizzled(shape, dtype):
-    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +234,7 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
     p, memory = program, program.memory
     scores = plgpu.ACC((_ROWS, _KEYS), jnp.float32)
     sums = plgpu.ACC((_ROWS, _WIDTHS[0]), jnp.float32)
-    dtype, scale = p.z.dtype, p.scale * LOG2E
+    dtype, scale = p.z.dtype, p.scale * hopper.LOG2E
     wide = lambda x_Q, n: lax.broadcast_in_dim(x_Q, (_ROWS, n), [0])
     take_turn = lambda: plgpu.barrier_wait(memory.turn.at[me])
     give_turn = lambda: plgpu.barrier_arrive(memory.turn.at[(me + 1) % _MULTIPLIERS])
@@ -261,7 +251,7 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
         take_turn()
         ask(s, _slot(used))
         give_turn()
-        s = _hide_later(s[...], me * _ROWS)
+        s = hopper.hide_later(s[...], jnp.int32(me * _ROWS), keys=1)
         highest_Q = s.max(axis=1) * scale
         weights, total_Q = weigh(s, highest_Q)
         return weights.astype(dtype), highest_Q, total_Q
@@ -301,7 +291,7 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
 
     plgpu.barrier_wait(memory.q_full.at[me])
     plgpu.barrier_wait(memory.keys_full.at[_slot(used)])
-    z = plgpu.layout_cast(jnp.zeros(sums.shape, jnp.float32), _WGMMA)
+    z = plgpu.layout_cast(jnp.zeros(sums.shape, jnp.float32), hopper.WGMMA)
     carry = z, *pl.run_scoped(diagonal, scores)
     end = used + place.block
     z, weights, highest_Q, total_Q = lax.fori_loop(used + 1, end + 1, step, carry)
@@ -310,44 +300,9 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
     plgpu.barrier_arrive(memory.keys_empty.at[_slot(end)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     memory.z_smem.at[me][...] = (z * wide(1 / total_Q, sums.shape[1])).astype(dtype)
-    memory.lse_smem.at[me][...] = highest_Q + jnp.log(total_Q) * LOG2E
+    memory.lse_smem.at[me][...] = highest_Q + jnp.log(total_Q) * hopper.LOG2E
     plgpu.commit_smem()
     rows, branch_head = place.rows(me), place.branch * p.z.shape[0] + place.head
     to = p.z.at[place.head, place.batch, rows, place.branch]
     plgpu.copy_smem_to_gmem(memory.z_smem.at[me], to)
     plgpu.copy_smem_to_gmem(memory.lse_smem.at[me], p.lse.at[place.batch, branch_head, rows])
-
-
-def _hide_later(x, ahead: int):
-    """-inf where a key (column) comes after the query (row); queries begin `ahead` of the keys.
-
-    Of a thread's elements all but one number are constants, which take no registers.
-    """
-    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=_WGMMA)
-
-    @plgpu.inline_mgpu(arg_types=(_WGMMA,), return_type=result)
-    def hide(_, x):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        constant = functools.partial(arith.constant, i32)
-        thread = mgpu.utils.thread_idx()
-        lane = arith.andi(thread, constant(31))
-        warp = arith.andi(arith.shrui(thread, constant(5)), constant(3))
-        row = arith.addi(arith.muli(warp, constant(16)), arith.shrui(lane, constant(2)))
-        column = arith.muli(arith.andi(lane, constant(3)), constant(2))
-        behind = arith.subi(row, column)
-        lowest = arith.constant(f32, float("-inf"))
-        strides = x.layout.tiling.tile_strides((x.shape[1], 1))
-        registers = np.empty_like(x.registers)
-        for index in np.ndindex(x.registers.shape):
-            offset = sum(i * stride for i, stride in zip(index, strides, strict=True))
-            row, column = divmod(offset, x.shape[1])
-            pair = x.registers[index]
-            for k in range(2):
-                least = constant(column + k - row - ahead)
-                seen = arith.cmpi(arith.CmpIPredicate.sge, behind, least)
-                value = arith.select(seen, vector.extract(pair, [], [k]), lowest)
-                pair = vector.insert(value, pair, [], [k])
-            registers[index] = pair
-        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
-
-    return hide(x)
