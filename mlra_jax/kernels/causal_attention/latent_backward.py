@@ -2,8 +2,7 @@
 
 A key is a latent and a rotary key, its value the latent itself. A CTA keeps a block of a latent's
 keys and goes over the queries of several heads that share them, so that gradients of keys add up
-in registers, those as keys and as values in one sum. A warpgroup copies; each of two others has
-half of the keys:
+in registers, those as keys and as values in one sum. Each of two warpgroups has half of the keys:
 
     sᵀ = k qᵀ            pᵀ = exp(scale sᵀ - lse)         dc += pᵀ dz
     dpᵀ = c dzᵀ          dsᵀ = scale pᵀ (dpᵀ - delta)     dc, dk_rope += dsᵀ q
@@ -11,7 +10,8 @@ half of the keys:
 and, of what both found, dq += ds k for half of the columns, which the copy engine adds up in device
 memory in float32 (FlashAttention-2, arXiv 2307.08691, algorithm 2). That is done a block of queries
 later, so that neither waits for the other. Latents stay in registers; c qᵀ and c dzᵀ are one
-product.
+product. One warpgroup also copies the next queries while it multiplies: a third one for that would
+have to give its registers to the others (setmaxnreg), which the compiler of nvJitLink ignores.
 """
 
 import dataclasses
@@ -29,8 +29,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import hopper
 
-# Queries and keys of a block, warpgroups that multiply, keys of each, and its columns of dq.
-_QUERIES, _KEYS, _MULTIPLIERS, _ROWS, _HALF = 64, 128, 2, 64, 96
+# Queries and keys of a block, warpgroups, keys of each, and its columns of dq.
+_QUERIES, _KEYS, _WARPGROUPS, _ROWS, _HALF = 64, 128, 2, 64, 96
+# The warpgroup that copies as well.
+_COPIER = 1
 # Widths of latents and rotary keys.
 _C, _R = 128, 64
 # Query heads of a program: more spare starts, fewer stay together in the L2 cache.
@@ -114,8 +116,7 @@ def _launch(H, B, T, b, L, scale):
             blocks=T // _QUERIES,
             scale=scale,
         )
-        pl.when(wg == _MULTIPLIERS)(functools.partial(_load, program))
-        for me in range(_MULTIPLIERS):
+        for me in range(_WARPGROUPS):
             pl.when(wg == me)(functools.partial(_multiply, program, me))
 
     return plgpu.kernel(
@@ -123,7 +124,7 @@ def _launch(H, B, T, b, L, scale):
         out_type=(),
         grid=(units * blocks,),
         grid_names=("cta",),
-        num_threads=_MULTIPLIERS + 1,
+        num_threads=_WARPGROUPS,
         thread_name="wg",
         kernel_name="latent_attention_backward",
         scratch_types=_memory(),
@@ -151,13 +152,12 @@ def _memory() -> dict[str, Any]:
         # other's in both arrays; or 64 columns of each one's keys.
         sums_smem=plgpu.RefUnion(
             [sums(1, _QUERIES, x) for x in (_HALF, _C - _HALF, _R)],
-            sums(2 * _MULTIPLIERS - 1, _ROWS, 64),
+            sums(2 * _WARPGROUPS - 1, _ROWS, 64),
         ),
         k_full=barrier(),
         full=barrier(num_arrivals=5, num_barriers=2),
-        empty=barrier(num_arrivals=_MULTIPLIERS, num_barriers=2),
-        ds_full=barrier(num_arrivals=_MULTIPLIERS, num_barriers=2),
-        ds_empty=barrier(num_arrivals=_MULTIPLIERS, num_barriers=2),
+        left=barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
+        ds_full=barrier(num_arrivals=_WARPGROUPS, num_barriers=2),
     )
 
 
@@ -196,65 +196,51 @@ class _Program:
     blocks: int
     scale: float
 
-    def over_queries(self, step, carry):
-        """`step(n, i, head, carry)` for block i of each head's queries."""
-
-        def place_and_step(n, state):
-            i, head, carry = state
-            carry = step(n, i, head, carry)
-            last = i == self.blocks - 1
-            return jnp.where(last, self.first, i + 1), head + last.astype(jnp.int32), carry
-
-        state = self.first, self.first_head, carry
-        return lax.fori_loop(0, self.steps, place_and_step, state)[2]
-
     @property
     def steps(self):
         return _HEADS * (self.blocks - self.first)
 
-    def before(self, i, head):
-        """The place of the step before."""
-        begins = i == self.first
-        return jnp.where(begins, self.blocks, i) - 1, head - begins.astype(jnp.int32)
+    def place(self, n):
+        """Block of queries and head of step n: all blocks of the first head, then the second's."""
+        second = self.first + n >= self.blocks
+        i = jnp.where(second, 2 * self.first - self.blocks, self.first) + n
+        return i, self.first_head + second.astype(jnp.int32)
 
 
 def _queries_and_dz(memory, slot):
     return (memory.q_dz_smem.at[slot, pl.ds(x, _QUERIES)] for x in (0, _QUERIES))
 
 
-def _load(program: _Program) -> None:
-    plgpu.set_max_registers(24, action="decrease")
-    p, memory = program, program.memory
-    keys = pl.ds(p.block * _KEYS, _KEYS)
-    plgpu.copy_gmem_to_smem(p.k.at[p.batch, keys, p.latent], memory.k_smem.at[0], memory.k_full)
-
-    def load(n, i, head, _):
-        slot, rows = lax.rem(n, jnp.int32(2)), pl.ds(i * _QUERIES, _QUERIES)
-        branch_head, (q, dz) = p.branch * p.heads + head, _queries_and_dz(memory, slot)
-        pl.when(n > 1)(lambda: plgpu.barrier_wait(memory.empty.at[slot]))
-        for source, to in (
-            (p.q.at[head, p.batch, rows, p.branch], q),
-            (p.q_rope.at[p.batch, rows, head], memory.q_rope_smem.at[slot]),
-            (p.lse.at[p.batch, branch_head, rows], memory.lse_smem.at[slot]),
-            (p.dz.at[head, p.batch, rows, p.branch], dz),
-            (p.delta.at[p.batch, branch_head, rows], memory.delta_smem.at[slot]),
-        ):
-            plgpu.copy_gmem_to_smem(source, to, memory.full.at[slot])
-
-    p.over_queries(load, None)
+def _copy(program: _Program, n) -> None:
+    """What step n has of queries."""
+    p, memory, (i, head) = program, program.memory, program.place(n)
+    slot, rows = lax.rem(n, jnp.int32(2)), pl.ds(i * _QUERIES, _QUERIES)
+    branch_head, (q, dz) = p.branch * p.heads + head, _queries_and_dz(memory, slot)
+    for source, to in (
+        (p.q.at[head, p.batch, rows, p.branch], q),
+        (p.q_rope.at[p.batch, rows, head], memory.q_rope_smem.at[slot]),
+        (p.lse.at[p.batch, branch_head, rows], memory.lse_smem.at[slot]),
+        (p.dz.at[head, p.batch, rows, p.branch], dz),
+        (p.delta.at[p.batch, branch_head, rows], memory.delta_smem.at[slot]),
+    ):
+        plgpu.copy_gmem_to_smem(source, to, memory.full.at[slot])
 
 
 def _multiply(program: _Program, me: int) -> None:
-    plgpu.set_max_registers(240, action="increase")
     p, memory = program, program.memory
+    if me == _COPIER:
+        keys = pl.ds(p.block * _KEYS, _KEYS)
+        plgpu.copy_gmem_to_smem(p.k.at[p.batch, keys, p.latent], memory.k_smem.at[0], memory.k_full)
+        for n in range(2):
+            _copy(program, jnp.int32(n))
     plgpu.barrier_wait(memory.k_full)
     c = plgpu.load(memory.k_smem.at[0, pl.ds(me * _ROWS, _ROWS), pl.ds(0, _C)], layout=hopper.WGMMA)
     zeros = [jnp.zeros((_ROWS, width), jnp.float32) for width in (_C, _R)]
     sums = tuple(plgpu.layout_cast(x, hopper.WGMMA) for x in zeros)
-    dc, dk_rope = p.over_queries(functools.partial(_step, program, me, c), sums)
-    _add_dq(program, me, 0, p.steps - 1, p.blocks - 1, p.first_head + _HEADS - 1)
+    dc, dk_rope = lax.fori_loop(0, p.steps, functools.partial(_step, program, me, c), sums)
+    _add_dq(program, me, 0, p.steps - 1)
     # Of three places of 64 columns the first and the last are each multiplier's own.
-    smem = memory.sums_smem[1].at[me * _MULTIPLIERS]
+    smem = memory.sums_smem[1].at[me * _WARPGROUPS]
     keys = pl.ds(p.block * _KEYS + me * _ROWS, _ROWS)
     for column in range(0, _C, 64):
         to = p.dc.at[p.batch, keys, p.latent, pl.ds(column, 64)]
@@ -273,16 +259,16 @@ def _add(*parts) -> None:
         plgpu.copy_smem_to_gmem(smem, to, reduction_op="add")
 
 
-def _add_dq(program: _Program, me: int, zero, n, i, head) -> None:
+def _add_dq(program: _Program, me: int, zero, n) -> None:
     """Adds half of the columns of dq of step n."""
-    p, memory, slot = program, program.memory, lax.rem(n, jnp.int32(2))
+    p, memory, slot, (i, head) = program, program.memory, lax.rem(n, jnp.int32(2)), program.place(n)
     plgpu.barrier_wait(memory.ds_full.at[slot])
 
     def add(dq):
         ds, columns = memory.ds_smem.at[slot], pl.ds(me * _HALF, _HALF)
         plgpu.wgmma(dq, ds.transpose((1, 0)), memory.k_smem.at[zero, :, columns])
         value = dq[...]
-        plgpu.barrier_arrive(memory.ds_empty.at[slot])
+        plgpu.barrier_arrive(memory.left.at[1 - slot])
         rows, rest = pl.ds(i * _QUERIES, _QUERIES), _C - _HALF
         dq_at = lambda *columns: p.dq.at[head, p.batch, rows, p.branch, pl.ds(*columns)]
         most, some, rope = (x.at[zero] for x in memory.sums_smem[0])
@@ -295,14 +281,21 @@ def _add_dq(program: _Program, me: int, zero, n, i, head) -> None:
     pl.run_scoped(add, plgpu.ACC((_QUERIES, _HALF), jnp.float32))
 
 
-def _step(program: _Program, me: int, c, n, i, head, sums):
+def _step(program: _Program, me: int, c, n, sums):
     """The gradients of keys with those of a block of queries."""
     p, memory, bf16 = program, program.memory, jnp.bfloat16
     slot, zero, mine = lax.rem(n, jnp.int32(2)), hopper.zero(n), pl.ds(me * _ROWS, _ROWS)
+    i, _ = p.place(n)
     (q, dz), q_rope = _queries_and_dz(memory, slot), memory.q_rope_smem.at[slot]
     row = lambda ref: lax.broadcast_in_dim(
         plgpu.load(ref.at[slot], layout=hopper.COLUMN, optimized=False), (_ROWS, _QUERIES), [1]
     )
+
+    def go_on():
+        """Waits until the other has left the step before, whose queries give way."""
+        plgpu.barrier_wait(memory.left.at[1 - slot])
+        if me == _COPIER:
+            pl.when(n + 1 < p.steps)(lambda: _copy(program, n + 1))
 
     def probabilities(s):
         s = s * (p.scale * hopper.LOG2E) - row(memory.lse_smem)
@@ -318,6 +311,8 @@ def _step(program: _Program, me: int, c, n, i, head, sums):
             k_rope = memory.k_smem.at[zero, mine, pl.ds(_C, _R)]
             plgpu.wgmma(s_and_dp, c, memory.q_dz_smem.at[slot].transpose((1, 0)))
             plgpu.wgmma(s_and_dp.at[:, :_QUERIES], k_rope, q_rope.transpose((1, 0)))
+            if me == _COPIER:
+                pl.when(n > 0)(go_on)
             s_and_dp = s_and_dp[...]
             probability = probabilities(s_and_dp[:, :_QUERIES])
             plgpu.wgmma(dc, probability.astype(bf16), dz)
@@ -325,7 +320,8 @@ def _step(program: _Program, me: int, c, n, i, head, sums):
             return (probability * difference).astype(bf16)
 
         ds = pl.run_scoped(slopes, plgpu.ACC((_ROWS, 2 * _QUERIES), jnp.float32))
-        pl.when(n > 1)(lambda: plgpu.barrier_wait(memory.ds_empty.at[slot]))
+        if me != _COPIER:
+            pl.when(n > 0)(go_on)
         memory.ds_smem.at[slot, mine][...] = ds
         plgpu.commit_smem()
         plgpu.barrier_arrive(memory.ds_full.at[slot])
@@ -334,6 +330,6 @@ def _step(program: _Program, me: int, c, n, i, head, sums):
 
     plgpu.barrier_wait(memory.full.at[slot])
     sums = pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
-    plgpu.barrier_arrive(memory.empty.at[slot])
-    pl.when(n > 0)(lambda: _add_dq(program, me, zero, n - 1, *p.before(i, head)))
+    pl.when(n == 0)(lambda: plgpu.barrier_arrive(memory.left.at[slot]))
+    pl.when(n > 0)(lambda: _add_dq(program, me, zero, n - 1))
     return sums
