@@ -67,7 +67,7 @@ def forward(monkeypatch):
     return interpreted
 
 
-@pytest.mark.parametrize("H, B, T, b, N", [(2, 1, 256, 1, 1), (2, 2, 128, 2, 2)])
+@pytest.mark.parametrize("H, B, T, b, N", [(2, 1, 384, 1, 1), (2, 2, 128, 2, 2)])
 def test_forward_interpreted(forward, H, B, T, b, N):
     """Blocks on and off the diagonal; rows, branches, and heads that share a latent or do not."""
     arrays = arguments(H, B, T, b, N)

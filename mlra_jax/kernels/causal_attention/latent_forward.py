@@ -1,19 +1,20 @@
 """The forward pass of causal attention to latents on Hopper GPUs.
 
 A latent is the first part of a key, before the rotary part that all latents share, and the value as
-well: one copy of it in shared memory serves both products. A warpgroup copies; each of two others
-has half of a block of queries of a head and goes over the keys from the diagonal back:
+well: one copy of it in shared memory serves both products. Each of two warpgroups has half of a
+block of queries of a head and goes over the keys from the diagonal back:
 
     s = q cᵀ + q_rope k_ropeᵀ        p = exp(scale s - highest)        z += p c
 
 The scores of a block of keys are multiplied while the one before is weighed, and a warpgroup weighs
-while the other one multiplies (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2).
+while the other one multiplies (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2). They
+copy as well: beside a third warpgroup they would need `setmaxnreg`, which libnvJitLink ignores.
 """
 
 import dataclasses
 import functools
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import hopper
 
-# Keys of a block, warpgroups that multiply, queries of each, blocks of keys in shared memory.
-_KEYS, _MULTIPLIERS, _ROWS, _STAGES = 128, 2, 64, 3
-_QUERIES = _MULTIPLIERS * _ROWS
+# Keys of a block, warpgroups, queries of each, blocks of keys in shared memory.
+_KEYS, _WARPGROUPS, _ROWS, _STAGES = 128, 2, 64, 3
+_QUERIES = _WARPGROUPS * _ROWS
 _WIDTHS = 128, 64
 # One program a multiprocessor of an H100 or H200; it takes one block of queries after the other.
 _PROGRAMS = 132
@@ -80,8 +81,7 @@ def forward(
             scale=scale,
         )
         wg = lax.axis_index("wg")
-        pl.when(wg == _MULTIPLIERS)(functools.partial(_load, program))
-        for me in range(_MULTIPLIERS):
+        for me in range(_WARPGROUPS):
             pl.when(wg == me)(functools.partial(_multiply, program, me))
 
     lse_BPT = jax.ShapeDtypeStruct((B, b * H, T), jnp.float32)
@@ -90,7 +90,7 @@ def forward(
         out_type=(jax.ShapeDtypeStruct(q_HBTbC.shape, q_HBTbC.dtype), lse_BPT),
         grid=(programs,),
         grid_names=("cta",),
-        num_threads=_MULTIPLIERS + 1,
+        num_threads=_WARPGROUPS,
         thread_name="wg",
         kernel_name="latent_attention_forward",
         scratch_types=_memory(q_HBTbC.dtype),
@@ -107,17 +107,15 @@ def _memory(dtype) -> dict[str, Any]:
     (C, R), barrier = _WIDTHS, plgpu.Barrier
     swizzled = lambda *shape: hopper.swizzled(shape, dtype, 128)
     return dict(
-        q_smem=swizzled(_MULTIPLIERS, _ROWS, C),
-        q_rope_smem=swizzled(_MULTIPLIERS, _ROWS, R),
+        q_smem=swizzled(_WARPGROUPS, _ROWS, C),
+        q_rope_smem=swizzled(_WARPGROUPS, _ROWS, R),
         c_smem=swizzled(_STAGES, _KEYS, C),
         k_rope_smem=swizzled(_STAGES, _KEYS, R),
-        z_smem=swizzled(_MULTIPLIERS, _ROWS, C),
-        lse_smem=plgpu.SMEM((_MULTIPLIERS, _ROWS), jnp.float32),
-        q_full=barrier(num_arrivals=2, num_barriers=_MULTIPLIERS),
-        q_empty=barrier(num_arrivals=1, num_barriers=_MULTIPLIERS),
+        z_smem=swizzled(_WARPGROUPS, _ROWS, C),
+        lse_smem=plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32),
+        q_full=barrier(num_arrivals=2, num_barriers=_WARPGROUPS),
         keys_full=barrier(num_arrivals=2, num_barriers=_STAGES),
-        keys_empty=barrier(num_arrivals=_MULTIPLIERS, num_barriers=_STAGES),
-        turn=barrier(num_arrivals=1, num_barriers=_MULTIPLIERS),
+        turn=barrier(num_arrivals=1, num_barriers=_WARPGROUPS),
     )
 
 
@@ -148,8 +146,9 @@ class _Program:
     scale: float
 
     def over_blocks(self, step) -> None:
-        """`step(place, first, used)` for each of its blocks of queries, used blocks of keys later.
+        """`step(place, following, more, used)` for each of its blocks of queries.
 
+        `following` is the next one's place if there is `more`; used blocks of keys came before.
         The longest first, and forth and back, so that all programs have as much to do. What runs
         at the same time has the same keys or those of other rows and latents up to the same one.
         """
@@ -159,13 +158,14 @@ class _Program:
         rounds = whole + (at(jnp.int32(whole)) < rest).astype(jnp.int32)
 
         def place_and_step(n, used):
-            place = self._place(n * self.programs + at(n))
-            step(place, n == 0, used)
+            place = self.place(n * self.programs + at(n))
+            following = self.place((n + 1) * self.programs + at(n + 1))
+            step(place, following, n + 1 < rounds, used)
             return used + place.block + 1
 
         lax.fori_loop(0, rounds, place_and_step, jnp.int32(0))
 
-    def _place(self, at):
+    def place(self, at):
         (H, _, _, b, _), L = self.q.shape, self.c.shape[2]
         divide = lambda x, by: (lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by)))
         block, unit = divide(at, self.units)
@@ -176,8 +176,7 @@ class _Program:
         return _Place(batch, latent, branch, head, self.blocks - 1 - block)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a block of queries and its keys are."""
 
     batch: jax.Array
@@ -194,42 +193,36 @@ def _slot(used):
     return lax.rem(used, jnp.int32(_STAGES))
 
 
-def _load(program: _Program) -> None:
-    plgpu.set_max_registers(24, action="decrease")
-    p, memory = program, program.memory
+def _load_queries(program: _Program, me: int, place: _Place) -> None:
+    p, memory, rows = program, program.memory, place.rows(me)
+    full = memory.q_full.at[me]
+    q = p.q.at[place.head, place.batch, rows, place.branch]
+    q_rope = p.q_rope.at[place.batch, rows, place.head]
+    plgpu.copy_gmem_to_smem(q, memory.q_smem.at[me], full)
+    plgpu.copy_gmem_to_smem(q_rope, memory.q_rope_smem.at[me], full)
 
-    def load(place, first, used):
-        def load_keys(n, _):
-            slot, keys = _slot(used + n), pl.ds((place.block - n) * _KEYS, _KEYS)
-            full = memory.keys_full.at[slot]
-            pl.when(used + n >= _STAGES)(lambda: plgpu.barrier_wait(memory.keys_empty.at[slot]))
-            c, k_rope = p.c.at[place.batch, keys, place.latent], p.k_rope.at[place.batch, keys]
-            plgpu.copy_gmem_to_smem(c, memory.c_smem.at[slot], full)
-            plgpu.copy_gmem_to_smem(k_rope, memory.k_rope_smem.at[slot], full)
 
-        # Places of keys are free before those of queries are.
-        load_keys(jnp.int32(0), None)
-        for me in range(_MULTIPLIERS):
-            full, empty = memory.q_full.at[me], memory.q_empty.at[me]
-            pl.when(~first)(functools.partial(plgpu.barrier_wait, empty))
-            q = p.q.at[place.head, place.batch, place.rows(me), place.branch]
-            q_rope = p.q_rope.at[place.batch, place.rows(me), place.head]
-            plgpu.copy_gmem_to_smem(q, memory.q_smem.at[me], full)
-            plgpu.copy_gmem_to_smem(q_rope, memory.q_rope_smem.at[me], full)
-        lax.fori_loop(1, place.block + 1, load_keys, None)
-
-    p.over_blocks(load)
+def _load_keys(program: _Program, place: _Place, n) -> None:
+    """Of the place's block, which become the n-th in shared memory."""
+    p, memory, keys = program, program.memory, pl.ds(place.block * _KEYS, _KEYS)
+    slot, c = _slot(n), p.c.at[place.batch, keys, place.latent]
+    full = memory.keys_full.at[slot]
+    plgpu.copy_gmem_to_smem(c, memory.c_smem.at[slot], full)
+    plgpu.copy_gmem_to_smem(p.k_rope.at[place.batch, keys], memory.k_rope_smem.at[slot], full)
 
 
 def _multiply(program: _Program, me: int) -> None:
-    plgpu.set_max_registers(240, action="increase")
+    first = program.place(program.index)
     if me == 0:
         plgpu.barrier_arrive(program.memory.turn.at[0])
+    else:
+        _load_keys(program, first, jnp.int32(0))
+    _load_queries(program, me, first)
     program.over_blocks(functools.partial(_attend, program, me))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(program: _Program, me: int, place, first, used) -> None:
+def _attend(program: _Program, me: int, place, following, more, used) -> None:
     """A block of queries."""
     p, memory = program, program.memory
     scores = plgpu.ACC((_ROWS, _KEYS), jnp.float32)
@@ -237,7 +230,16 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
     dtype, scale = p.z.dtype, p.scale * hopper.LOG2E
     wide = lambda x_Q, n: lax.broadcast_in_dim(x_Q, (_ROWS, n), [0])
     take_turn = lambda: plgpu.barrier_wait(memory.turn.at[me])
-    give_turn = lambda: plgpu.barrier_arrive(memory.turn.at[(me + 1) % _MULTIPLIERS])
+    give_turn = lambda: plgpu.barrier_arrive(memory.turn.at[(me + 1) % _WARPGROUPS])
+
+    end = used + place.block
+
+    def load_next(n):
+        """The last one's, at its turn: all have left the place of block n - 2 by then."""
+        if me == _WARPGROUPS - 1:
+            source = place._replace(block=end - n - 1)
+            source = jax.tree.map(functools.partial(jnp.where, n < end), source, following)
+            pl.when((n < end) | more)(lambda: _load_keys(p, source, n + 1))
 
     def ask(s, slot):
         plgpu.wgmma(s, memory.q_smem.at[me], memory.c_smem.at[slot].transpose((1, 0)))
@@ -249,6 +251,7 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
 
     def diagonal(s):
         take_turn()
+        load_next(used)
         ask(s, _slot(used))
         give_turn()
         s = hopper.hide_later(s[...], jnp.int32(me * _ROWS), keys=1)
@@ -264,6 +267,7 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
         def products(sums, s):
             sums[...] = z
             take_turn()
+            load_next(n)
             ask(s, slot)
             plgpu.wgmma(sums, weights, memory.c_smem.at[before])
             give_turn()
@@ -274,7 +278,6 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
             # The registers of the old weights are free only behind their product.
             new, fade_Q, new_total_Q = lax.optimization_barrier((new, fade_Q, new_total_Q))
             faded = sums[...] * wide(fade_Q, sums.shape[1])
-            plgpu.barrier_arrive(memory.keys_empty.at[before])
             return faded, new.astype(dtype), higher_Q, total_Q * fade_Q + new_total_Q
 
         return pl.run_scoped(products, sums, scores)
@@ -285,6 +288,7 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
             take_turn()
             plgpu.wgmma(sums, weights, memory.c_smem.at[slot])
             give_turn()
+            pl.when(more)(lambda: _load_queries(p, me, following))
             return sums[...]
 
         return pl.run_scoped(product, sums)
@@ -293,11 +297,8 @@ def _attend(program: _Program, me: int, place, first, used) -> None:
     plgpu.barrier_wait(memory.keys_full.at[_slot(used)])
     z = plgpu.layout_cast(jnp.zeros(sums.shape, jnp.float32), hopper.WGMMA)
     carry = z, *pl.run_scoped(diagonal, scores)
-    end = used + place.block
     z, weights, highest_Q, total_Q = lax.fori_loop(used + 1, end + 1, step, carry)
-    plgpu.barrier_arrive(memory.q_empty.at[me])
     z = last(weights, z, _slot(end))
-    plgpu.barrier_arrive(memory.keys_empty.at[_slot(end)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     memory.z_smem.at[me][...] = (z * wide(1 / total_Q, sums.shape[1])).astype(dtype)
     memory.lse_smem.at[me][...] = highest_Q + jnp.log(total_Q) * hopper.LOG2E
