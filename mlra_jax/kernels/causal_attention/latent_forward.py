@@ -267,8 +267,8 @@ def _attend(program: _Program, me: int, place, following, more, used) -> None:
         def products(sums, s):
             sums[...] = z
             take_turn()
-            load_next(n)
             ask(s, slot)
+            load_next(n)
             plgpu.wgmma(sums, weights, memory.c_smem.at[before])
             give_turn()
             s = plgpu.wgmma_accumulator_load(s, wait_n=1)
