@@ -120,6 +120,12 @@ def test_kernels_of_our_own_on_hopper(monkeypatch, sizes, device, chosen):
         assert "\n" not in str(raised.value)
 
 
+def test_keys_and_values_that_are_no_latents_are_refused_in_one_line():
+    q, _, c, _ = abstract()
+    with pytest.raises(ValueError, match="mosaic_gpu attends to latents .* auto takes others"):
+        api.causal_attention(q, c, c, scale=SCALE, implementation="mosaic_gpu")
+
+
 def abstract(H=4, T=128, C=128, dtype=jnp.bfloat16):
     sizes = (1, T, 2 * H, C), (1, T, 2 * H, 64), (1, T, 2, C), (1, T, 64)
     return [jax.ShapeDtypeStruct(x, dtype) for x in sizes]

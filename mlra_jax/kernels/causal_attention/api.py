@@ -54,6 +54,10 @@ def causal_attention(
     _check(q_BTHK, k_BTJK, v_BTJV)
     if implementation == "auto":
         implementation = implementation_for(target.device(), q_BTHK, k_BTJK, v_BTJV)
+    if implementation == MOSAIC_GPU:
+        raise ValueError(
+            "mosaic_gpu attends to latents no wider than a head's key (MLRA-4); auto takes others"
+        )
     if implementation not in _ATTEND:
         known = ", ".join(["auto", *_ATTEND])
         raise ValueError(f"implementation is {implementation!r}, expected one of {known}")
