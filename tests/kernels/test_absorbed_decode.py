@@ -217,6 +217,7 @@ def fake_backend(monkeypatch, why_not=None):
     backend = types.SimpleNamespace(
         Config=mosaic_tpu.TpuConfig,
         supports=lambda problem: why_not,
+        slowed=lambda problem: None,
         heuristic=lambda problem: mosaic_tpu.TpuConfig(128, 2, 1),
         candidates=lambda problem: [mosaic_tpu.TpuConfig(t, 2, 1) for t in (256, 384)],
         absorbed_decode=kernel,
