@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import latents
 import numpy as np
 import pytest
 
@@ -17,26 +18,9 @@ SCALE = 0.3
 NO_DIALECT = "this jaxlib has no Mosaic GPU dialect"
 
 
-def of_kernels(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR, *, scale):
-    """What the kernels compute: (z_HBTbC, lse_BPT)."""
-    H, B, T, b, C = q_HBTbC.shape
-    G = H * b // c_BTLC.shape[2]
-    q_BTPC = q_HBTbC.transpose(1, 2, 3, 0, 4).reshape(B, T, b * H, C)
-    q_BTPX = jnp.concatenate([q_BTPC, jnp.tile(q_rope_BTHR, (1, 1, b, 1))], axis=-1)
-    rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*c_BTLC.shape[:3], k_rope_BTR.shape[-1]))
-    k_BTPX = jnp.repeat(jnp.concatenate([c_BTLC, rope], axis=-1), G, axis=2)
-    scores = scale * jnp.einsum("btpx,bspx->bpts", q_BTPX, k_BTPX, precision="highest")
-    scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
-    lse_BPT = jax.nn.logsumexp(scores, axis=-1)
-    c_BTPC = jnp.repeat(c_BTLC, G, axis=2)
-    weights = jnp.exp(scores - lse_BPT[..., None])
-    z_BTPC = jnp.einsum("bpts,bspc->btpc", weights, c_BTPC, precision="highest")
-    return z_BTPC.reshape(B, T, b, H, C).transpose(3, 0, 1, 2, 4), lse_BPT * np.log2(np.e)
-
-
 def by_statistics(q, q_rope, c, k_rope, dz, lse_BPT, delta_BPT, *, scale):
     """The gradients, if the statistics are right."""
-    (z, lse), pull = jax.vjp(functools.partial(of_kernels, scale=scale), q, q_rope, c, k_rope)
+    (z, lse), pull = jax.vjp(functools.partial(latents.attended, scale=scale), q, q_rope, c, k_rope)
     delta = (z * dz).sum(-1).transpose(1, 3, 0, 2).reshape(lse.shape)
     wrong = jnp.abs(lse - lse_BPT).max() + jnp.abs(delta - delta_BPT).max() > 1e-4
     return [jnp.where(wrong, jnp.nan, x) for x in pull((dz, jnp.zeros_like(lse)))]
@@ -45,7 +29,7 @@ def by_statistics(q, q_rope, c, k_rope, dz, lse_BPT, delta_BPT, *, scale):
 @pytest.fixture
 def kernels(monkeypatch):
     serves = lambda *_: True
-    forward = types.SimpleNamespace(forward=of_kernels, serves=serves)
+    forward = types.SimpleNamespace(forward=latents.attended, serves=serves)
     backward = types.SimpleNamespace(backward=by_statistics, serves=serves)
     monkeypatch.setattr(latent, "_kernels", lambda: (forward, backward))
 

@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import latents
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from mlra_jax.kernels.causal_attention import reference
 
 latent_backward = pytest.importorskip(
     "mlra_jax.kernels.causal_attention.latent_backward",
@@ -19,30 +18,10 @@ interpreter = pytest.importorskip("interpreter")
 SCALE = 0.11
 
 
-def shapes(H, B, T, b, N):
-    sizes = (H, B, T, b, 128), (B, T, H, 64), (B, T, b * N, 128), (B, T, 64), (H, B, T, b, 128)
-    return [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
-
-
-def arguments(*sizes):
-    random = np.random.default_rng(sum(sizes))
-    draw = lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype)
-    return [draw(x) for x in shapes(*sizes)]
-
-
-def attend(q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR):
-    """Results, as the queries are laid out, and binary logarithms of the sums of weights."""
-    (H, B, T, b, _), L = q_HBTbC.shape, c_BTLC.shape[2]
-    q_BTbHC = jnp.moveaxis(q_HBTbC, 0, 3)
-    rope_BTbHR = jnp.broadcast_to(q_rope_BTHR[:, :, None], (*q_BTbHC.shape[:4], 64))
-    q_BTPX = jnp.concatenate([q_BTbHC, rope_BTbHR], -1).reshape(B, T, b * H, -1)
-    shared_BTLR = jnp.broadcast_to(k_rope_BTR[:, :, None], (B, T, L, 64))
-    k_BTLX = jnp.concatenate([c_BTLC, shared_BTLR], -1)
-    z_BTPC = reference.causal_attention(q_BTPX, k_BTLX, c_BTLC, scale=SCALE)
-    scores = SCALE * jnp.einsum("btpx,bspx->bpts", q_BTPX, jnp.repeat(k_BTLX, b * H // L, axis=2))
-    seen = jnp.tril(jnp.ones((T, T), bool))
-    lse_BPT = jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1) / np.log(2)
-    return jnp.moveaxis(z_BTPC.reshape(B, T, b, H, -1), 3, 0), lse_BPT
+def shapes(*sizes):
+    """The gradient of the result behind the others."""
+    given = latents.shapes(*sizes)
+    return [*given, given[0]]
 
 
 def lower_triangle(x, ahead):
@@ -80,9 +59,9 @@ def gradients(monkeypatch):
 @pytest.mark.parametrize("H, B, T, b, N", [(2, 1, 256, 1, 1), (4, 2, 128, 2, 2), (2, 1, 128, 1, 1)])
 def test_gradients_interpreted(gradients, H, B, T, b, N):
     """Blocks on and off the diagonal; rows, latents, branches and heads each by itself."""
-    *given, dz = arguments(H, B, T, b, N)
+    *given, dz = latents.drawn(shapes(H, B, T, b, N))
     wide = [x.astype(jnp.float32) for x in given]
-    z, pull, lse = jax.vjp(attend, *wide, has_aux=True)
+    z, pull, lse = jax.vjp(functools.partial(latents.attended, scale=SCALE), *wide, has_aux=True)
     wanted = pull(dz.astype(jnp.float32))
     delta_HBTb = (z * dz).sum(-1)
     delta_BPT = delta_HBTb.transpose(1, 3, 0, 2).reshape(lse.shape)
