@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlra_jax.kernels.causal_attention import latent_attention, latents_for
-from mlra_jax.kernels.causal_attention.latent import as_heads
+from mlra_jax.kernels.causal_attention import latent_attention, latents_for, with_shared
 
 _LATENT, _ROPE = 128, 64
 _SCALE = (_LATENT + _ROPE) ** -0.5
@@ -53,7 +52,8 @@ def attend(over: str, q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR):
         import tokamax
 
         how = dict(scale=_SCALE, is_causal=True, implementation=implementation or None)
-        z_BTPC = tokamax.dot_product_attention(*as_heads(*queries, c_BTLC, k_rope_BTR), **how)
+        q_BTPX, k_BTLX = jnp.concatenate(queries, axis=-1), with_shared(c_BTLC, k_rope_BTR)
+        z_BTPC = tokamax.dot_product_attention(q_BTPX, k_BTLX, c_BTLC, **how)
     else:
         how = dict(heads=H, scale=_SCALE, implementation=over)
         z_BTPC = latent_attention(*queries, c_BTLC, k_rope_BTR, **how)

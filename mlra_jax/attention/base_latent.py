@@ -10,6 +10,7 @@ from mlra_jax.attention import heads
 from mlra_jax.attention.from_latents import keys_and_values, up_projected
 from mlra_jax.attention.latent import LatentAttention, absorbs
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
+from mlra_jax.kernels.causal_attention import with_shared
 from mlra_jax.layers import RMSNorm, weigh
 
 
@@ -108,7 +109,7 @@ class BaseLatentAttention(LatentAttention):
         *weights, k_up_hCK, v_up_hCK = weights
         o_BTpX, lse_BTp = super()._attend_grouped(attend, others, entries, *weights)
         base_BS1C = entries["base"][:, :, None]
-        k_BShK = heads.with_shared(up_projected(base_BS1C, k_up_hCK), entries["k_rope"])
+        k_BShK = with_shared(up_projected(base_BS1C, k_up_hCK), entries["k_rope"])
         o_BTh1K, lse_BTh1 = attend(q_BThK[:, :, :, None], k_BShK, up_projected(base_BS1C, v_up_hCK))
         return (o_BTpX, o_BTh1K[:, :, :, 0]), (lse_BTp, lse_BTh1[..., 0])
 

@@ -16,6 +16,7 @@ from mlra_jax import sharding
 from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
+from mlra_jax.kernels.causal_attention import with_shared
 from mlra_jax.layers import RMSNorm, rotate, weigh
 
 
@@ -133,7 +134,7 @@ class FromLatents(Attention):
 def keys_and_values(c_BTLC, k_rope_BTR, k_up, v_up):
     """`[B, T, J, ...]` of each branch's heads, the rotary key behind each key."""
     k_BTJK = up_projected(c_BTLC, k_up.kernel[...])
-    return heads.with_shared(k_BTJK, k_rope_BTR), up_projected(c_BTLC, v_up.kernel[...])
+    return with_shared(k_BTJK, k_rope_BTR), up_projected(c_BTLC, v_up.kernel[...])
 
 
 def up_projected(c_BTLC, kernel_JCK):

@@ -63,12 +63,6 @@ def repeat_for_mesh(x_BTJK: jax.Array, mesh: Mesh) -> jax.Array:
     return sharding.constrain(x_BTJK, mesh, "batch", "length", "kv_heads", "head_dim")
 
 
-def with_shared(x_BSJK: jax.Array, rope_BSR: jax.Array) -> jax.Array:
-    """`[B, S, J, K + R]`: each head's vector and the rotary key that all heads share."""
-    rope_BSJR = jnp.broadcast_to(rope_BSR[:, :, None], (*x_BSJK.shape[:3], rope_BSR.shape[-1]))
-    return jnp.concatenate([x_BSJK, rope_BSJR], axis=-1)
-
-
 @dataclasses.dataclass(frozen=True)
 class HeldHeads:
     """Which key/value heads each of `tensor` devices keeps: those that its query heads read.

@@ -14,6 +14,7 @@ from mlra_jax.attention import heads, sharded
 from mlra_jax.attention.from_latents import FromLatents, up_projected
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
+from mlra_jax.kernels.causal_attention import with_shared
 from mlra_jax.layers import angles, weigh
 
 
@@ -149,10 +150,10 @@ class LatentAttention(FromLatents):
         latents_BSLC, k_rope_BSR = entries["latents"], entries["k_rope"]
         if up:
             k_BSPK, v_BSPK = (up_projected(latents_BSLC, kernel_PCK) for kernel_PCK in up)
-            return queries[:, :, :, None], heads.with_shared(k_BSPK, k_rope_BSR), v_BSPK
+            return queries[:, :, :, None], with_shared(k_BSPK, k_rope_BSR), v_BSPK
         (B, T), q_BTPX = queries[0].shape[:2], jnp.concatenate(queries, axis=-1)
         q_BTLHX = q_BTPX.reshape(B, T, latents_BSLC.shape[2], -1, q_BTPX.shape[-1])
-        return q_BTLHX, heads.with_shared(latents_BSLC, k_rope_BSR), latents_BSLC
+        return q_BTLHX, with_shared(latents_BSLC, k_rope_BSR), latents_BSLC
 
     def _key_width(self):
         a = self.config

@@ -45,15 +45,7 @@ def whole_sequence(
 
 
 def whole_sequence_of_latents(
-    q_BTPC: jax.Array,
-    q_rope_BTPR: jax.Array,
-    c_BTLC: jax.Array,
-    k_rope_BTR: jax.Array,
-    *,
-    heads: int,
-    scale: float,
-    mesh: Mesh,
-    implementation: str = "auto",
+    *arrays: jax.Array, heads: int, scale: float, mesh: Mesh, implementation: str = "auto"
 ) -> jax.Array:
     """As `whole_sequence`, `[B, T, P, C]`, of what `latent_attention` takes; P and L divide."""
 
@@ -64,7 +56,7 @@ def whole_sequence_of_latents(
         how = dict(scale=scale, implementation=chosen, name=remat.ATTENTION)
         return latent_attention(*arrays, heads=heads, **how)
 
-    return _by_head(local, mesh, q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR)
+    return _by_head(local, mesh, *arrays)
 
 
 def _by_head(local: Callable[..., jax.Array], mesh: Mesh, *arrays: jax.Array) -> jax.Array:

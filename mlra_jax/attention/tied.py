@@ -13,6 +13,7 @@ from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import TiedConfig
 from mlra_jax.kernels.absorbed_decode import absorbed_decode
+from mlra_jax.kernels.causal_attention import with_shared
 from mlra_jax.layers import rotate
 
 
@@ -51,7 +52,7 @@ class TiedAttention(Attention):
     def _operands(self, q_BTHK, kept):
         tied_BTJK, k_rope_BTR = kept
         v_BTJK = heads.repeat_for_mesh(tied_BTJK, self.mesh)
-        k_BTJK = heads.with_shared(v_BTJK[..., : -self.config.rope_dim], k_rope_BTR)
+        k_BTJK = with_shared(v_BTJK[..., : -self.config.rope_dim], k_rope_BTR)
         return q_BTHK, k_BTJK, v_BTJK
 
     def _entries(self, kept):
@@ -73,7 +74,7 @@ class TiedAttention(Attention):
 
     def _grouped(self, q_BThK, entries):
         tied_BSJK, rope_BSR = entries["tied"], entries["k_rope"]
-        k_BSJK = heads.with_shared(tied_BSJK[..., : -self.config.rope_dim], rope_BSR)
+        k_BSJK = with_shared(tied_BSJK[..., : -self.config.rope_dim], rope_BSR)
         return self.held.by_held_head(q_BThK), k_BSJK, tied_BSJK
 
     def _ungrouped(self, x_BTJG):

@@ -10,7 +10,7 @@ from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.kernels import target
-from mlra_jax.kernels.causal_attention import cudnn, reference
+from mlra_jax.kernels.causal_attention import reference
 
 MOSAIC_GPU = "mosaic_gpu"
 """Of `latent_attention` only."""
@@ -128,7 +128,11 @@ def _cudnn(q_BTHK, k_BTJK, v_BTJV, *, scale, name):
         return jax.nn.dot_product_attention(
             q_BTHK, k_BTJK, v_BTJV, scale=scale, is_causal=True, implementation="cudnn"
         )
-    return cudnn.attend(q_BTHK, k_BTJK, v_BTJV, scale=scale)
+    # The function above refuses unequal widths; what it calls takes them.
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    causal = library.MaskType.CAUSAL
+    return library.dot_product_attention(q_BTHK, k_BTJK, v_BTJV, scale=scale, mask_type=causal)
 
 
 def _cudnn_padded(q_BTHK, k_BTJK, v_BTJV, *, scale, name):

@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -20,6 +21,11 @@ def swizzled(shape, dtype, swizzle: int):
     """Shared memory for operands of products and for copies, in lines of `swizzle` bytes."""
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def divide(x, by: int):
+    """(quotient, rest) of two numbers that are not negative."""
+    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
 def zero(n):

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import api
+from mlra_jax.kernels.causal_attention.shared import with_shared
 
 SERVED = (
     "bfloat16, latents of 128 and rotary keys of 64, lengths that 128 divides, and an even number "
@@ -57,18 +58,9 @@ def latent_attention(
         implementation = implementation_for(target.device(), *arrays, heads=heads)
     if implementation == api.MOSAIC_GPU:
         return _by_our_kernels(q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR, heads, scale, name)
-    operands = as_heads(q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR)
-    return api.causal_attention(*operands, scale=scale, implementation=implementation, name=name)
-
-
-def as_heads(
-    q_BTPC: jax.Array, q_rope_BTPR: jax.Array, c_BTLC: jax.Array, k_rope_BTR: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q_BTPX, k_BTLX, v_BTLC), each latent a key/value head, the rotary part behind."""
-    shared = *c_BTLC.shape[:3], k_rope_BTR.shape[-1]
-    k_rope_BTLR = jnp.broadcast_to(k_rope_BTR[:, :, None], shared)
     q_BTPX = jnp.concatenate([q_BTPC, q_rope_BTPR], axis=-1)
-    return q_BTPX, jnp.concatenate([c_BTLC, k_rope_BTLR], axis=-1), c_BTLC
+    how = dict(scale=scale, implementation=implementation, name=name)
+    return api.causal_attention(q_BTPX, with_shared(c_BTLC, k_rope_BTR), c_BTLC, **how)
 
 
 def implementation_for(

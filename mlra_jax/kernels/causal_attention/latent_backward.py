@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mlra_jax.kernels import target
 from mlra_jax.kernels.causal_attention import hopper
+from mlra_jax.kernels.causal_attention.shared import with_shared
 
 # Queries and keys of a block, warpgroups, keys of each, and its columns of dq.
 _QUERIES, _KEYS, _WARPGROUPS, _ROWS, _HALF = 64, 128, 2, 64, 96
@@ -76,8 +77,7 @@ def backward(
       scale: of the scores.
     """
     (H, B, T, b, _), L = q_HBTbC.shape, c_BTLC.shape[2]
-    shared_BTLR = jnp.broadcast_to(k_rope_BTR[:, :, None], (B, T, L, _R))
-    k_BTLX = jnp.concatenate([c_BTLC, shared_BTLR], axis=-1)
+    k_BTLX = with_shared(c_BTLC, k_rope_BTR)
     shapes = (x.shape for x in (q_HBTbC, q_rope_BTHR, c_BTLC, k_rope_BTR))
     # Otherwise the zeros of all layers would be there at once.
     dz_HBTbC, zero = lax.optimization_barrier((dz_HBTbC, jnp.float32(0)))
@@ -97,11 +97,10 @@ def _launch(H, B, T, b, L, scale):
     def body(*refs, **memory):
         # What is side by side has the same keys and then the next ones, the longest programs first.
         at, wg = lax.axis_index("cta"), lax.axis_index("wg")
-        divide = lambda x, by: (lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by)))
-        at, unit = divide(at, side)
-        at, block = divide(at, blocks)
-        batch, unit = divide(at * side + unit, b * H // _HEADS)
-        branch, pair = divide(unit, H // _HEADS)
+        at, unit = hopper.divide(at, side)
+        at, block = hopper.divide(at, blocks)
+        batch, unit = hopper.divide(at * side + unit, b * H // _HEADS)
+        branch, pair = hopper.divide(unit, H // _HEADS)
         first_head = pair * _HEADS
         program = _Program(
             **dict(zip(names, refs, strict=True)),

@@ -167,11 +167,10 @@ class _Program:
 
     def place(self, at):
         (H, _, _, b, _), L = self.q.shape, self.c.shape[2]
-        divide = lambda x, by: (lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by)))
-        block, unit = divide(at, self.units)
-        unit, head = divide(unit, H * b // L)
-        batch, latent = divide(unit, L)
-        branch, part = divide(latent, L // b)
+        block, unit = hopper.divide(at, self.units)
+        unit, head = hopper.divide(unit, H * b // L)
+        batch, latent = hopper.divide(unit, L)
+        branch, part = hopper.divide(latent, L // b)
         head = part * (H * b // L) + head
         return _Place(batch, latent, branch, head, self.blocks - 1 - block)
 
