@@ -67,13 +67,13 @@ class Mode:
     """How the warpgroups of a CTA that multiply share its work; the package says what each is for.
 
     Attributes:
-      multipliers: warpgroups that multiply; one more copies.
+      warpgroups: of a CTA.
       takers: how many of them take turns at tiles; the number of stages is a multiple of it.
       row_tiles: blocks of 64 query rows that a CTA has at once.
     """
 
     name: str
-    multipliers: int = 2
+    warpgroups: int = 2
     takers: int = 1
     row_tiles: int = 1
 
@@ -81,8 +81,8 @@ class Mode:
 ALTERNATE = Mode("alternate", takers=2)
 LATENTS = Mode("latents")
 TOGETHER = Mode("together", row_tiles=2)
-COLUMNS = Mode("columns", multipliers=3)
-SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (2, 4)}
+COLUMNS = Mode("columns", warpgroups=3)
+SWAPPED = {latents: Mode(f"swapped_{latents}", warpgroups=latents) for latents in (2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
