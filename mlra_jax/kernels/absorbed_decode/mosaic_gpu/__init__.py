@@ -71,12 +71,11 @@ from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import (
     Shape,
     candidates,
     heuristic,
-    slowed,
     supports,
 )
 from mlra_jax.kernels.absorbed_decode.problem import Problem
 
-__all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "slowed", "supports"]
+__all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "supports"]
 
 
 # A function of its own in a program, so that all layers compile one.

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 
 from mlra_jax.kernels.absorbed_decode.problem import Problem
@@ -239,17 +238,6 @@ def supports(problem: Problem) -> str | None:
     if _with_most_stages(Config(), problem) is None:
         return f"latents of {problem.width} + {problem.rope} do not fit shared memory"
     return None
-
-
-def slowed(problem: Problem) -> str | None:
-    """Why a problem that is served takes longer than it could, in one phrase."""
-    # Wider latents need more registers than an equal share of a multiprocessor's.
-    if problem.width <= LANES or jax.__version_info__ < (0, 12):
-        return None
-    return (
-        "takes 1.4 to 2 times as long as by JAX 0.11.2 for latents wider than 128: the compiler of "
-        "JAX 0.12 gives all warpgroups as many registers"
-    )
 
 
 def heuristic(problem: Problem) -> Config:

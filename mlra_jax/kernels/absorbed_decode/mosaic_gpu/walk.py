@@ -313,6 +313,7 @@ def _give_back(cta: _Cta, visit: Visit, turn) -> None:
     """What a warpgroup does once it has read a turn's tile: copies the next one to its place."""
     stages = cta.shape.config.stages
     plgpu.barrier_arrive(cta.memory.empty.at[cta.slot(lax.rem(turn, stages))])
+    # Where warpgroups take turns, the present one has just read its own.
     copies = cta.shape.mode.takers > 1 or cta.copies(turn)
     pl.when(copies)(lambda: _load_turn(cta, visit, turn + stages, reused=True))
 
