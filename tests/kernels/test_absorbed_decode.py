@@ -217,7 +217,6 @@ def fake_backend(monkeypatch, why_not=None):
     backend = types.SimpleNamespace(
         Config=mosaic_tpu.TpuConfig,
         supports=lambda problem: why_not,
-        slowed=lambda problem: None,
         heuristic=lambda problem: mosaic_tpu.TpuConfig(128, 2, 1),
         candidates=lambda problem: [mosaic_tpu.TpuConfig(t, 2, 1) for t in (256, 384)],
         absorbed_decode=kernel,
@@ -381,26 +380,6 @@ def test_only_what_a_user_can_change_is_a_warning(monkeypatch, changes, level):
     assert api._choose(None, device, problem) == "reference"
     value = str(next(iter(changes.values())))
     assert [at for at, _ in lines] == [level] and value in lines[0][1]
-
-
-@pytest.mark.parametrize(
-    "version, width, slower", [((0, 11, 2), 512, 0), ((0, 12, 0, 1), 256, 1), ((0, 12), 128, 0)]
-)
-def test_a_kernel_that_a_newer_jax_slows_says_so(monkeypatch, version, width, slower):
-    pytest.importorskip(
-        "mlra_jax.kernels.absorbed_decode.mosaic_gpu",
-        reason="this jaxlib has no Mosaic GPU dialect",
-    )
-    lines = []
-    monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append((level, args[0])))
-    monkeypatch.setattr(jax, "__version_info__", version)
-    api._log_once.cache_clear()
-    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
-    problem = dataclasses.replace(PROBLEM, device_kind=device.device_kind, width=width)
-    for _ in range(2):
-        assert api._choose(None, device, problem) == "mosaic_gpu"
-    assert [level for level, _ in lines] == [logging.WARNING] * slower
-    assert all("as by JAX 0.11.2" in text and "\n" not in text for _, text in lines)
 
 
 def test_tuned_settings_are_measured_saved_and_used(monkeypatch, tmp_path):

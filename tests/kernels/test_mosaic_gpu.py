@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,7 @@ GQA = dict(latents=6, groups=6, rope_heads=6, heads=4, rope=128, values_only=Tru
 def test_lowers_for_hopper(monkeypatch, changes):
     tuned = changes.get("swap", False)
     p = problem(**{name: value for name, value in changes.items() if name != "swap"})
-    registers, order = recorded_calls(monkeypatch)
+    order = recorded_calls(monkeypatch)
     assert mosaic_gpu.supports(p) is None
     q = (p.batch, p.queries, p.latents, p.heads, p.width)
     q_rope = (p.batch, p.queries, p.groups, p.heads, p.rope)
@@ -103,10 +102,8 @@ def test_lowers_for_hopper(monkeypatch, changes):
     op = functools.partial(mosaic_gpu.absorbed_decode, scale=0.1, config=config)
     text = jax.jit(op).trace(*arrays, *bounds).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 2
-    assert registers == REGISTERS.get(
-        plan.Shape(p, config).mode, [(40, "decrease"), (232, "increase")]
-    )
-    # Each launch waits for the one before it, lets the next begin, and only then copies.
+    # Each launch waits for the one before it, lets the next begin, and only then copies. None asks
+    # for registers, of which nvJitLink leaves each warpgroup as many.
     waits = ["griddepcontrol_wait", "griddepcontrol_launch_dependents"]
     split, join = order[: order.index(waits[0], 1)], order[order.index(waits[0], 1) :]
     assert split[:2] == waits and set(split[2:]) == {"copy_gmem_to_smem"}
@@ -115,45 +112,28 @@ def test_lowers_for_hopper(monkeypatch, changes):
     assert operations_on(text, *shapes[2:]) <= ONLY_READ
 
 
-# Registers per thread where others than one warpgroup that copies and two that multiply.
-REGISTERS = {
-    plan.COLUMNS: [(40, "decrease"), (120, "decrease"), (176, "increase")],
-    plan.SWAPPED[4]: [(32, "decrease"), (112, "increase")],
-}
-
-
-@pytest.mark.parametrize("mode", walk._WAYS, ids=lambda mode: mode.name)
-def test_warpgroups_ask_for_no_more_registers_than_their_cta_has(mode):
-    """One that asks for more waits for ever."""
-    way, groups = walk._WAYS[mode], mode.multipliers + 1
-    roles = walk._loader(way.loader_registers), *way.roles
-    place = lambda wg: types.SimpleNamespace(wg=wg, shape=types.SimpleNamespace(mode=mode))
-    taken = [role.registers for wg in range(groups) for role in roles if role.taken_by(place(wg))]
-    # A CTA begins with as many for each thread as the hardware's 65536 give, in eights.
-    assert len(taken) == groups and sum(taken) <= groups * (512 // groups // 8 * 8)
-
-
 def recorded_calls(monkeypatch):
-    """What a kernel being traced says of registers, and its waits and copies in order."""
-    registers, order = [], []
+    """The waits and copies of a kernel being traced in order, and its wishes for registers."""
+    order = []
 
-    def record(name, note):
+    def record(name):
         function = getattr(plgpu, name)
 
         def call(*args, **keywords):
-            note(*args, **keywords)
+            order.append(name)
             return function(*args, **keywords)
 
         monkeypatch.setattr(plgpu, name, call)
 
-    record("set_max_registers", lambda n, *, action: registers.append((n, action)))
-    for name in ("griddepcontrol_wait", "griddepcontrol_launch_dependents", "copy_gmem_to_smem"):
-        record(name, lambda *_, name=name: order.append(name))
-    return registers, order
+    record("griddepcontrol_wait")
+    record("griddepcontrol_launch_dependents")
+    record("copy_gmem_to_smem")
+    record("set_max_registers")
+    return order
 
 
 def test_launches_overlap_only_when_asked(monkeypatch):
-    _, order = recorded_calls(monkeypatch)
+    order = recorded_calls(monkeypatch)
     for p in (problem(cache=64), problem(batch=2, cache=64)):
         config = dataclasses.replace(mosaic_gpu.heuristic(p), overlap=False)
         q = (p.batch, p.queries, p.latents, p.heads)

@@ -231,8 +231,6 @@ def _choose(implementation: str | None, device: Any, problem: Problem) -> str:
     if reason:
         _log_once(f"runs in plain JAX: {name}: {reason}", _level(name, problem))
         return "reference"
-    if name == "mosaic_gpu" and (longer := _backend(name).slowed(problem)):
-        _log_once(longer, logging.WARNING)
     return name
 
 

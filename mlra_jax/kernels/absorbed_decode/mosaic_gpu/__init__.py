@@ -2,21 +2,23 @@
 
 Two launches. The first (`walk`) walks the cache. Its work is a list of tiles that is divided
 equally among the CTAs (`schedule`), so that rows of unequal length cost what they read and no CTA
-waits for another. In a CTA one warpgroup only issues TMA copies into a ring of shared-memory
-stages; the others multiply. A latent tile is loaded once and serves as key and as value. The second
-launch (`join`) joins the partial results of each query row by their log-sum-exp. `plan` says what
-is served and chooses the settings.
+waits for another. A latent tile is loaded once, by TMA into a ring of shared-memory stages, and
+serves as key and as value. The warpgroups that multiply ask for the copies themselves: beside one
+that only copies they would need `setmaxnreg`, which libnvJitLink ignores. The second launch
+(`join`) joins the partial results of each query row by their log-sum-exp. `plan` says what is
+served and chooses the settings.
 
 The ring, with 4 stages; a tile's turn decides its stage:
 
     tiles in the order of their turns    ... 4   5   6   7   8   9 ...
                                                ┌───┬───┬───┬───┐
-    copies, up to 4 turns ahead        ──────► │ 8 │ 5 │ 6 │ 7 │ ──────► products
+    copies, 4 turns ahead              ──────► │ 8 │ 5 │ 6 │ 7 │ ──────► products
                                                └───┴───┴───┴───┘
     stage = turn % 4                             0   1   2   3
 
     full[stage]:  the copies of latents and of rotary keys arrive, who multiplies waits
-    empty[stage]: who multiplies arrives, the copies of the tile 4 turns later wait
+    empty[stage]: who multiplies arrives, and the last of them waits and asks for the tile 4 turns
+                  later; those who take turns ask for their own
 
 Words:
 
@@ -31,7 +33,7 @@ Words:
              visits neighbours, an equal share of all tiles
     team     the n CTAs that have a stripe each of one unit
 
-How the multiplying warpgroups share the work depends on the problem:
+How the warpgroups share the work depends on the problem:
 
     alternate  one latent, up to 64 query rows: two take turns at tiles and join their states at
                the end, so that the softmax of one runs while the other multiplies;
@@ -69,12 +71,11 @@ from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import (
     Shape,
     candidates,
     heuristic,
-    slowed,
     supports,
 )
 from mlra_jax.kernels.absorbed_decode.problem import Problem
 
-__all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "slowed", "supports"]
+__all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "supports"]
 
 
 # A function of its own in a program, so that all layers compile one.

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import jax
 import jax.numpy as jnp
 
 from mlra_jax.kernels.absorbed_decode.problem import Problem
@@ -67,13 +66,13 @@ class Mode:
     """How the warpgroups of a CTA that multiply share its work; the package says what each is for.
 
     Attributes:
-      multipliers: warpgroups that multiply; one more copies.
+      warpgroups: of a CTA.
       takers: how many of them take turns at tiles; the number of stages is a multiple of it.
       row_tiles: blocks of 64 query rows that a CTA has at once.
     """
 
     name: str
-    multipliers: int = 2
+    warpgroups: int = 2
     takers: int = 1
     row_tiles: int = 1
 
@@ -81,8 +80,8 @@ class Mode:
 ALTERNATE = Mode("alternate", takers=2)
 LATENTS = Mode("latents")
 TOGETHER = Mode("together", row_tiles=2)
-COLUMNS = Mode("columns", multipliers=3)
-SWAPPED = {latents: Mode(f"swapped_{latents}", multipliers=latents) for latents in (2, 4)}
+COLUMNS = Mode("columns", warpgroups=3)
+SWAPPED = {latents: Mode(f"swapped_{latents}", warpgroups=latents) for latents in (2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,17 +238,6 @@ def supports(problem: Problem) -> str | None:
     if _with_most_stages(Config(), problem) is None:
         return f"latents of {problem.width} + {problem.rope} do not fit shared memory"
     return None
-
-
-def slowed(problem: Problem) -> str | None:
-    """Why a problem that is served takes longer than it could, in one phrase."""
-    # Wider latents need more registers than an equal share of a multiprocessor's.
-    if problem.width <= LANES or jax.__version_info__ < (0, 12):
-        return None
-    return (
-        "takes 1.4 to 2 times as long as by JAX 0.11.2 for latents wider than 128: the compiler of "
-        "JAX 0.12 gives all warpgroups as many registers"
-    )
 
 
 def heuristic(problem: Problem) -> Config:

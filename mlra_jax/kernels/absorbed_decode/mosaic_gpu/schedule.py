@@ -130,51 +130,84 @@ def part(shape: Shape, cta, place: Place):
     )
 
 
-def visit_stripe(
-    shape: Shape,
-    bounds: Bounds,
-    first: Place,
-    visit: Callable[[Visit], None],
-    drop: Callable[[], None],
-) -> None:
-    """Makes the one visit of a CTA whose tiles are in a stripe.
+class Stripe(NamedTuple):
+    """The tiles of a CTA where they are in a stripe: one visit."""
 
-    `drop` is called before it if the CTA does not use the tile that it asked for unseen, the one
-    that is `first` where a row begins at position 0.
+    shape: Shape
+    bounds: Bounds
+    cta: jax.Array
+
+    def first(self) -> Visit:
+        place = stripe(self.shape, self.cta)
+        _, _, span = numbering(self.shape, self.bounds)
+        team = self.shape.team
+        tiles = span(place.batch_row)[1]
+        tiles = lax.div(jnp.maximum(tiles - place.tile + team - 1, 0), team)
+        # The tile that was asked for unseen has the first turn, whether it is used or not.
+        turn = jnp.where((tiles > 0) & (self.bounds.begin(place.batch_row) == 0), 0, 1)
+        return Visit(place, tiles, turn, jnp.int32(0))
+
+    def tile(self, visit: Visit, turn):
+        """Whether there is a tile of a turn, in the visit or later, and its place."""
+        i = turn - visit.turn
+        return i < visit.tiles, visit.place._replace(tile=visit.place.tile + i * self.shape.team)
+
+
+class Share(NamedTuple):
+    """The tiles of a CTA where they are neighbours, an equal share of them all.
+
+    Attributes:
+      span: of `numbering`.
+      begin, end: the CTA's tiles by their numbers.
     """
-    _, _, span = numbering(shape, bounds)
-    tiles = span(first.batch_row)[1]
-    tiles = lax.div(jnp.maximum(tiles - first.tile + shape.team - 1, 0), shape.team)
-    # The tile that was guessed has the first turn, whether it is used or not.
-    turn = jnp.where((tiles > 0) & (bounds.begin(first.batch_row) == 0), 0, 1)
-    pl.when(turn > 0)(drop)
-    visit(Visit(first, tiles, turn, jnp.int32(0)))
 
+    shape: Shape
+    bounds: Bounds
+    cta: jax.Array
+    span: Callable
+    begin: jax.Array
+    end: jax.Array
 
-def visit_share(shape: Shape, bounds: Bounds, cta, visit: Callable[[Visit], None]) -> None:
-    """Makes all visits of a CTA whose tiles are neighbours, an equal share of them all."""
-    total, share, span = numbering(shape, bounds)
-    first = cta * share
-    last = jnp.minimum(first + share, total)
-    table_ref = bounds.table
+    @classmethod
+    def of(cls, shape: Shape, bounds: Bounds, cta) -> "Share":
+        total, share, span = numbering(shape, bounds)
+        end = jnp.minimum(cta * share + share, total)
+        return cls(shape, bounds, cta, span, cta * share, end)
 
-    def step(carry):
-        tile, row, turn, number = carry
-        if table_ref is not None:  # Rows without tiles are passed over.
-            row = lax.while_loop(
-                lambda r: table_ref[r + 1] * shape.units <= tile, lambda r: r + 1, row
-            )
-        begin, count = span(row)
-        unit = lax.div(tile - begin, count)
-        tile_in_unit = lax.rem(tile - begin, count)
-        tiles = jnp.minimum(count - tile_in_unit, last - tile)
-        visit(Visit(Place(row, *of_unit(shape, unit), tile_in_unit), tiles, turn, number))
-        return tile + tiles, row, turn + tiles, number + 1
+    def first(self) -> Visit:
+        table = self.bounds.table
+        row = jnp.int32(0) if table is None else table[self.shape.problem.batch + 1 + self.cta]
+        return self._from(row, jnp.int32(0), jnp.int32(0))
 
-    row = jnp.int32(0)
-    if table_ref is not None:
-        row = table_ref[shape.problem.batch + 1 + cta]
-    lax.while_loop(lambda c: c[0] < last, step, (first, row, jnp.int32(0), jnp.int32(0)))
+    def following(self, visit: Visit) -> Visit:
+        """The visit after one; it has no tiles if that was the last."""
+        row = visit.place.batch_row
+        return self._from(row, visit.turn + visit.tiles, visit.number + 1)
+
+    def tile(self, visit: Visit, turn):
+        """Whether there is a tile of a turn, in the visit or later, and its place."""
+        i = turn - visit.turn
+
+        def here():
+            return jnp.bool_(True), visit.place._replace(tile=visit.place.tile + i)
+
+        def later():
+            found = self._from(visit.place.batch_row, turn, visit.number)
+            return found.tiles > 0, found.place
+
+        return lax.cond(i < visit.tiles, here, later)
+
+    def _from(self, row, turn, number) -> Visit:
+        """The visit from a turn on, in a batch row or a later one."""
+        shape, table, tile = self.shape, self.bounds.table, self.begin + turn
+        if table is not None:  # Rows without tiles are passed over.
+            before = lambda r: (tile < self.end) & (table[r + 1] * shape.units <= tile)
+            row = lax.while_loop(before, lambda r: r + 1, row)
+        begin, count = self.span(row)
+        count = jnp.maximum(count, 1)
+        unit, tile_in_unit = lax.div(tile - begin, count), lax.rem(tile - begin, count)
+        tiles = jnp.maximum(jnp.minimum(count - tile_in_unit, self.end - tile), 0)
+        return Visit(Place(row, *of_unit(shape, unit), tile_in_unit), tiles, turn, number)
 
 
 def parts_of(shape: Shape, bounds: Bounds, batch_row, unit_in_row):

@@ -1,7 +1,7 @@
 """The first launch: every CTA walks its tiles of the cache and writes parts of the results.
 
-`launch` builds it. One warpgroup of a CTA copies (`_load`); what the others do depends on the mode
-and is listed in `_WAYS`, one function to a role.
+`launch` builds it. What the warpgroups of a CTA do depends on the mode and is listed in `_WAYS`,
+one function to a role. They copy as well: who has read a tile asks for the next one in its place.
 """
 
 import dataclasses
@@ -22,7 +22,14 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu import plan, schedule
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import Shape
-from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import Bounds, Place, Visit, at
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import (
+    Bounds,
+    Place,
+    Share,
+    Stripe,
+    Visit,
+    at,
+)
 
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
@@ -42,7 +49,7 @@ class _Cta:
       parts, lses: the results, in device memory.
       memory: shared memory and barriers by name, of `_memory` and the mode's own.
       index, wg: of the CTA in the grid, and of the warpgroup in the CTA.
-      stripe: the CTA's first tile, where tiles are in stripes.
+      course, first: the CTA's tiles and its first visit; None until they are known.
     """
 
     shape: Shape
@@ -57,7 +64,8 @@ class _Cta:
     memory: types.SimpleNamespace
     index: jax.Array
     wg: jax.Array
-    stripe: Place | None
+    course: Any = None
+    first: Any = None
 
     def query_stage(self, visit: Visit):
         """Which copy of the queries a visit uses."""
@@ -70,17 +78,33 @@ class _Cta:
     def part(self, visit: Visit):
         return schedule.part(self.shape, self.index, visit.place)
 
-    def for_each_visit(
-        self, visit: Callable[[Visit], None], drop: Callable[[], None] = lambda: None
-    ) -> None:
+    def copies(self, turn):
+        """Whether the present warpgroup copies a turn's tile, or some of it."""
+        if self.shape.slots > 1:
+            return jnp.bool_(True)
+        if self.shape.mode.takers > 1:
+            return self.wg == lax.rem(jnp.int32(turn), jnp.int32(2))
+        return self.is_last
+
+    @property
+    def is_last(self):
+        return self.wg == self.shape.mode.warpgroups - 1
+
+    def for_each_visit(self, visit: Callable[[Visit], None], drop: Callable[[Visit], None]) -> None:
         """Calls `visit` for all of the CTA's visits.
 
-        `drop` is what the caller's warpgroups do with a tile that was loaded and is not used.
+        `drop` is called before a visit if the CTA does not use the tile that it asked for unseen.
         """
-        if self.stripe is not None:
-            schedule.visit_stripe(self.shape, self.bounds, self.stripe, visit, drop)
-        else:
-            schedule.visit_share(self.shape, self.bounds, self.index, visit)
+        if self.shape.config.stripes:
+            pl.when(self.first.turn > 0)(lambda: drop(self.first))
+            visit(self.first)
+            return
+
+        def step(v: Visit) -> Visit:
+            visit(v)
+            return self.course.following(v)
+
+        lax.while_loop(lambda v: v.tiles > 0, step, self.first)
 
     def position(self, visit: Visit, begin, i):
         """Where the visit's i-th tile lies in the cache, whose row begins to be read at `begin`."""
@@ -124,15 +148,14 @@ def launch(shape: Shape, scale: float) -> Callable:
             memory=memory,
             index=index,
             wg=wg,
-            stripe=schedule.stripe(shape, index) if config.stripes else None,
         )
-        # The register file is divided anew: little for copies, much for accumulators.
-        for role in (_loader(way.loader_registers), *way.roles):
-
-            @pl.when(role.taken_by(cta))
-            def _take(role=role):
-                plgpu.set_max_registers(role.registers, action=role.change)
-                role.run(cta)
+        if config.stripes:
+            _guess(cta)
+        course = (Stripe if config.stripes else Share.of)(shape, cta.bounds, index)
+        cta = dataclasses.replace(cta, course=course, first=course.first())
+        _begin(cta)
+        for taken_by, role in way.roles:
+            pl.when(taken_by(wg))(functools.partial(role, cta))
 
     out = shape.streams, shape.stream_rows, shape.lines, shape.parts, plan.LANES
     return plgpu.kernel(
@@ -144,7 +167,7 @@ def launch(shape: Shape, scale: float) -> Callable:
         scratch_types=_memory(shape) | way.memory(shape),
         grid=(config.ctas,),
         grid_names=("cta",),
-        num_threads=mode.multipliers + 1,
+        num_threads=mode.warpgroups,
         thread_name="wg",
         kernel_name="absorbed_decode_split",
         compiler_params=plgpu.CompilerParams(
@@ -254,65 +277,103 @@ def _swapped_memory(shape: Shape) -> dict[str, Any]:
     )
 
 
-# --- The warpgroup that copies ---
+# --- Copies ---
 
 
-def _load(cta: _Cta) -> None:
-    """Asks for all queries and tiles of the CTA, as far ahead as the ring has room."""
-    config, memory = cta.shape.config, cta.memory
+def _guess(cta: _Cta) -> None:
+    """Asks for the first tile of a stripe and the queries before the lengths are known.
+
+    A row hardly ever begins late or ends this early.
+    """
+    place, block = schedule.stripe(cta.shape, cta.index), cta.shape.config.block
+    last_tile = (cta.shape.problem.cache - 1) // block
+    position = jnp.minimum(place.tile, last_tile) * block
     # The cache comes from farther away than the queries, so it is asked first.
-    if config.stripes:
-        # Without waiting for the lengths: a row hardly ever begins late or ends this early.
-        last_tile = (cta.shape.problem.cache - 1) // config.block
-        guess = jnp.minimum(cta.stripe.tile, last_tile) * config.block
-        _load_tile(cta, cta.stripe, guess, 0, jnp.bool_(False))
-        _load_queries(cta, cta.stripe, 0)
-
-    def visit(v: Visit) -> None:
-        begin = cta.bounds.begin(v.place.batch_row)
-
-        def load_next(i, _=None):
-            stage = lax.rem(v.turn + i, config.stages)
-            reused = v.turn + i >= config.stages
-            _load_tile(cta, v.place, cta.position(v, begin, i), stage, reused)
-
-        if config.stripes:
-            lax.fori_loop(1 - v.turn, v.tiles, load_next, None)
-            return
-        load_next(jnp.int32(0))
-        stage = cta.query_stage(v)
-        reused = v.number >= config.query_stages
-        pl.when(reused)(lambda: plgpu.barrier_wait(memory.q_empty.at[stage]))
-        _load_queries(cta, v.place, stage)
-        lax.fori_loop(1, v.tiles, load_next, None)
-
-    cta.for_each_visit(visit)
+    pl.when(cta.copies(0))(lambda: _load_tile(cta, place, position, 0))
+    pl.when(cta.is_last)(lambda: _load_queries(cta, place, 0))
 
 
-def _load_tile(cta: _Cta, place: Place, position, stage, reused) -> None:
-    """Asks for a tile as soon as those who have read the stage say so, where it was in use."""
+def _begin(cta: _Cta) -> None:
+    """Asks for as many tiles and queries as there is room for, but those of `_guess`."""
+    config, visit = cta.shape.config, cta.first
+
+    def load(turn, _=None):
+        pl.when(cta.copies(turn))(lambda: _load_turn(cta, cta.first, turn))
+
+    if not config.stripes:
+        load(jnp.int32(0))
+        for stage in range(config.query_stages):
+            visit = cta.course.following(visit) if stage else visit
+            there = cta.is_last & (visit.tiles > 0)
+            pl.when(there)(functools.partial(_load_queries, cta, visit.place, stage))
+    lax.fori_loop(1, config.stages, load, None)
+
+
+def _give_back(cta: _Cta, visit: Visit, turn) -> None:
+    """What a warpgroup does once it has read a turn's tile: copies the next one to its place."""
+    stages = cta.shape.config.stages
+    plgpu.barrier_arrive(cta.memory.empty.at[cta.slot(lax.rem(turn, stages))])
+    # Where warpgroups take turns, the present one has just read its own.
+    copies = cta.shape.mode.takers > 1 or cta.copies(turn)
+    pl.when(copies)(lambda: _load_turn(cta, visit, turn + stages, reused=True))
+
+
+def _give_back_queries(cta: _Cta, visit: Visit) -> None:
+    stage, stages = cta.query_stage(visit), cta.shape.config.query_stages
+    plgpu.barrier_arrive(cta.memory.q_empty.at[stage])
+    if cta.shape.config.stripes:
+        return
+
+    @pl.when(cta.is_last)
+    def _load():
+        later = visit
+        for _ in range(stages):
+            later = cta.course.following(later)
+
+        @pl.when(later.tiles > 0)
+        def _():
+            plgpu.barrier_wait(cta.memory.q_empty.at[stage])
+            _load_queries(cta, later.place, stage)
+
+
+def _load_turn(cta: _Cta, visit: Visit, turn, reused: bool = False) -> None:
+    """Asks for a turn's tile, in the visit or later, if there is one."""
+    found, place = cta.course.tile(visit, turn)
+
+    @pl.when(found)
+    def _load():
+        config = cta.shape.config
+        position = cta.bounds.begin(place.batch_row) + place.tile * config.block
+        _load_tile(cta, place, position, lax.rem(turn, config.stages), reused)
+
+
+def _load_tile(cta: _Cta, place: Place, position, stage, reused: bool = False) -> None:
+    """Asks for what the present warpgroup copies of a tile, once all have read what it replaces."""
     memory, problem, slots = cta.memory, cta.shape.problem, cta.shape.slots
-    positions = at(position, cta.shape.config.block)
+    positions, slot = at(position, cta.shape.config.block), cta.slot(stage)
 
-    def copy(source, target, first_column, step, full, empty):
-        if empty is not None:
-            pl.when(reused)(lambda: plgpu.barrier_wait(empty))
+    def copy(source, target, first_column, step, full):
         columns = at(first_column, target.shape[1], step)
         plgpu.copy_gmem_to_smem(source.at[place.batch_row, positions, columns], target, full)
 
-    def copy_rope(full, empty):
+    def copy_rope(full):
         first = place.latent * problem.rope if problem.rope_heads > 1 else 0
-        copy(cta.k_rope, memory.k_rope.at[stage], first, problem.rope, full, empty)
+        copy(cta.k_rope, memory.k_rope.at[stage], first, problem.rope, full)
 
-    if slots > 1:
-        copy_rope(memory.rope_full.at[stage], memory.rope_empty.at[stage])
-    for k in range(slots):
-        slot = stage * slots + k
-        first = place.latent * problem.width + k * cta.shape.slot_width
-        full, empty = memory.full.at[slot], memory.empty.at[slot]
-        copy(cta.latents, memory.latents.at[slot], first, problem.width, full, empty)
+    if reused:
+        plgpu.barrier_wait(memory.empty.at[slot])
+    latent = place.latent + (cta.wg if slots > 1 else 0)
+    full = memory.full.at[slot]
+    copy(cta.latents, memory.latents.at[slot], latent * problem.width, problem.width, full)
     if slots == 1:
-        copy_rope(full, None)
+        copy_rope(full)
+        return
+
+    @pl.when(cta.is_last)
+    def _copy_shared():
+        if reused:
+            plgpu.barrier_wait(memory.rope_empty.at[stage])
+        copy_rope(memory.rope_full.at[stage])
 
 
 def _load_queries(cta: _Cta, place: Place, stage) -> None:
@@ -361,16 +422,16 @@ def _walk_tiles(cta: _Cta, visit: Visit, step: Callable, carry):
     return lax.fori_loop(0, lax.div(visit.tiles - others + takers - 1, takers), body, carry)
 
 
-def _drop(cta: _Cta) -> None:
+def _drop(cta: _Cta, visit: Visit) -> None:
     """Uses up a tile that was loaded on a wrong guess."""
-    memory, slot = cta.memory, cta.slot(0)
+    memory = cta.memory
 
     def pass_over():
-        plgpu.barrier_wait(memory.full.at[slot])
-        plgpu.barrier_arrive(memory.empty.at[slot])
+        plgpu.barrier_wait(memory.full.at[cta.slot(0)])
         if cta.shape.slots > 1:
             plgpu.barrier_wait(memory.rope_full.at[0])
             plgpu.barrier_arrive(memory.rope_empty.at[0])
+        _give_back(cta, visit, jnp.int32(0))
 
     if cta.shape.mode.takers > 1:
         pl.when(cta.wg == 0)(pass_over)
@@ -494,19 +555,19 @@ def _attend(cta: _Cta, visit: Visit, stream, latent_in_tile):
     hide = _sight(cta, visit.place.batch_row, first_row * plan.ROWS)
     plgpu.barrier_wait(cta.memory.q_full.at[query_stage])
 
-    def step(stage, position, _, state):
+    def step(stage, position, turn, state):
         acc, top, denominator = state
         s = hide(_scores(cta, query_stage, stream, stage), position)
         p, fade, top, denominator = _softmax(cta, s, top, denominator)
         values = cta.memory.latents.at[stage, :, at(latent_in_tile * width, width, width)]
         faded = acc * _wide(fade, acc)
         [acc] = _accumulate([faded], p.astype(shape.dtype), [values])
-        plgpu.barrier_arrive(cta.memory.empty.at[stage])
+        _give_back(cta, visit, turn)
         return acc, top, denominator
 
     state = _zeros(plan.ROWS, width), _rows_of(LOWEST), _rows_of(0.0)
     state = _walk_tiles(cta, visit, step, state)
-    plgpu.barrier_arrive(cta.memory.q_empty.at[query_stage])
+    _give_back_queries(cta, visit)
     return state
 
 
@@ -526,7 +587,7 @@ def _multiply(cta: _Cta) -> None:
             _send(cta, staging, value * _wide(inverse, value), part, stream, column)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    cta.for_each_visit(visit, lambda: _drop(cta))
+    cta.for_each_visit(visit, functools.partial(_drop, cta))
 
 
 def _multiply_in_turns(cta: _Cta) -> None:
@@ -538,7 +599,7 @@ def _multiply_in_turns(cta: _Cta) -> None:
         for me in (0, 1):
             pl.when(cta.wg == me)(functools.partial(_unite, cta, me, part, v, *state))
 
-    cta.for_each_visit(visit, lambda: _drop(cta))
+    cta.for_each_visit(visit, functools.partial(_drop, cta))
 
 
 def _unite(cta: _Cta, me: int, part, visit: Visit, acc, top, denominator) -> None:
@@ -611,7 +672,7 @@ def _make_probabilities(cta: _Cta) -> None:
         _store_lse(cta, 0, cta.part(v), lse)
 
     # The two that multiply give the tile back.
-    cta.for_each_visit(visit, lambda: plgpu.barrier_wait(memory.full.at[0]))
+    cta.for_each_visit(visit, lambda _: plgpu.barrier_wait(memory.full.at[0]))
 
 
 def _multiply_half(cta: _Cta) -> None:
@@ -634,7 +695,7 @@ def _multiply_half(cta: _Cta) -> None:
             values = [memory.latents.at[stage, :, pl.ds(column, piece)] for column in columns]
             accs = _accumulate(accs, memory.p, values)
             plgpu.barrier_arrive(memory.p_empty)
-            plgpu.barrier_arrive(memory.empty.at[stage])
+            _give_back(cta, v, turn)
             return accs
 
         accs = _walk_tiles(cta, v, step, [_zeros(plan.ROWS, piece) for _ in columns])
@@ -646,10 +707,10 @@ def _multiply_half(cta: _Cta) -> None:
             staging = memory.out.at[query_stage, which * len(columns) + k]
             _send(cta, staging, acc * _wide(inverse, acc), part, 0, column)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(memory.q_empty.at[query_stage])
+        _give_back_queries(cta, v)
 
-    def drop():
-        _drop(cta)
+    def drop(v: Visit) -> None:
+        _drop(cta, v)
         plgpu.barrier_arrive(memory.p_empty)
 
     cta.for_each_visit(visit, drop)
@@ -674,7 +735,7 @@ def _multiply_swapped(cta: _Cta) -> None:
         hide = _sight(cta, v.place.batch_row, 0, rows_axis=1)
         plgpu.barrier_wait(memory.q_full.at[query_stage])
 
-        def step(stage, position, _, state):
+        def step(stage, position, turn, state):
             plgpu.barrier_wait(memory.rope_full.at[stage])
             s = _swapped_scores(cta, query_stage, stream, stage)
             plgpu.barrier_arrive(memory.rope_empty.at[stage])
@@ -694,12 +755,12 @@ def _multiply_swapped(cta: _Cta) -> None:
             plgpu.commit_smem()
             values = memory.latents.at[cta.slot(stage)]
             acc = _add_product(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
-            plgpu.barrier_arrive(memory.empty.at[cta.slot(stage)])
+            _give_back(cta, v, turn)
             return acc, reference, sums + p
 
         state = _zeros(width, rows), _columns_of(LOWEST, rows), _zeros(block, rows)
         acc, reference, sums = _walk_tiles(cta, v, step, state)
-        plgpu.barrier_arrive(memory.q_empty.at[query_stage])
+        _give_back_queries(cta, v)
         part = cta.part(v)
         lse, inverse = _finish(reference, _over_rows("add", sums, scratch))
         scratch.at[pl.ds(0, rows)][...] = lse
@@ -716,7 +777,7 @@ def _multiply_swapped(cta: _Cta) -> None:
             plgpu.copy_smem_to_gmem(p_smem, target)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    cta.for_each_visit(visit, lambda: _drop(cta))
+    cta.for_each_visit(visit, functools.partial(_drop, cta))
 
 
 # Binary places by which a score may exceed the reference; float16 ends at 2**16.
@@ -800,48 +861,22 @@ def _any_above(x):
 # --- Who does what ---
 
 
-class _Role(NamedTuple):
-    """What some warpgroups of a CTA do.
-
-    Attributes:
-      taken_by: whether the present warpgroup has the role.
-      registers: of each of its threads; what a CTA's warpgroups have, times 128, is at most what
-        it begins with: 65536 divided by its threads, rounded down to a multiple of 8, of each.
-      change: whether that is more or less than an equal division gives, "increase" or "decrease".
-      run: the role.
-    """
-
-    taken_by: Callable[[_Cta], jax.Array]
-    registers: int
-    change: str
-    run: Callable[[_Cta], None]
-
-
 class _Way(NamedTuple):
-    """The roles of the warpgroups that multiply, and the shared memory that they add."""
+    """The roles of warpgroups, each behind who takes it, and the shared memory that they add."""
 
-    roles: tuple[_Role, ...]
+    roles: tuple[tuple[Callable[[jax.Array], Any], Callable[[_Cta], None]], ...]
     memory: Callable[[Shape], dict[str, Any]]
-    loader_registers: int = 40
 
 
-def _loader(registers: int) -> _Role:
-    return _Role(lambda cta: cta.wg == cta.shape.mode.multipliers, registers, "decrease", _load)
-
-
-_all = lambda cta: cta.wg < cta.shape.mode.multipliers
-_both = lambda cta: cta.wg < 2
+_all = lambda wg: True
 _WAYS = {
-    plan.ALTERNATE: _Way((_Role(_both, 232, "increase", _multiply_in_turns),), _exchange_memory),
-    plan.LATENTS: _Way((_Role(_both, 232, "increase", _multiply),), _staging_memory),
-    plan.TOGETHER: _Way((_Role(_both, 232, "increase", _multiply),), _staging_memory),
+    plan.ALTERNATE: _Way(((_all, _multiply_in_turns),), _exchange_memory),
+    plan.LATENTS: _Way(((_all, _multiply),), _staging_memory),
+    plan.TOGETHER: _Way(((_all, _multiply),), _staging_memory),
     plan.COLUMNS: _Way(
-        (
-            _Role(lambda cta: cta.wg == 0, 120, "decrease", _make_probabilities),
-            _Role(lambda cta: (cta.wg == 1) | (cta.wg == 2), 176, "increase", _multiply_half),
-        ),
+        ((lambda wg: wg == 0, _make_probabilities), (lambda wg: wg > 0, _multiply_half)),
         _probability_memory,
     ),
-    plan.SWAPPED[2]: _Way((_Role(_all, 232, "increase", _multiply_swapped),), _swapped_memory),
-    plan.SWAPPED[4]: _Way((_Role(_all, 112, "increase", _multiply_swapped),), _swapped_memory, 32),
+    plan.SWAPPED[2]: _Way(((_all, _multiply_swapped),), _swapped_memory),
+    plan.SWAPPED[4]: _Way(((_all, _multiply_swapped),), _swapped_memory),
 }
