@@ -12,7 +12,7 @@ from flax import nnx
 from tiny import random_model, relative_error
 
 import mlra_jax
-from mlra_jax.decoder import Decoder, Vocabulary, abstract_decoder
+from mlra_jax.decoder import Decoder, Vocabulary, _check_room, abstract_decoder
 from mlra_jax.generation import programs
 from mlra_jax.sharding import make_mesh
 
@@ -167,15 +167,17 @@ def test_settings_of_another_number_than_the_prompts_are_refused(settings, words
 def test_a_full_row_is_refused_and_where_it_is_traced_stays_as_it_is(name, sizes):
     decoder = Decoder.from_model(random_model(tiny.config(name, 2), make_mesh(**sizes)))
     lengths = np.array([9, 7], np.int32)
-    _, cache = decoder.prefill(TOKENS[:2], lengths, 16)
+    prefill = jax.jit(lambda decoder, *prompts: decoder.prefill(*prompts, 16))
+    step = jax.jit(Decoder.step)
+    _, cache = prefill(decoder, TOKENS[:2], lengths)
     assert cache.capacity == 16
     # The longer row has 7 free slots.
-    _, full = decoder.step(TOKENS[:2, :7], cache)
+    _, full = step(decoder, TOKENS[:2, :7], cache)
     with pytest.raises(ValueError, match=r"the cache has 16 slots and a row fills 16: no room for"):
         decoder.step(TOKENS[:2, :1], full)
     with pytest.raises(ValueError, match=r"a row fills 9: no room for 8 more token"):
         decoder.step(TOKENS[:2, :8], cache)
-    step = jax.jit(Decoder.step)
+    _check_room(cache, 7)
     _, after = step(decoder, TOKENS[2:, :1], full)
     assert (after.lengths > after.capacity).tolist() == [True, False]
     for before, now in zip(full.layers, after.layers, strict=True):
