@@ -16,11 +16,18 @@ from mlra_jax.decoder import Decoder, Vocabulary, _check_room, abstract_decoder
 from mlra_jax.generation import programs
 from mlra_jax.sharding import make_mesh
 
+FORMS = ("mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa")
 TOKENS = np.random.default_rng(0).integers(0, tiny.VOCAB, (4, 9), np.int32)
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(data=4), dict(fsdp=2, tensor=2, context=2)])
-@pytest.mark.parametrize("name", ["mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa"])
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        *((name, {}) for name in FORMS),
+        *((name, dict(fsdp=2, tensor=2, context=2)) for name in FORMS),
+        ("mlra_2_gated", dict(data=4)),
+    ],
+)
 def test_both_forms_are_the_same_model(name, sizes):
     model = random_model(tiny.config(name, 2), make_mesh(**sizes))
     decoder = Decoder.from_model(model)
