@@ -31,10 +31,10 @@ quickstart: $(VENV)/installed
 		--prompt='$(PROMPT) ' --max_new_tokens=240 --temperature=0.7 --top_p=0.8
 
 test: lint
-	@$(RUN) -m pytest -n 2 --durations=20
+	@$(RUN) -m pytest -n 2 --dist worksteal --durations=20
 
 check: lint
-	@$(RUN) -m pytest -n 2 $(TESTS)
+	@$(RUN) -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check --quiet .

@@ -1,5 +1,6 @@
 """Every test sees eight virtual CPU devices; released checkpoints are converted once."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -26,6 +27,8 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # gcsfs would ask Google over gRPC what kind of bucket the emulated one is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+# Most of what is made here stays: to look through it all for garbage so often takes time.
+gc.set_threshold(10_000)
 # The ahead-of-time TPU compiler, in several test processes at once, on a machine without TPU.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")

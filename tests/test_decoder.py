@@ -12,15 +12,22 @@ from flax import nnx
 from tiny import random_model, relative_error
 
 import mlra_jax
-from mlra_jax.decoder import Decoder, Vocabulary, abstract_decoder
+from mlra_jax.decoder import Decoder, Vocabulary, _check_room, abstract_decoder
 from mlra_jax.generation import programs
 from mlra_jax.sharding import make_mesh
 
+FORMS = ("mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa")
 TOKENS = np.random.default_rng(0).integers(0, tiny.VOCAB, (4, 9), np.int32)
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(data=4), dict(fsdp=2, tensor=2, context=2)])
-@pytest.mark.parametrize("name", ["mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa"])
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        *((name, {}) for name in FORMS),
+        *((name, dict(fsdp=2, tensor=2, context=2)) for name in FORMS),
+        ("mlra_2_gated", dict(data=4)),
+    ],
+)
 def test_both_forms_are_the_same_model(name, sizes):
     model = random_model(tiny.config(name, 2), make_mesh(**sizes))
     decoder = Decoder.from_model(model)
@@ -119,11 +126,11 @@ def test_rows_decode_as_they_do_alone():
         assert alone(model, prompt, 12, **one) == row
     # Equal prompts with seeds of their own: the seed decides, not the place.
     same = dict(max_new_tokens=12, temperature=1.0)
-    a, b, c = mlra_jax.generate(model, [[5, 6]] * 3, seed=[4, 9, 4], **same)
-    assert a == c != b
+    a, b, c, d = mlra_jax.generate(model, [[5, 6]] * 4, seed=[4, 9, 4, 9], **same)
+    assert a == c != b == d
     # One seed for all gives each its own draws.
-    a, b = mlra_jax.generate(model, [[5, 6]] * 2, seed=4, **same)
-    assert a != b
+    drawn = mlra_jax.generate(model, [[5, 6]] * 4, seed=4, **same)
+    assert len(set(map(tuple, drawn))) == 4
 
 
 def test_other_settings_and_lengths_compile_nothing():
@@ -167,15 +174,17 @@ def test_settings_of_another_number_than_the_prompts_are_refused(settings, words
 def test_a_full_row_is_refused_and_where_it_is_traced_stays_as_it_is(name, sizes):
     decoder = Decoder.from_model(random_model(tiny.config(name, 2), make_mesh(**sizes)))
     lengths = np.array([9, 7], np.int32)
-    _, cache = decoder.prefill(TOKENS[:2], lengths, 16)
+    prefill = jax.jit(lambda decoder, *prompts: decoder.prefill(*prompts, 16))
+    step = jax.jit(Decoder.step)
+    _, cache = prefill(decoder, TOKENS[:2], lengths)
     assert cache.capacity == 16
     # The longer row has 7 free slots.
-    _, full = decoder.step(TOKENS[:2, :7], cache)
+    _, full = step(decoder, TOKENS[:2, :7], cache)
     with pytest.raises(ValueError, match=r"the cache has 16 slots and a row fills 16: no room for"):
         decoder.step(TOKENS[:2, :1], full)
     with pytest.raises(ValueError, match=r"a row fills 9: no room for 8 more token"):
         decoder.step(TOKENS[:2, :8], cache)
-    step = jax.jit(Decoder.step)
+    _check_room(cache, 7)
     _, after = step(decoder, TOKENS[2:, :1], full)
     assert (after.lengths > after.capacity).tolist() == [True, False]
     for before, now in zip(full.layers, after.layers, strict=True):

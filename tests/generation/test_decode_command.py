@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -56,6 +57,15 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return mlra_jax.load_model(checkpoint, mesh=make_mesh(tensor=2))
+
+
+load_once = functools.cache(decoding.load_model)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    """Commands that ask for the same model are given the same."""
+    monkeypatch.setattr(decoding, "load_model", load_once)
 
 
 def run(*arguments: str) -> tuple[str, str, int]:
@@ -220,6 +230,17 @@ def in_a_process(*arguments: str | bytes, **environment: str) -> tuple[bytes, by
     return done.stdout, done.stderr, done.returncode
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """An environment in which processes keep their compiled programs for each other."""
+    folder = tmp_path_factory.mktemp("programs")
+    return {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 @pytest.mark.parametrize(
     "environment, first",
     [
@@ -228,10 +249,10 @@ def in_a_process(*arguments: str | bytes, **environment: str) -> tuple[bytes, by
         ({"PYTHONUTF8": "1"}, "\u00c4 ?".encode()),
     ],
 )
-def test_no_text_and_no_terminal_ends_in_a_codec_error(checkpoint, environment, first):
+def test_no_text_and_no_terminal_ends_in_a_codec_error(checkpoint, programs, environment, first):
     prompt = "--prompt=\u00c4 ".encode() + b"\xff|"
     out, err, code = in_a_process(
-        f"--checkpoint={checkpoint}", prompt, "--max_new_tokens=4", **environment
+        f"--checkpoint={checkpoint}", prompt, "--max_new_tokens=4", **programs, **environment
     )
     assert code == 0, err
     printed, end, _ = out.partition(b"|")
@@ -264,8 +285,9 @@ def test_sampling_flags_reach_the_sampler(checkpoint):
     settings = [f"--checkpoint={checkpoint}", "--prompt=abc", "--max_new_tokens=12"]
     greedy = run(*settings)[0]
     hot = [*settings, "--temperature=1e6"]
-    assert run(*hot, "--seed=1")[0] == run(*hot, "--seed=1")[0] != run(*hot, "--seed=2")[0]
-    assert run(*hot, "--seed=1", "--tokens_per_call=4")[0] == run(*hot, "--seed=1")[0]
+    drawn = run(*hot, "--seed=1")[0]
+    assert run(*hot, "--seed=1")[0] == drawn != run(*hot, "--seed=2")[0]
+    assert run(*hot, "--seed=1", "--tokens_per_call=4")[0] == drawn
     assert (
         run(*hot, "--top_k=1")[0] == greedy == run(*settings, "--temperature=1", "--top_p=1e-9")[0]
     )

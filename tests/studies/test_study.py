@@ -89,6 +89,7 @@ def test_runs_side_by_side_are_what_each_is_alone():
     seeds = {found["seed"]: found for found in results}
     experiment, mesh = settings.experiment("mla", 7), make_mesh()
     state, step = create_state(experiment, mesh), make_train_step(experiment, mesh)
+    validate = make_validation_step(experiment, mesh)
     feed = Feed(mesh, 4, experiment.model)
     order, losses, validation = feed.train(source, 7), [], []
     for number in range(4):
@@ -96,7 +97,6 @@ def test_runs_side_by_side_are_what_each_is_alone():
         losses.append(float(metrics["loss"]))
         assert metrics["gradient_norm"] > 0.1
         if number % 2:
-            validate = make_validation_step(experiment, mesh)
             validation.append(mean_loss(validate, state.params, feed.validation(source, 512))[0])
     order.close()
     assert np.array(seeds[7]["loss"])[:, 1] == pytest.approx(np.mean(np.reshape(losses, (2, 2)), 1))

@@ -5,12 +5,16 @@ what the environment has is added to its own. Out: a line {"started": PID} for e
 {"ended": PID, "code": EXIT} when one has ended. When its input ends, so do all that it started.
 """
 
+import gc
 import json
 import os
 import select
 import signal
 import sys
 
+# A run imports these when it uses them.
+import grain  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
 from jax._src.clusters import cloud_tpu_cluster, cluster
 
 from mlra_jax.training.__main__ import main as train
@@ -37,6 +41,8 @@ def start(arguments, out, err, environment):
 
 def main():
     running, unread = set(), b""
+    # The end of a process would look through all that was imported.
+    gc.freeze()
     while True:
         readable, _, _ = select.select([0], [], [], 0.02 if running else None)
         if readable:

@@ -18,6 +18,7 @@ from mlra_jax.training.progress import Progress, TrainingError
 from mlra_jax.training.settings import MeshSettings
 from mlra_jax.training.state import abstract_state
 from tests.training import tiny
+from tests.training.states import fresh_state
 from tests.training.test_loop import Steps
 
 WORKDIR = "gs://bucket/runs/one"
@@ -42,6 +43,7 @@ def runs(shards, bucket, steps, monkeypatch):
     """(experiment on the disk, the same on the bucket), whose steps are compiled once."""
     for file in shards.iterdir():
         bucket.put(f"shards/{file.name}", file.read_bytes())
+    monkeypatch.setattr(loop, "create_state", fresh_state)
     monkeypatch.setattr(loop, "make_train_step", lambda e, m: steps.train(on_disk, m))
     monkeypatch.setattr(loop, "make_validation_step", lambda e, m: steps.validation(on_disk, m))
     tiny_one = tiny.experiment()

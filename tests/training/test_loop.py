@@ -41,6 +41,7 @@ from mlra_jax.training.state import create_state
 from mlra_jax.training.step import make_train_step, make_validation_step
 from tests.tiny import write_ranks
 from tests.training import tiny
+from tests.training.states import fresh_state
 from tests.training.test_optimizer import rate
 
 LENGTH, WINDOWS, PEAK = 12, 10, 1e9
@@ -77,25 +78,25 @@ class Steps:
     def __init__(self):
         self.made = {}
 
-    def _once(self, make, experiment, mesh):
-        key = (make, experiment.model, experiment.data, experiment.optimizer, experiment.steps)
+    def _once(self, kind, experiment, make):
+        data, of = experiment.data, (experiment.model, experiment.optimizer, experiment.steps)
+        key = (kind, data.global_batch, data.accumulate, *of)
         if key not in self.made:
-            self.made[key] = make(experiment, mesh)
+            self.made[key] = make()
         return self.made[key]
 
     def train(self, experiment, mesh):
-        step = self._once(make_train_step, experiment, mesh)
+        step = self._once("train", experiment, lambda: make_train_step(experiment, mesh))
 
         def lower(*arguments):
-            key = ("compiled", experiment.model, experiment.steps, experiment.data)
-            if key not in self.made:
-                self.made[key] = step.lower(*arguments).compile()
-            return SimpleNamespace(compile=lambda compiler_options=None: self.made[key])
+            make = lambda: step.lower(*arguments).compile()
+            compiled = self._once("compiled", experiment, make)
+            return SimpleNamespace(compile=lambda compiler_options=None: compiled)
 
         return SimpleNamespace(lower=lower)
 
     def validation(self, experiment, mesh):
-        return self._once(make_validation_step, experiment, mesh)
+        return self._once("validation", experiment, lambda: make_validation_step(experiment, mesh))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,7 @@ class Lab:
             save(*arguments, **options)
             self.now += 7
 
+        monkeypatch.setattr(loop, "create_state", fresh_state)
         monkeypatch.setattr(loop, "make_train_step", timed_step)
         monkeypatch.setattr(loop, "make_validation_step", steps.validation)
         monkeypatch.setattr(feed, "make_train_iterator", Batches)

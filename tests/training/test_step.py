@@ -26,6 +26,7 @@ from mlra_jax.training.step import (
     make_train_step,
     make_validation_step,
 )
+from tests.training.states import fresh_state
 from tests.training.test_optimizer import adamw, rate
 
 BATCH, LENGTH, VOCAB = 16, 24, 96
@@ -62,12 +63,15 @@ def random_batch(step):
 
 
 def run(experiment, steps=5, compiled=None):
+    """(the last state, the metrics of all steps), each of which takes the place of its state."""
     mesh = sharding.make_mesh(**dataclasses.asdict(experiment.mesh))
-    state, step = create_state(experiment, mesh), compiled or make_train_step(experiment, mesh)
+    state, step = fresh_state(experiment, mesh), compiled or make_train_step(experiment, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_batch(experiment, mesh))
     losses = []
     for i in range(steps):
-        state, metrics = step(state, jax.device_put(random_batch(i), shardings))
+        before = state
+        state, metrics = step(before, jax.device_put(random_batch(i), shardings))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
         losses.append(jax.device_get(metrics))
     return state, losses
 
@@ -110,7 +114,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(monkeypatch):
     monkeypatch.setattr(steps, "loss_sum", loss_sum)
     model = dataclasses.replace(EXPERIMENT.model, num_layers=1)
     experiment, mesh = on_mesh(model=model, loss_chunk=LENGTH), sharding.make_mesh()
-    state, step = create_state(experiment, mesh), make_train_step(experiment, mesh)
+    state, step = fresh_state(experiment, mesh), make_train_step(experiment, mesh)
     state, _ = step(state, random_batch(0))
     before = jax.device_get(state)
     for number, (token, fault) in enumerate(faults.items(), 1):
@@ -196,7 +200,7 @@ def test_gradients_of_parts_are_summed_in_float32():
         data = dataclasses.replace(EXPERIMENT.data, global_batch=parts, accumulate=parts)
         experiment = on_mesh(model=model, data=data)
         batch = {name: np.repeat(array, parts, 0) for name, array in row.items()}
-        state, _ = make_train_step(experiment, mesh)(create_state(experiment, mesh), batch)
+        state, _ = make_train_step(experiment, mesh)(fresh_state(experiment, mesh), batch)
         moments.append([leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim])
     for alone, together in zip(*moments, strict=True):
         assert together.dtype == jnp.bfloat16
@@ -216,7 +220,7 @@ def test_gradient_of_a_token_seen_often_is_summed_in_float32():
         loss = lambda params, definition=definition: loss_sum(
             nnx.merge(definition, params), batch, chunk=64
         )
-        params = create_state(on_mesh(model=model), mesh).params
+        params = fresh_state(on_mesh(model=model), mesh).params
         gradients.append(np.asarray(jax.jit(jax.grad(loss))(params)["embed"]["embedding"]))
     exact, narrow = gradients
     assert np.linalg.norm(narrow - exact) < 1e-2 * np.linalg.norm(exact)
@@ -244,7 +248,7 @@ def test_steps_against_numpy_with_clipping():
         peak_learning_rate=0.05, warmup_steps=2, clip_norm=0.02, eps=1e-4, b1=0.6, b2=0.8
     )
     experiment, mesh = on_mesh(optimizer=optimizer, steps=4), sharding.make_mesh()
-    state, step = create_state(experiment, mesh), make_train_step(experiment, mesh)
+    state, step = fresh_state(experiment, mesh), make_train_step(experiment, mesh)
     plain = plain_loss(experiment, mesh)
     start, tree = jax.tree.flatten(jax.device_get(state.params))
     gradients, want = [], start
@@ -269,7 +273,7 @@ def test_steps_against_numpy_with_clipping():
 def test_validation_counts_each_token_by_its_weight(one_device):
     mesh = sharding.make_mesh(data=2)
     experiment = on_mesh(d=2)
-    state = create_state(experiment, mesh)
+    state = fresh_state(experiment, mesh)
     validate = make_validation_step(experiment, mesh)
     batch = random_batch(0)
     weights = np.ones((BATCH, LENGTH), np.float32)
@@ -400,9 +404,11 @@ def test_abstract_state_has_moments_where_their_parameters_are():
     state = create_state(experiment, mesh)
     assert jax.tree.map(facts, state) == jax.tree.map(facts, abstract)
     assert (int(state.step), state.step.dtype) == (0, jnp.int32)
+    # The weights are those of one device.
+    jax.tree.map(np.testing.assert_array_equal, state, fresh_state(experiment, mesh))
 
 
-def test_a_fresh_state_is_the_models_own_by_seed_and_a_step_takes_its_place():
+def test_a_fresh_state_is_the_models_own_by_seed():
     mesh, experiment = sharding.make_mesh(), on_mesh(seed=3)
     state = create_state(experiment, mesh)
     model = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Model(experiment.model, rngs=nnx.Rngs(3)))))
@@ -412,8 +418,6 @@ def test_a_fresh_state_is_the_models_own_by_seed_and_a_step_takes_its_place():
     other = create_state(on_mesh(seed=4), mesh).params["embed"]["embedding"]
     assert not np.array_equal(state.params["embed"]["embedding"], other)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
-    make_train_step(experiment, mesh)(state, random_batch(0))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
 def test_a_batch_is_described_as_it_will_come():
