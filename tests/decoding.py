@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,19 +21,6 @@ from mlra_jax.sharding import make_mesh
 STEPS = 5
 # With the steps the longest row fills the cache to its last slot on every mesh.
 RAGGED = (9, 4, 27)
-
-
-def on_meshes(names, fewer):
-    """Parametrises `name` and `mesh`, (tensor, context): one of each kind, but those of `fewer`,
-    which are split as others are, get one device and the mesh where all is split.
-    """
-    meshes = [(1, 1), (1, 4), (2, 2), (4, 2)]
-    cases = [(n, m) for n in names for m in meshes if n not in fewer or m in meshes[::3]]
-    return pytest.mark.parametrize("name, mesh", cases, ids=mesh_id)
-
-
-def mesh_id(x):
-    return "x".join(map(str, x)) if isinstance(x, tuple) else x
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,22 +12,15 @@ from flax import nnx
 from tiny import random_model, relative_error
 
 import mlra_jax
-from mlra_jax.decoder import Decoder, Vocabulary, _check_room, abstract_decoder
+from mlra_jax.decoder import Decoder, Vocabulary, abstract_decoder
 from mlra_jax.generation import programs
 from mlra_jax.sharding import make_mesh
 
-FORMS = ("mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa")
 TOKENS = np.random.default_rng(0).integers(0, tiny.VOCAB, (4, 9), np.int32)
 
 
-@pytest.mark.parametrize(
-    "name, sizes",
-    [
-        *((name, {}) for name in FORMS),
-        *((name, dict(fsdp=2, tensor=2, context=2)) for name in FORMS),
-        ("mlra_2_gated", dict(data=4)),
-    ],
-)
+@pytest.mark.parametrize("sizes", [{}, dict(data=4), dict(fsdp=2, tensor=2, context=2)])
+@pytest.mark.parametrize("name", ["mlra_2_gated", "gqa_gated", "gta", "mfa", "tpa"])
 def test_both_forms_are_the_same_model(name, sizes):
     model = random_model(tiny.config(name, 2), make_mesh(**sizes))
     decoder = Decoder.from_model(model)
@@ -179,12 +172,11 @@ def test_a_full_row_is_refused_and_where_it_is_traced_stays_as_it_is(name, sizes
     _, cache = prefill(decoder, TOKENS[:2], lengths)
     assert cache.capacity == 16
     # The longer row has 7 free slots.
-    _, full = step(decoder, TOKENS[:2, :7], cache)
+    _, full = decoder.step(TOKENS[:2, :7], cache)
     with pytest.raises(ValueError, match=r"the cache has 16 slots and a row fills 16: no room for"):
         decoder.step(TOKENS[:2, :1], full)
     with pytest.raises(ValueError, match=r"a row fills 9: no room for 8 more token"):
         decoder.step(TOKENS[:2, :8], cache)
-    _check_room(cache, 7)
     _, after = step(decoder, TOKENS[2:, :1], full)
     assert (after.lengths > after.capacity).tolist() == [True, False]
     for before, now in zip(full.layers, after.layers, strict=True):

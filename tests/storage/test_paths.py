@@ -105,7 +105,8 @@ def test_a_bucket_that_fails_for_a_while_is_asked_again(fault, bucket, no_pauses
     file = path("gs://bucket/small.txt")
     files = file._backend.fs(file)
     assert 10 < files.requests_timeout.sock_read < 120
-    monkeypatch.setattr(files, "requests_timeout", aiohttp.ClientTimeout(sock_read=0.5))
+    if fault == "silent":  # Long enough for an answer that comes on a busy machine.
+        monkeypatch.setattr(files, "requests_timeout", aiohttp.ClientTimeout(sock_read=1.5))
 
     def sometimes(method, request):
         seen[method] = seen.get(method, 0) + 1
@@ -115,8 +116,7 @@ def test_a_bucket_that_fails_for_a_while_is_asked_again(fault, bucket, no_pauses
     file.write_text("one" * 1000)
     assert bucket.objects["small.txt"].data == b"one" * 1000
     assert file.read_text() == "one" * 1000
-    # On a busy machine an answer that comes may be too late, too.
-    assert seen["POST"] >= 3 or isinstance(fault, float)
+    assert seen["POST"] == 3 or isinstance(fault, float)
 
 
 def test_what_a_bucket_refuses_is_one_line(bucket, no_pauses):
