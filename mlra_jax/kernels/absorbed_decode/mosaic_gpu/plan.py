@@ -23,7 +23,7 @@ _ROPES = (16, 32, 64, 128, 256)
 _MOST_QUERIES = 16
 # Query rows that are columns of a product where `Config.swap`: more gain nothing over 64 rows.
 _FEW_ROWS = 32
-# Tiles of four latents for each CTA from which they were faster; for one tile they are slower.
+# Tiles for each CTA from which those of `Config.swap` were faster; for one tile they are slower.
 _MANY_TILES = 15
 _FEWEST_AT_ONCE, _MOST_AT_ONCE = 3, 9
 # All of two bytes, which `join.weigh` counts on.
@@ -245,14 +245,16 @@ def heuristic(problem: Problem) -> Config:
     # Two latents of a tile read the rotary key that they share once.
     pairs = problem.rope_heads == 1 and _pairs(problem)
     config = Config(ctas=_multiprocessors(problem.device_kind), shared=2 if pairs else 1)
-    units = Shape(problem, config).units
+    units, swaps = Shape(problem, config).units, _swaps(problem)
     if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
         # As many CTAs as have equally much to do when the cache is full.
         tiles = cdiv(problem.cache, config.block)
         team = cdiv(tiles, cdiv(tiles, config.ctas // units))
         config = dataclasses.replace(config, stripes=True, ctas=team * units)
-    elif problem.rope_heads == 1 and 4 in _swaps(problem) and _is_long(problem, config):
+    elif problem.rope_heads == 1 and 4 in swaps and _is_long(problem, config, 4):
         config = dataclasses.replace(config, shared=4, swap=True)
+    elif pairs and problem.latents == 2 and 2 in swaps and _is_long(problem, config, 2):
+        config = dataclasses.replace(config, swap=True)
     elif problem.width <= 128 and config.shared == 1:
         config = dataclasses.replace(config, query_stages=2)
     config = _with_most_stages(config, problem)
@@ -312,9 +314,9 @@ def _keys_divide(problem: Problem) -> bool:
     return problem.rope_heads == 1 or problem.rope % 64 == 0
 
 
-def _is_long(problem: Problem, config: Config) -> bool:
-    """Whether a full cache gives every CTA many tiles of four latents."""
-    tiles = problem.batch * problem.latents // 4 * cdiv(problem.cache, config.block)
+def _is_long(problem: Problem, config: Config, shared: int) -> bool:
+    """Whether a full cache gives every CTA many tiles of so many latents."""
+    tiles = problem.batch * problem.latents // shared * cdiv(problem.cache, config.block)
     return tiles >= _MANY_TILES * config.ctas
 
 
