@@ -5,6 +5,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def _slope_in_turn(x, slope, letters, mesh, axes):
         width = y.shape[of_y.index(cut)] // ways
         return jax.lax.dynamic_slice_in_dim(y, i * width, width, of_y.index(cut))
 
-    def part(i, x, slope):
+    def part(_, i, x, slope):
         x, slope = narrow(x, of_x, i), narrow(slope, of_out, i)
         return einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
 
@@ -148,6 +149,35 @@ class Projection(nnx.Module):
             place = self.mesh, tuple(axes[-self.kernel.ndim :])  # That of the layers is first.
         subscripts = f"{rows}{inner},{of_kernel}->{rows}{outer}"
         return weigh(x, self.kernel[...], subscripts, None, place)
+
+
+class Spread(NamedTuple):
+    """An activation for projections that devices split by columns.
+
+    Attributes:
+      whole: for those that they do not split; None where there are none.
+      copies: `[ways, ...]`, each device's own (`overlap.SUMMANDS`).
+    """
+
+    whole: jax.Array | None
+    copies: jax.Array
+
+
+class Exchanges:
+    """How devices that split heads exchange activations: as XLA does it by itself.
+
+    `overlap.ByCopies` is how two GPUs do it in training.
+    """
+
+    copied = False
+
+    def columns(self, projection: Projection, x: jax.Array) -> jax.Array:
+        """The projection of an activation that every device has whole."""
+        return projection(x)
+
+    def rows(self, projection: Projection, x: jax.Array) -> jax.Array:
+        """The projection, whole on every device, of an activation that devices split."""
+        return projection(x)
 
 
 def summands(x: jax.Array, kernel: jax.Array, num_in: int, out_dtype=None) -> jax.Array:
@@ -333,6 +363,8 @@ gated.defvjp(lambda gate, up, together: (gated(gate, up, together), (gate, up)),
 class SwiGLU(nnx.Module):
     """`down(silu(gate x) * up x)`."""
 
+    exchanges = Exchanges()
+
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs):
         self.mesh = mesh
         widen, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
@@ -342,5 +374,7 @@ class SwiGLU(nnx.Module):
         self.down = Projection(narrow, ("mlp", "embed"), init=output_init(config), **how)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = gated(self.gate(x_BTD), self.up(x_BTD), on_gpus(self.mesh))
-        return self.down(sharding.constrain(h_BTF, self.mesh, "batch", "length", "mlp"))
+        gate_BTF, up_BTF = (self.exchanges.columns(p, x_BTD) for p in (self.gate, self.up))
+        h_BTF = gated(gate_BTF, up_BTF, on_gpus(self.mesh))
+        h_BTF = sharding.constrain(h_BTF, self.mesh, "batch", "length", "mlp")
+        return self.exchanges.rows(self.down, h_BTF)

@@ -12,6 +12,7 @@ from mlra_jax import remat, sharding
 from mlra_jax.attention import mechanism
 from mlra_jax.config import ModelConfig
 from mlra_jax.layers import INIT_STDDEV, RMSNorm, SwiGLU, on_gpus, param, weigh
+from mlra_jax.overlap import ByCopies
 
 
 class Block(nnx.Module):
@@ -37,7 +38,19 @@ class Block(nnx.Module):
         self.mlp = mlp(config, mesh=mesh, rngs=rngs)
 
     def __call__(self, x_BTD, positions_BT):
+        if sharding.copies_heads(self.mesh):
+            return self._by_copies(x_BTD, positions_BT)
         return self._rest(x_BTD, self.attention(self.attention_norm(x_BTD), positions_BT))
+
+    def _by_copies(self, x_BTD, positions_BT):
+        own, of_mlp = (ByCopies(self.mesh, module) for module in (self.attention, self.mlp))
+        y = own.spread(self.attention_norm(x_BTD))
+        # The MLP's gradients are made before attention's: two of them hide its exchanges.
+        self.attention.exchanges = self.mlp.exchanges = of_mlp
+        x_BTD = self._stream(x_BTD + self.attention(y, positions_BT))
+        x_BTD = self._stream(x_BTD + self.mlp(of_mlp.spread(self.mlp_norm(x_BTD))))
+        del self.attention.exchanges, self.mlp.exchanges  # Those of this call.
+        return x_BTD
 
     def prefill(self, x_BTD, positions_BT):
         y_BTD, entries = self.attention.prefill(self.attention_norm(x_BTD), positions_BT)

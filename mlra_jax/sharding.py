@@ -220,20 +220,25 @@ def kept(axes: Sequence[str | None], over: Sequence[str]) -> tuple[tuple[str, ..
 
 
 def has_copies(mesh: Mesh) -> bool:
-    """Whether engines of GPUs copy from one to the other what `fsdp` splits.
+    """Whether engines of GPUs copy from one to the other what `fsdp` or `tensor` splits.
 
     XLA has them do what devices of one process send each other (`training/compiling.py` asks for
-    it); its gathers and sums over devices are kernels, which slow the products beside them. Only
-    two GPUs have run it so far.
+    it); its gathers and sums over devices are kernels, which slow the products beside them. On four
+    GPUs what is waited for costs more than that (`benchmarks/NOTES_TRAIN.md`).
     """
     processes = {device.process_index for device in mesh.devices.flat}
-    pair = mesh.size == mesh.shape["fsdp"] == 2
+    pair = mesh.size == 2 and 2 in (mesh.shape["fsdp"], mesh.shape["tensor"])
     return platform(mesh) == "gpu" and len(processes) == 1 and pair
 
 
 def copies(mesh: Mesh, axes: Sequence[str | None]) -> bool:
     """Whether they do so with an array with these logical names."""
     return has_copies(mesh) and splits(mesh, axes, FSDP)
+
+
+def copies_heads(mesh: Mesh) -> bool:
+    """Whether they do so with activations, of devices that split heads."""
+    return has_copies(mesh) and size(mesh, MODEL) > 1
 
 
 def split_by_fsdp(axes: Sequence[str | None]) -> int:
@@ -265,23 +270,45 @@ def summed_in_turn(
 ) -> jax.Array:
     """The sum over devices that split the batch, an array with these names, which `fsdp` splits.
 
-    `part(i, *arrays)` is what a device adds to the part of device i along `fsdp`, made of its own
-    shares of `arrays`, split as `split` says. A part is sent on from device to device, the one that
-    has it last keeps it, and meanwhile each makes what it adds to another part.
+    `part(turn, i, *arrays)` is what a device adds to the part of device i along `fsdp`, made of its
+    own shares of `arrays`, split as `split` says; its turns count from 0. A part is sent on from
+    device to device, the one that has it last keeps it, and meanwhile each makes what it adds to
+    another part.
     """
     ways = size(mesh, FSDP)
     next_one = [(i, (i + 1) % ways) for i in range(ways)]
 
     def local(*arrays):
-        here = jax.lax.axis_index(FSDP)
-        total = part((here - 1) % ways, *arrays)
-        for back in range(2, ways + 1):
+        first, *others = enumerate(_turns(ways))
+        total = part(*first, *arrays)
+        for turn in others:
             received = jax.lax.ppermute(total, FSDP, next_one)
-            total = received + part((here - back) % ways, *arrays)
+            total = received + part(*turn, *arrays)
         return jax.lax.psum(total, "data") if mesh.shape["data"] > 1 else total
 
     split_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
     return split_map(local, in_specs=tuple(split), out_specs=spec(*axes))(*arrays)
+
+
+def _turns(ways):
+    """Whose part a device adds to, first to last: its own is the last one."""
+    here = jax.lax.axis_index(FSDP)
+    return [(here - back) % ways for back in range(1, ways + 1)]
+
+
+def parts_in_turn(x: jax.Array, mesh: Mesh, *axes: str | None) -> list[jax.Array]:
+    """The last dimension's parts, one for each device along `fsdp`, as `summed_in_turn` has turns.
+
+    Its devices have them in different orders, each of its own share of `x`.
+    """
+    ways = size(mesh, FSDP)
+
+    def local(x):
+        parts = x.reshape(*x.shape[:-1], ways, -1)
+        return [jax.lax.dynamic_index_in_dim(parts, i, -2, keepdims=False) for i in _turns(ways)]
+
+    where = spec(*axes)
+    return jax.shard_map(local, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)(x)
 
 
 def gathered(

@@ -13,6 +13,7 @@ FLOORS = (
     {"config", "data", "kernels", "remat"},
     {"sharding", "checkpoints"},
     {"layers", "cache"},
+    {"overlap"},
     {"attention"},
     {"model", "costs"},
     {"convert", "decoder", "training"},

@@ -251,6 +251,21 @@ def test_gpus_copy_in_a_training_step_what_they_gather_in_others(monkeypatch, ax
     np.testing.assert_array_equal(*made)
 
 
+def test_parts_are_taken_in_the_turns_in_which_they_are_summed():
+    """Of each device's own share: that of the device before it first, its own last."""
+    mesh = sharding.make_mesh(fsdp=4)
+    x = jax.random.normal(jax.random.key(0), (4, 8, 12))
+    turns = sharding.parts_in_turn(x, mesh, "batch")
+    for device, share in enumerate(np.asarray(x)):
+        for back, part in enumerate(turns, 1):
+            whose = (device - back) % 4
+            np.testing.assert_array_equal(part[device], share[:, 3 * whose : 3 * whose + 3])
+    own = lambda turn, _, *parts: parts[turn].sum(0)
+    split = [sharding.spec("batch")] * 4
+    summed = sharding.summed_in_turn(own, mesh, ("vocab", "embed"), turns, split)
+    np.testing.assert_allclose(summed, x.sum(0), rtol=1e-5, atol=1e-6)
+
+
 def test_two_gpus_of_one_process_copy_what_fsdp_splits():
     """Neither processors of other kinds, other processes or more of them, nor what is whole."""
     up, gpus = ("embed", "mlp"), list(describe("h100:4").devices)
@@ -261,6 +276,17 @@ def test_two_gpus_of_one_process_copy_what_fsdp_splits():
         assert not sharding.copies(other, up)
     gpus[1] = dataclasses.replace(gpus[1], process_index=1)
     assert not sharding.copies(made(fsdp=2), up)
+
+
+def test_two_gpus_of_one_process_copy_activations_where_they_split_heads():
+    gpus = list(describe("h100:4").devices)
+    made = lambda **axes: sharding.make_mesh(**axes, devices=gpus)
+    assert sharding.has_copies(made(tensor=2)) and sharding.copies_heads(made(tensor=2))
+    for other in (dict(fsdp=2), dict(fsdp=2, tensor=2), dict(tensor=4), dict(data=2), {}):
+        assert not sharding.copies_heads(made(**other))
+    assert not sharding.copies_heads(sharding.make_mesh(tensor=2))
+    gpus[1] = dataclasses.replace(gpus[1], process_index=1)
+    assert not sharding.has_copies(made(tensor=2))
 
 
 def test_each_device_pads_its_own_part_and_cuts_its_own_gradient():

@@ -21,7 +21,7 @@ from mlra_jax.attention.blocks import in_blocks, of_keys, of_scores
 from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.kernels.chunk_attention import WIDEST, chunk_attention
 from mlra_jax.kernels.grouped_decode import grouped_decode
-from mlra_jax.layers import Projection, on_gpus, output_init, rotate
+from mlra_jax.layers import Exchanges, Projection, on_gpus, output_init, rotate
 
 Entries = dict[str, jax.Array]
 OVER = ("blocks", "cudnn")
@@ -37,6 +37,7 @@ class Attention(nnx.Module):
     """The projections whose input is the block's; the gate is one more, where there is one."""
     cache_axes: ClassVar[dict[str, tuple[str | None, ...]]]
     """Logical axes of what is cached, by name, beginning with "batch" and "cache_length"."""
+    exchanges = Exchanges()
     rotated: ClassVar[str] = "k_rope"
     """What is cached that turns with the position, in its last `config.rope_dim` values."""
 
@@ -188,7 +189,7 @@ class Attention(nnx.Module):
         # Gradients of `x` are added in the opposite order. That of the rotary key, which no device
         # has a part of, comes last: those before it are then exchanged as one.
         names = sorted(self.input_names(self.config), key=lambda name: name != "k_rope")
-        return {name: getattr(self, name)(x_BTD) for name in names}
+        return {name: self.exchanges.columns(getattr(self, name), x_BTD) for name in names}
 
     def input_summands(self, x_BTD: jax.Array) -> jax.Array | None:
         """`[N, B, T, E]`, which add up to what `reads` names, side by side, where that is all."""
@@ -301,7 +302,7 @@ class Attention(nnx.Module):
         o_BTHV = self._by_head(o_BTHV)
         if "gate" in y:
             o_BTHV = o_BTHV * jax.nn.sigmoid(y["gate"])
-        return self.out(o_BTHV)
+        return self.exchanges.rows(self.out, o_BTHV)
 
     def _by_head(self, x_BTHK: jax.Array) -> jax.Array:
         return sharding.constrain(x_BTHK, self.mesh, "batch", "length", "heads", "head_dim")

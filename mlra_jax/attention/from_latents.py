@@ -17,7 +17,7 @@ from mlra_jax.attention import heads
 from mlra_jax.attention.base import Attention
 from mlra_jax.config import LatentConfig
 from mlra_jax.kernels.causal_attention import with_shared
-from mlra_jax.layers import RMSNorm, rotate, weigh
+from mlra_jax.layers import RMSNorm, Spread, rotate, weigh
 
 
 def branch_factor(a: LatentConfig) -> float:
@@ -60,7 +60,12 @@ class FromLatents(Attention):
 
     def _queries(self, y, positions_BT):
         """`[nope | rotary]` in the last dimension."""
-        q_BTHK = self.q_up(self.q_norm(self._down(y["q_down"], "q_latent")))
+        if self.exchanges.copied:
+            axes = ("batch", "length", "q_latent")
+            q_WBTQ = self.q_norm(self.exchanges.gathered(y["q_down"], *axes, hidden=False))
+            q_BTHK = self.exchanges.columns(self.q_up, Spread(None, q_WBTQ))
+        else:
+            q_BTHK = self.q_up(self.q_norm(self._down(y["q_down"], "q_latent")))
         return self._turned(self._by_head(q_BTHK), positions_BT)
 
     def _turned(self, q_BTHK, positions_BT):

@@ -46,9 +46,12 @@ class LatentAttention(FromLatents):
         return per_head(self.config, projection.kernel[...])
 
     def _whole(self, y, q_BTHK, kept):
-        if absorbs(self.config):
-            return self._whole_absorbed(y, q_BTHK, kept["latents"], kept["k_rope"])
-        return super()._whole(y, q_BTHK, kept)
+        if not absorbs(self.config):
+            return super()._whole(y, q_BTHK, kept)
+        ways = sharding.size(self.mesh, sharding.MODEL)
+        by_copies = self.exchanges.copied and self.config.branches % ways == 0
+        whole = self._whole_by_copies if by_copies else self._whole_absorbed
+        return whole(y, q_BTHK, kept["latents"], kept["k_rope"])
 
     def _whole_absorbed(self, y, q_BTHK, c_BTLC, k_rope_BTR):
         """The same without a key or value of any branch head: each latent is a key/value head."""
@@ -64,6 +67,28 @@ class LatentAttention(FromLatents):
         q_BTPC, rope_BTPR = (x.reshape(B, T, -1, x.shape[-1]) for x in (q_BTbHC, rope_BTbHR))
         z_BTPC = self._to_latents(q_BTPC, rope_BTPR, c_BTLC, k_rope_BTR)
         return self._joined(y, z_BTPC)
+
+    def _whole_by_copies(self, y, q_BTHK, c_BTLC, k_rope_BTR):
+        """The same where each of W devices has a copy of all queries and a part of the branches."""
+        a, (B, T, H, _) = self.config, q_BTHK.shape
+        W = sharding.size(self.mesh, sharding.MODEL)
+        b, C = a.branches // W, a.latent_head_dim
+        q_WBTHK = self.exchanges.gathered(q_BTHK, "batch", "length", "heads", "head_dim")
+        q_nope_WBTHK, q_rope_WBTHR = jnp.split(q_WBTHK, [a.nope_dim], axis=-1)
+        k_up_WbHCK, v_up_WbHCK = (
+            self._per_head(up).reshape(W, b, H, C, -1) for up in (self.k_up, self.v_up)
+        )
+        k_up_WHKbC = k_up_WbHCK.transpose(0, 2, 4, 1, 3)
+        q_WHBTbC = weigh(jnp.moveaxis(q_nope_WBTHK, 3, 1), k_up_WHKbC, "wabcd,wadef->wabcef")
+        q_BTWbHC = q_WHBTbC.transpose(2, 3, 0, 4, 1, 5)
+        rope_WBTbHR = jnp.broadcast_to(q_rope_WBTHR[:, :, :, None], (W, B, T, b, H, a.rope_dim))
+        rope_BTWbHR = jnp.moveaxis(rope_WBTbHR, 0, 2)
+        q_BTPC, rope_BTPR = (x.reshape(B, T, -1, x.shape[-1]) for x in (q_BTWbHC, rope_BTWbHR))
+        z_BTPC = self._chosen(y, self._to_latents(q_BTPC, rope_BTPR, c_BTLC, k_rope_BTR))
+        z_WHBTbC = z_BTPC.reshape(B, T, W, b, H, C).transpose(2, 4, 0, 1, 3, 5)
+        o_WHBTK = weigh(z_WHBTbC, v_up_WbHCK.swapaxes(1, 2), "wabcde,wadef->wabcf")
+        o_HBTK = self.exchanges.scattered(o_WHBTK, "heads", "batch", "length", "head_dim")
+        return jnp.moveaxis(o_HBTK, 0, 2) * self.branch_factor
 
     def _to_latents(self, q_BTPC, q_rope_BTPR, c_BTLC, k_rope_BTR):
         return sharded.whole_sequence_of_latents(

@@ -20,8 +20,10 @@ begun and not waited for. Latency hiding itself is on by default (`benchmarks/NO
 _COPIED = {
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
     "xla_gpu_use_memcpy_local_p2p": "True",
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "16",
 }
-"""With which engines copy what devices send each other, where `sharding.has_copies`."""
+"""With which engines copy what devices send each other, where `sharding.has_copies`: as many under
+way as two blocks have, since a small one that is waited for must else wait for large ones."""
 
 
 def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:

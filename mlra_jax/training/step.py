@@ -62,8 +62,11 @@ def _sum_and_gradients(mesh, chunk, x_BTD, table_VD, known):
     Devices that split the batch add up their own shares of the latter, and exchange them once.
     """
     narrow_VD, shares = table_VD.astype(x_BTD.dtype), sharding.size(mesh, sharding.BATCH)
-    D, parts = table_VD.shape[1], gradient_parts(mesh, TABLE)
-    cut = (parts, D // parts) if parts > 1 else (D,)
+    D, parts, in_turn = table_VD.shape[1], gradient_parts(mesh, TABLE), sharding.copies(mesh, TABLE)
+    cut, arrays = (parts, D // parts) if parts > 1 else (D,), 1
+    if in_turn:
+        arrays = sharding.size(mesh, sharding.FSDP)
+        cut = (D // arrays,)
 
     def apart(x, axis):
         x = x.reshape(shares, -1, *x.shape[1:])
@@ -73,29 +76,32 @@ def _sum_and_gradients(mesh, chunk, x_BTD, table_VD, known):
         total, slope = jax.value_and_grad(_losses)(logits(x, narrow_VD, mesh), *known)
         slope = slope.astype(x.dtype)
         x_slope = einsum("btv,vd->btd", slope, narrow_VD)
-        x = apart(x, None).reshape(shares, -1, x.shape[1], *cut)
-        of_table = einsum("sbtv,sbt...->sv...", apart(slope, "vocab"), x, jnp.float32)
+        features = sharding.parts_in_turn(x, mesh, "batch", "length") if in_turn else [x]
+        features = [apart(x, None).reshape(shares, -1, x.shape[1], *cut) for x in features]
+        slope = apart(slope, "vocab")
+        of_table = [einsum("sbtv,sbt...->sv...", slope, x, jnp.float32) for x in features]
         return jax.tree.map(jnp.add, sums, (total, of_table)), x_slope
 
     none = jnp.zeros((shares, len(table_VD), *cut), jnp.float32)
-    sums = jnp.zeros((), jnp.float32), sharding.constrain(none, mesh, "batch", "vocab")
+    none = [sharding.constrain(none, mesh, "batch", "vocab")] * arrays
+    sums = jnp.zeros((), jnp.float32), none
     (total, slopes), x_slope = _over_chunks(add, chunk, sums, (x_BTD, *known))
     slope = _summed_over_shares(mesh, slopes)
     return total, (x_slope, slope.astype(table_VD.dtype))
 
 
 def _summed_over_shares(mesh, slopes):
-    """The table's gradient, of which `[shares, V, ...]` are devices' own shares."""
+    """The table's gradient, of which `[shares, V, ...]` are devices' own shares.
+
+    There is one array; where engines copy, one for each part, in turn: what is sent first is not
+    cut out of a whole gradient, but sent at once, and received while blocks' gradients are made.
+    """
     if not sharding.copies(mesh, TABLE):
-        return sharding.constrain(slopes.sum(0).reshape(slopes.shape[1], -1), mesh, *TABLE)
-    ways = sharding.size(mesh, sharding.FSDP)
-
-    def part(i, own_1V):
-        own_VnD = own_1V.reshape(own_1V.shape[1], ways, -1)
-        return jax.lax.dynamic_index_in_dim(own_VnD, i, 1, keepdims=False)
-
-    where = [sharding.spec("batch", "vocab")]
-    return sharding.summed_in_turn(part, mesh, TABLE, [slopes], where)
+        (slope,) = slopes
+        return sharding.constrain(slope.sum(0).reshape(slope.shape[1], -1), mesh, *TABLE)
+    where = [sharding.spec("batch", "vocab")] * len(slopes)
+    own = lambda turn, _, *parts_1Vd: parts_1Vd[turn][0]
+    return sharding.summed_in_turn(own, mesh, TABLE, slopes, where)
 
 
 def _scaled(mesh, chunk, gradients, slope):

@@ -8,6 +8,7 @@ import pytest
 
 from mlra_jax import sharding
 from mlra_jax.config import ConfigError
+from mlra_jax.plan.topology import describe
 from mlra_jax.training import compiling, fitting
 from tests.training import tiny
 
@@ -95,6 +96,19 @@ def test_what_the_program_sets_is_what_this_jax_knows_and_the_setting_wins(monke
     assert compiling.options(with_options(""), several) == {KNOWN: "7"}
     assert compiling.options(with_options(f"{KNOWN}=3"), several) == {KNOWN: "3"}
     assert compiling.options(with_options(""), sharding.make_mesh()) == {}
+
+
+def test_more_exchanges_are_under_way_where_engines_copy(monkeypatch):
+    """Not where kernels carry them, nor against the setting."""
+    limit = "xla_gpu_experimental_parallel_collective_overlap_limit"
+    monkeypatch.setattr(compiling, "_refusal", lambda chosen: None)
+    gpus = list(describe("h100:4").devices)
+    made = lambda n: sharding.make_mesh(fsdp=n, devices=gpus)
+    allowed = lambda text, n: compiling.options(with_options(text), made(n)).get(limit)
+    assert [allowed("", n) for n in (1, 2, 4)] == [None, "16", "4"]
+    assert allowed(f"{limit}=8", 2) == "8"
+    of_heads = compiling.options(with_options(""), sharding.make_mesh(tensor=2, devices=gpus))
+    assert of_heads == compiling._COPIED
 
 
 def test_options_may_say_true_as_xlas_flags_do():

@@ -157,6 +157,50 @@ def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeyp
     jax.tree.map(close, unrolled, state)
 
 
+def test_two_devices_that_exchange_by_copies_take_the_steps_of_one(one_device, monkeypatch):
+    """As on two GPUs that split heads: each exchange beside a product that nothing waits for."""
+    monkeypatch.setattr(sharding, "has_copies", lambda mesh: True)
+    state, expected = one_device
+    model = dataclasses.replace(EXPERIMENT.model, remat="none", unroll=2)
+    experiment, mesh = on_mesh(tensor=2, model=model), sharding.make_mesh(tensor=2)
+    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
+    lowered = make_train_step(experiment, mesh).lower(*arguments)
+    barriers = re.findall(r"optimization_barrier .* : (.*)", lowered.as_text())
+    found = [re.findall(r"tensor<([x\d]+)xf32>", barrier) for barrier in barriers]
+    # Those of attention itself have activations alone.
+    found = [shapes for shapes in found if not any("x24x" in shape for shape in shapes[1:])]
+    stream, of_heads, queries = "2x16x24x32", "2x8x16x24x8", "2x16x24x8x12"
+    mlp = [[stream, "48x32"], [of_heads, "32x48"], [queries, "32x48"]]
+    assert found[:3] == found[4:7] == mlp
+    kernels = {"8x8x32", "32x4", "32x32", "32x24", "24x8x12"}  # out, k_rope, the downs, q_up
+    for first, *others in (found[3], found[7]):
+        assert first == stream and kernels <= set(others)
+        assert others.count("32x8x8") == 2, "k_up and v_up"
+    step = lowered.compile()
+    summed = re.findall(rf"f32\[{BATCH},{LENGTH},32\]\S* all-reduce\(", step.as_text())
+    assert len(summed) == 1, "more than the tokens' vectors"
+    got_state, losses = run(experiment, compiled=step)
+    got = [m["loss"] for m in losses]
+    np.testing.assert_allclose(got, [m["loss"] for m in expected], rtol=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, jax.device_get(got_state.params), jax.device_get(state.params))
+
+
+def test_the_heads_gradient_is_made_in_the_parts_that_gpus_send_each_other(one_device, monkeypatch):
+    """Each an array from the first chunk on: none is cut out of a whole gradient to be sent."""
+    _, expected = one_device
+    monkeypatch.setattr(sharding, "has_copies", lambda mesh: True)
+    experiment, mesh = on_mesh(fsdp=2), sharding.make_mesh(fsdp=2)
+    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
+    lowered = make_train_step(experiment, mesh).lower(*arguments)
+    shares = set(re.findall(rf"tensor<(?:2|1)x{VOCAB}x(?:\d+x)*(\d+)xf32>", lowered.as_text()))
+    assert shares == {"16"}, "wider than what a device keeps"
+    _, losses = run(experiment, steps=2, compiled=lowered.compile())
+    for name in ("loss", "gradient_norm"):
+        got, want = ([m[name] for m in metrics] for metrics in (losses, expected[:2]))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
     whole_state, whole = one_device
     data = dataclasses.replace(EXPERIMENT.data, accumulate=4)
