@@ -355,7 +355,7 @@ def told(pattern: str, end: tuple[int, list[str]]) -> bool:
 MESHES = (("data=2", "tensor=4"), ("data=4", "tensor=2"), ("fsdp=2", "tensor=4"))
 
 
-def test_processes_killed_stopped_hung_and_told_to_end_at_random(command, undisturbed, tmp_path):
+def test_processes_killed_stopped_hung_and_told_to_end_at_random(command, tmp_path):
     """Others end with the number of one that is gone; what goes on has the undisturbed losses.
 
     A kill of one of two processes as Slurm starts them, and a SIGTERM in two slices of a JobSet;
@@ -370,7 +370,7 @@ def test_processes_killed_stopped_hung_and_told_to_end_at_random(command, undist
     rounds = [tuple(map(chance.choice, choices)) for _ in range(ENDURANCE)]
     few = [("kill", 2, MESHES[0], "slurm"), ("term", 2, MESHES[0], "jobset of two slices")]
     # Rounding does not grow over hundreds of steps, so that one on other data would be seen.
-    slow = ["--config.optimizer.peak_learning_rate=1e-4"] if ENDURANCE else []
+    slow = ["--config.optimizer.peak_learning_rate=1e-4"]
     for event, count, mesh, kind in rounds or few:
         sizes = dict.fromkeys(("data", "fsdp", "tensor"), 1) | dict(x.split("=") for x in mesh)
         sizes = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
@@ -421,21 +421,17 @@ def test_processes_killed_stopped_hung_and_told_to_end_at_random(command, undist
                     re.MULTILINE,
                 )
                 assert told_of, outs[0]
-    # As many as the undisturbed run has, whose program is compiled, or three more.
     last = max(STEPS, checkpoints.finished_steps(tmp_path)[-1] + 3)
     finish(command.train(tmp_path, f"--config.steps={last}", *slow))
     steps = [step for step, name, _ in losses(tmp_path) if name == "loss"]
     assert steps == list(range(1, last + 1))
-    if ENDURANCE:
-        undisturbed = tmp_path / "undisturbed"
-        finish(command.train(undisturbed, f"--config.steps={last}", *slow))
+    undisturbed = tmp_path / "undisturbed"
+    finish(command.train(undisturbed, f"--config.steps={last}", *slow))
     got, want = ({x[:2]: x[2] for x in losses(folder)} for folder in (tmp_path, undisturbed))
     both = sorted(got.keys() & want.keys())
     assert len(both) >= 12
-    # Norms of gradients differ by more than losses do, once rounding has grown over tens of steps.
-    for names, rtol in ((("loss", "validation_loss"), 1e-3), (("gradient_norm",), 1e-2)):
-        pairs = [(got[k], want[k]) for k in both if k[1] in names]
-        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=rtol)
+    pairs = [got[k] for k in both], [want[k] for k in both]
+    np.testing.assert_allclose(*pairs, rtol=1e-3)
 
 
 ROUNDS = int(os.environ.get("WRITER_ROUNDS", "0"))
