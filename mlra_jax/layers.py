@@ -87,7 +87,8 @@ def _slope_in_turn(x, slope, letters, mesh, axes):
     of_x, of_out, of_kernel = letters
     split = dict(zip(of_kernel, sharding.kept(axes, sharding.BATCH), strict=True))
     split[of_x[0]] = sharding.BATCH
-    cut, ways = of_kernel[sharding.split_by_fsdp(axes)], sharding.size(mesh, sharding.FSDP)
+    ways, at = sharding.size(mesh, sharding.FSDP), sharding.split_dimension(axes, sharding.FSDP)
+    cut = of_kernel[at]
 
     def narrow(y, of_y, i):
         if cut not in of_y:

@@ -10,7 +10,7 @@ it; engines that copy do (`benchmarks/NOTES_TRAIN.md`).
 
 import functools
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,10 +88,11 @@ class ByCopies(Exchanges):
         return x.reshape(*x.shape[:at], ways, -1, *x.shape[at + 1 :])
 
 
-def _split(projection: Projection, dims: Iterable[int]) -> int | None:
+def _split(projection: Projection, dims: range) -> int | None:
     """Which of these dimensions of the kernel devices that split heads have parts of."""
     axes = projection.kernel.get_metadata()["out_sharding"][-projection.kernel.ndim :]
-    return next((i for i in dims if sharding.mesh_axes(*axes)[i] == sharding.MODEL), None)
+    at = sharding.split_dimension(axes, sharding.MODEL)
+    return at if at in dims else None
 
 
 def copied_to_all(x: jax.Array, mesh: Mesh, axes: Axes | None) -> jax.Array:
@@ -99,7 +100,7 @@ def copied_to_all(x: jax.Array, mesh: Mesh, axes: Axes | None) -> jax.Array:
     ways = sharding.size(mesh, sharding.MODEL)
     if axes is None:
         return sharding.constrain(jnp.broadcast_to(x, (ways, *x.shape)), mesh, SUMMANDS)
-    at = _split_by_heads(axes)
+    at = sharding.split_dimension(axes, sharding.MODEL)
 
     def local(part):
         sent = jnp.broadcast_to(part, (ways, *part.shape))
@@ -121,7 +122,7 @@ def summed_by_copies(
         send = lambda x_1: jax.lax.ppermute(x_1, sharding.TENSOR, [(0, 1), (1, 0)])
         received = _on_each(mesh, send, own, own)(x_W)
     else:
-        at = _split_by_heads(axes)
+        at = sharding.split_dimension(axes, sharding.MODEL)
 
         def send(x_1):
             x = x_1.reshape(*x_1.shape[1 : at + 1], ways, -1, *x_1.shape[at + 2 :])
@@ -139,11 +140,6 @@ def summed_by_copies(
 def _on_each(mesh, function, in_specs, out_specs):
     how = dict(mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return jax.shard_map(function, **how)
-
-
-def _split_by_heads(axes: Axes) -> int:
-    """Which dimension devices that split heads have parts of."""
-    return sharding.mesh_axes(*axes).index(sharding.MODEL)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

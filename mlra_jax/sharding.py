@@ -241,14 +241,15 @@ def copies_heads(mesh: Mesh) -> bool:
     return has_copies(mesh) and size(mesh, MODEL) > 1
 
 
-def split_by_fsdp(axes: Sequence[str | None]) -> int:
-    """Which dimension of an array with these names `fsdp` splits."""
-    return next(i for i, names in enumerate(mesh_axes(*axes)) if FSDP[0] in names)
+def split_dimension(axes: Sequence[str | None], over: Sequence[str]) -> int | None:
+    """Which dimension of an array with these names the mesh axes `over` split, the first if any."""
+    split = (i for i, names in enumerate(mesh_axes(*axes)) if set(over).intersection(names))
+    return next(split, None)
 
 
 def _copied(x, mesh, axes, over, dtype):
     """As `whole`, where `copies`."""
-    at, ways = split_by_fsdp(axes), size(mesh, FSDP)
+    at, ways = split_dimension(axes, FSDP), size(mesh, FSDP)
 
     def local(part):
         first = jnp.moveaxis(part, at, 0)

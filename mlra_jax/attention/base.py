@@ -38,6 +38,7 @@ class Attention(nnx.Module):
     cache_axes: ClassVar[dict[str, tuple[str | None, ...]]]
     """Logical axes of what is cached, by name, beginning with "batch" and "cache_length"."""
     exchanges = Exchanges()
+    """Of activations between devices; a block in training sets others for a call."""
     rotated: ClassVar[str] = "k_rope"
     """What is cached that turns with the position, in its last `config.rope_dim` values."""
 

@@ -81,6 +81,15 @@ def one_device():
     return run(on_mesh())
 
 
+def takes_the_steps_of(one_device, experiment, step):
+    """The compiled step gives its losses and its last state."""
+    (want_state, expected), (got_state, losses) = one_device, run(experiment, compiled=step)
+    got, want = ([m["loss"] for m in metrics] for metrics in (losses, expected))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, *map(jax.device_get, (got_state, want_state)))
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_five_steps_on_a_mesh_are_those_of_one_device(one_device, shape, monkeypatch):
     # As on GPUs: each device's width of the MLP is padded, from 24 or 12; gradients are summed in
@@ -137,7 +146,6 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(monkeypatch):
 
 def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeypatch):
     monkeypatch.setattr(models, "product_step", lambda mesh: 20)  # From 24 to 40.
-    state, expected = one_device
     model = dataclasses.replace(EXPERIMENT.model, unroll=2, remat="none")
     experiment, mesh = on_mesh(1, 2, 2, model=model), sharding.make_mesh(fsdp=2, tensor=2)
     arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
@@ -150,17 +158,12 @@ def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeyp
     assert f"tensor<2x{VOCAB}x32xf32>" in lowered.as_text(), "the head's gradient by share"
     in_turn = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>", lowered.as_text())
     assert len(in_turn) == 1, "a block's gradients before the next block but one"
-    unrolled, losses = run(experiment, compiled=step)
-    got = [m["loss"] for m in losses]
-    np.testing.assert_allclose(got, [m["loss"] for m in expected], rtol=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-    jax.tree.map(close, unrolled, state)
+    takes_the_steps_of(one_device, experiment, step)
 
 
 def test_two_devices_that_exchange_by_copies_take_the_steps_of_one(one_device, monkeypatch):
     """As on two GPUs that split heads: each exchange beside a product that nothing waits for."""
     monkeypatch.setattr(sharding, "has_copies", lambda mesh: True)
-    state, expected = one_device
     model = dataclasses.replace(EXPERIMENT.model, remat="none", unroll=2)
     experiment, mesh = on_mesh(tensor=2, model=model), sharding.make_mesh(tensor=2)
     arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
@@ -179,11 +182,7 @@ def test_two_devices_that_exchange_by_copies_take_the_steps_of_one(one_device, m
     step = lowered.compile()
     summed = re.findall(rf"f32\[{BATCH},{LENGTH},32\]\S* all-reduce\(", step.as_text())
     assert len(summed) == 1, "more than the tokens' vectors"
-    got_state, losses = run(experiment, compiled=step)
-    got = [m["loss"] for m in losses]
-    np.testing.assert_allclose(got, [m["loss"] for m in expected], rtol=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-    jax.tree.map(close, jax.device_get(got_state.params), jax.device_get(state.params))
+    takes_the_steps_of(one_device, experiment, step)
 
 
 def test_the_heads_gradient_is_made_in_the_parts_that_gpus_send_each_other(one_device, monkeypatch):
