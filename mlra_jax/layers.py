@@ -48,7 +48,7 @@ def weigh(
       subscripts: `x,kernel->result`, each letter in two of the three.
       out_dtype: of the result, if it is not that of `x`.
       place: the mesh and the kernel's logical axes, for a gradient that GPUs exchange as they do it
-        best. The first dimension of `x` is then the batch.
+        best. The batch is then the first dimension of `x` that the kernel does not have.
     """
     return einsum(subscripts, x, kernel.astype(x.dtype), out_dtype)
 
@@ -83,10 +83,13 @@ weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _slope_in_turn(x, slope, letters, mesh, axes):
-    """The kernel's gradient, each device's part of it a product of its own."""
+    """The kernel's gradient, each device's part of it a product of its own.
+
+    Where what would be cut for that is larger than the gradient, the gradient is cut.
+    """
     of_x, of_out, of_kernel = letters
     split = dict(zip(of_kernel, sharding.kept(axes, sharding.BATCH), strict=True))
-    split[of_x[0]] = sharding.BATCH
+    split[next(letter for letter in of_x if letter not in of_kernel)] = sharding.BATCH
     ways, at = sharding.size(mesh, sharding.FSDP), sharding.split_dimension(axes, sharding.FSDP)
     cut = of_kernel[at]
 
@@ -97,8 +100,12 @@ def _slope_in_turn(x, slope, letters, mesh, axes):
         return jax.lax.dynamic_slice_in_dim(y, i * width, width, of_y.index(cut))
 
     def part(_, i, x, slope):
-        x, slope = narrow(x, of_x, i), narrow(slope, of_out, i)
-        return einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
+        multiply = lambda x, slope: einsum(f"{of_x},{of_out}->{of_kernel}", x, slope, jnp.float32)
+        read = x if cut in of_x else slope
+        made = jax.eval_shape(multiply, x, slope)
+        if read.size * read.dtype.itemsize > made.size * made.dtype.itemsize:
+            return narrow(multiply(x, slope), of_kernel, i)
+        return multiply(narrow(x, of_x, i), narrow(slope, of_out, i))
 
     where = [PartitionSpec(*map(split.get, of)) for of in (of_x, of_out)]
     return sharding.summed_in_turn(part, mesh, axes, (x, slope), where)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax import remat, sharding
 from mlra_jax.attention import mechanism
@@ -101,12 +101,28 @@ class Embedding(nnx.Module):
         """`[B, T, D]` in the dtype of the stream that blocks add to; `given` of `Model.whole`."""
         if self.apart:
             return self._parts(tokens_BT)
+        in_parts = sharding.splits(self.mesh, TABLE, sharding.FSDP)
+        if given is None and in_parts and on_gpus(self.mesh):
+            return self._exchanged(tokens_BT)
         # Not the tokens' vectors: those would be far more.
         table_VD = sharding.gathered(
             self.embedding[...], self.mesh, TABLE, sharding.BATCH, self.dtype, given
         )
         # Cast after the look-up: else gradients of a token seen often are summed in that dtype.
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
+        return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
+
+    def _exchanged(self, tokens_BT):
+        """Devices look up all tokens in their parts of the table, and send each device its own.
+
+        The whole table would be waited for before the first block; the head, which needs it, is
+        the last to read it.
+        """
+        rows = sharding.kept(("batch", "length"), sharding.FSDP)
+        where = lambda *axes: NamedSharding(self.mesh, PartitionSpec(*rows, *axes))
+        tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, where())
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.dtype)
+        x_BTD = jax.lax.with_sharding_constraint(x_BTD, where(sharding.FSDP))
         return sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
 
     def _parts(self, tokens_BT):
@@ -183,7 +199,14 @@ class Model(nnx.Module):
         body = remat.checkpointed(body, how.remat, in_loop=in_loop)
         splits_batch = sharding.size(self.mesh, sharding.BATCH) > 1
         scan = functools.partial(jax.lax.scan, unroll=together)
-        loop = _in_turn if splits_batch and not in_loop else scan
+        # What is not held keeps activations until the end, where they are kept anyway: gradients of
+        # vectors, then exchanged all at once, and where engines copy all but those of heads: what
+        # a device adds to those when it has received them goes on beside the last copies.
+        held = 1
+        if self._keeps_all:
+            held = 3 if sharding.has_copies(self.mesh) else 2
+        in_turn = functools.partial(_in_turn, ready=self._ready, held=held)
+        loop = in_turn if splits_batch and not in_loop else scan
         x_BTD, _ = loop(body, x_BTD, (stacked, given))
         return self.final_norm(x_BTD)
 
@@ -196,6 +219,15 @@ class Model(nnx.Module):
             how = (self.mesh, axes, sharding.BATCH, dtype, given.get(path))
             kernel = sharding.gathered(kernel, *how)
         return weight.replace(kernel)
+
+    def _ready(self, layer):
+        """A layer, padded where that is kept: its gradients are then cut where they are used."""
+        if not self._keeps_all:
+            return layer
+        weights, given = layer
+        axes = lambda weight: weight.get_metadata()["out_sharding"][1:]
+        pad = lambda _, weight: weight.replace(self._padded(weight, axes(weight)))
+        return nnx.map_state(pad, weights), given
 
     def _padded(self, weight, axes):
         return sharding.padded(weight[...], self.mesh, axes, "mlp", product_step(self.mesh))
@@ -230,31 +262,40 @@ class Model(nnx.Module):
         return self.embed.logits(x_BTD)
 
 
-def _in_turn(body, x_BTD, stacked):
-    """As `jax.lax.scan`, without a loop.
+def _in_turn(body, x_BTD, stacked, ready, held):
+    """As `jax.lax.scan`, without a loop; each layer is made `ready` beforehand.
 
-    The backward pass goes no further than one block before a block's gradients are where they
-    belong: XLA would put off all of them to its end, and their exchanges with nothing to hide them.
+    The backward pass goes no further than one block before a block's gradients of `held` or more
+    dimensions are where they belong: XLA would put off all of them to its end, and their exchanges
+    with nothing to hide them.
     """
     leaves, structure = jax.tree.flatten(stacked)
     rows = [jax.lax.split(leaf, [1] * len(leaf)) for leaf in leaves]
     layers = [structure.unflatten([y[0] for y in row]) for row in zip(*rows, strict=True)]
+    layers = [ready(layer) for layer in layers]
     for i, layer in enumerate(layers):
         if i + 1 < len(layers):
-            x_BTD, layers[i + 1] = _in_order((x_BTD, layers[i + 1]))
+            x_BTD, layers[i + 1] = _in_order(held, (x_BTD, layers[i + 1]))
         x_BTD, _ = body(x_BTD, layer)
     return x_BTD, None
 
 
-@jax.custom_vjp
-def _in_order(both):
-    """The same; their gradients are computed before anything that needs one of them."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_order(held, both):
+    """The same; gradients of `held` or more dimensions come before what needs one of them."""
     return both
 
 
-_in_order.defvjp(
-    lambda both: (both, None), lambda _, slopes: (jax.lax.optimization_barrier(slopes),)
-)
+def _held_first(held, _, slopes):
+    leaves, structure = jax.tree.flatten(slopes)
+    at = [i for i, leaf in enumerate(leaves) if leaf.ndim >= held]
+    first = jax.lax.optimization_barrier([leaves[i] for i in at])
+    for i, leaf in zip(at, first, strict=True):
+        leaves[i] = leaf
+    return (structure.unflatten(leaves),)
+
+
+_in_order.defvjp(lambda held, both: (both, None), _held_first)
 
 
 @nnx.jit

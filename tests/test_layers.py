@@ -201,12 +201,16 @@ def test_gradients_are_made_in_the_parts_that_devices_have(monkeypatch):
     assert "f32[6,2,4]" in str(jax.make_jaxpr(gradient)())
 
 
+@pytest.mark.parametrize("positions", [3, 70])
 @pytest.mark.parametrize("axes", [UP, DOWN, ("q_latent", "heads", "head_dim")])
-def test_gradients_are_summed_in_turn_where_gpus_copy(monkeypatch, axes):
-    """Each device's part, in float32 also where products are not, and nothing but copies."""
+def test_gradients_are_summed_in_turn_where_gpus_copy(monkeypatch, axes, positions):
+    """Each device's part, in float32 also where products are not, and nothing but copies.
+
+    Of few positions the activations are cut, of many the gradient, which is then the smaller.
+    """
     mesh, outer = make_mesh(fsdp=4, tensor=2), "cde"[: len(axes) - 1]
-    shapes = (8, 3, 16), (16, 8, 4)[: len(axes)], (8, 3, 8, 4)[: len(axes) + 1]
-    x, w, slope = (RNG.normal(size=shape) for shape in shapes)
+    x, w, slope = (8, positions, 16), (16, 8, 4)[: len(axes)], (8, positions, 8, 4)[: len(axes) + 1]
+    x, w, slope = (RNG.normal(size=shape) for shape in (x, w, slope))
     monkeypatch.setattr(sharding, "copies", lambda mesh, axes: True)
 
     @jax.jit
@@ -219,6 +223,7 @@ def test_gradients_are_summed_in_turn_where_gpus_copy(monkeypatch, axes):
     w = jax.device_put(jnp.asarray(w, jnp.float32), sharding.named(mesh, *axes))
     program = gradient.lower(x, w, slope).compile()
     assert not re.search("all-gather|all-reduce|reduce-scatter|all-to-all", program.as_text())
+    assert len(re.findall(r" dot\(", program.as_text())) == (4 if positions == 3 else 1)
     got = program(x, w, slope)
     assert got.sharding.is_equivalent_to(w.sharding, w.ndim)
     exact = np.einsum(f"abz,ab{outer}->z{outer}", *(np.asarray(y, np.float64) for y in (x, slope)))

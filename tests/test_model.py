@@ -1,5 +1,7 @@
 """A model is the same however it is made, split or taken apart."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import nnx
 from tiny import relative_error
 
 from mlra_jax import model as models
-from mlra_jax.sharding import make_mesh
+from mlra_jax.sharding import make_mesh, named
 
 TOKENS = np.random.default_rng(0).integers(0, 88, (4, 10), np.int32)
 
@@ -110,3 +112,35 @@ def test_the_stream_between_blocks_may_be_wider_than_their_products(wide):
     model = tiny.random_model(config, make_mesh())
     assert model.hidden(TOKENS).dtype == jnp.bfloat16
     assert 1e-4 < relative_error(model(TOKENS), exact(TOKENS)) < 3e-2
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_gpus_that_have_parts_of_the_table_exchange_token_vectors(shape, monkeypatch):
+    """So that no device waits for the table before the first block; gradients go the same way."""
+    monkeypatch.setattr(models, "on_gpus", lambda mesh: True)
+    mesh, config = make_mesh(*shape), tiny.config("mlra_4")
+    rng = np.random.default_rng(6)
+    table = rng.normal(size=(config.vocab_size, config.embed_dim)).astype(np.float32)
+    slope = rng.normal(size=(8, 5, config.embed_dim)).astype(np.float32)
+    tokens = rng.integers(0, config.vocab_size, (8, 5))
+
+    def look_up(table, tokens):
+        embedding = models.Embedding(config, mesh=mesh, rngs=nnx.Rngs(0))
+        embedding.embedding[...] = table
+        return embedding(tokens)
+
+    @jax.jit
+    def both(table, tokens, slope):
+        vectors, back = jax.vjp(lambda table: look_up(table, tokens), table)
+        return vectors, back(slope)[0]
+
+    place = lambda x, *axes: jax.device_put(x, named(mesh, *axes))
+    arrays = place(table, *models.TABLE), place(tokens, "batch"), place(slope, "batch")
+    program = both.lower(*arrays).compile()
+    exchanges = re.findall(r"= \(?(\w+)\[\S*.* (all-gather|all-to-all)\(", program.as_text())
+    assert sorted(exchanges) == [("f32", "all-to-all")] * 2 + [("s32", "all-gather")]
+    vectors, of_table = program(*arrays)
+    np.testing.assert_array_equal(vectors, table[tokens])
+    want = np.zeros_like(table)
+    np.add.at(want, tokens, slope)
+    np.testing.assert_allclose(of_table, want, rtol=1e-5, atol=1e-6)

@@ -21,9 +21,11 @@ _COPIED = {
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
     "xla_gpu_use_memcpy_local_p2p": "True",
     "xla_gpu_experimental_parallel_collective_overlap_limit": "16",
+    "xla_gpu_triton_gemm_any": "False",
 }
 """With which engines copy what devices send each other, where `sharding.has_copies`: as many under
-way as two blocks have, since a small one that is waited for must else wait for large ones."""
+way as two blocks have, since a small one that is waited for must else wait for large ones; and
+products by cuBLAS, which adds what was received to what it makes, unless they read by the way."""
 
 
 def options(experiment: Experiment, mesh: Mesh) -> dict[str, str]:

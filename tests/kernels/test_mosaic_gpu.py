@@ -216,36 +216,43 @@ LONG = dict(cache=131072)
         (dict(latents=4, heads=32, queries=2, batch=2), dict(shared=2, join_rows=2)),
         (dict(latents=2, heads=33, queries=2, batch=2), dict(query_stages=2, join_rows=2)),
         (dict(latents=3, batch=2), dict(query_stages=2, join_rows=2)),
-        # Few query rows are joined by all multiprocessors.
-        (dict(heads=24, batch=8), dict(query_stages=2, join_rows=1)),
+        # Few query rows are joined by all multiprocessors; each row of the batch has as many CTAs.
+        (dict(heads=24, batch=8), dict(ctas=128, query_stages=2, join_rows=1)),
         (dict(latents=2, heads=64, rope=128), dict(stages=3, ctas=64, shared=2, stripes=True)),
         # Of few query rows cache positions are the rows of products, in long batches.
         (dict(latents=4, heads=24, batch=31), dict(stages=2, shared=4, swap=True)),
         (dict(latents=4, heads=24, batch=30), dict(stages=4, shared=2)),
-        (dict(latents=8, heads=24, batch=16), dict(stages=2, shared=4, swap=True)),
-        (dict(latents=4, heads=16, queries=2, batch=64), dict(stages=2, shared=4, swap=True)),
-        (dict(latents=4, heads=33, batch=64), dict(stages=4, shared=2)),
+        (dict(latents=8, heads=24, batch=16), dict(stages=2, ctas=128, shared=4, swap=True)),
+        (
+            dict(latents=4, heads=16, queries=2, batch=64),
+            dict(stages=2, ctas=128, shared=4, swap=True),
+        ),
+        (dict(latents=4, heads=33, batch=64), dict(stages=4, ctas=128, shared=2)),
         (dict(latents=2, heads=24, batch=31), dict(stages=4, shared=2, swap=True)),
         (dict(latents=2, heads=24, batch=30), dict(stages=4, shared=2)),
-        (dict(latents=2, heads=33, batch=64), dict(stages=4, shared=2)),
+        (dict(latents=2, heads=33, batch=64), dict(stages=4, ctas=128, shared=2)),
         (LONG | dict(latents=2, heads=24), dict(stages=4, ctas=128, shared=2, stripes=True)),
         (dict(latents=4, heads=8, width=256, batch=64), dict(stages=4)),
-        (dict(latents=4, heads=8, width=64, rope=32, batch=64), dict(shared=4, swap=True)),
+        (
+            dict(latents=4, heads=8, width=64, rope=32, batch=64),
+            dict(ctas=128, shared=4, swap=True),
+        ),
         (dict(latents=4, heads=8, width=32, rope=16, batch=64), dict(query_stages=2)),
         (
             # Two tiles of four do not fit.
             dict(latents=4, groups=4, heads=32, rope=256, batch=64),
-            dict(stages=2, shared=2),
+            dict(stages=2, ctas=128, shared=2),
         ),
-        # Four units at most divide the CTAs among themselves, and only evenly.
+        # Four units at most divide the CTAs among themselves, and only evenly; more have as many
+        # each where few CTAs are left over.
         (dict(latents=4, heads=65), dict(stages=4, ctas=128, stripes=True)),
-        (dict(latents=5), dict(query_stages=2, join_rows=2)),
-        (dict(latents=4, heads=65, device_kind="NVIDIA H20"), dict(ctas=78, query_stages=2)),
+        (dict(latents=5), dict(ctas=130, query_stages=2, join_rows=2)),
+        (dict(latents=4, heads=65, device_kind="NVIDIA H20"), dict(ctas=76, query_stages=2)),
         # Wide latents leave room for fewer stages.
-        (dict(batch=64), dict(stages=4, query_stages=2)),
+        (dict(batch=64), dict(stages=4, ctas=128, query_stages=2)),
         (dict(width=256), dict(stages=4, ctas=64, stripes=True)),
         (dict(width=256, heads=128), dict(stages=3, ctas=64, stripes=True)),
-        (dict(width=512, batch=64), dict(stages=2)),
+        (dict(width=512, batch=64), dict(stages=2, ctas=128)),
         (dict(width=512, rope=128, batch=2), dict(stages=1, join_rows=2)),
         # Keys and values by head: nothing is shared that two of a tile would read once.
         (GQA, dict(query_stages=2, join_rows=1)),
@@ -285,7 +292,7 @@ def test_candidates_fit_and_hold_the_heuristic():
             # Only the heuristic's own pairing may keep its stripes; others use the whole chip.
             own = (config.shared, config.swap) == (first.shared, first.swap)
             assert config.stripes == (first.stripes and own)
-            assert config.ctas == (first.ctas if config.stripes else 132)
+            assert config.ctas == (first.ctas if config.stripes or config == first else 132)
             used = plan.smem_bytes(plan.Shape(p, config))
             assert used <= 227 * 1024
             assert mosaic_gpu.Config(**dataclasses.asdict(config)) == config

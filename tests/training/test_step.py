@@ -156,9 +156,26 @@ def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeyp
     up_projections = re.findall(r"\[16,8,8\]\S* all-gather\(", step.as_text())
     assert len(up_projections) == 2 * 2, "left to XLA, which gathers them for each product"
     assert f"tensor<2x{VOCAB}x32xf32>" in lowered.as_text(), "the head's gradient by share"
-    in_turn = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>", lowered.as_text())
+    in_turn = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>, (.*)", lowered.as_text())
     assert len(in_turn) == 1, "a block's gradients before the next block but one"
+    shapes = re.findall(r"tensor<([\dx]+)xf32>", in_turn[0])
+    assert [shapes.count(shape) for shape in ("32x80", "80x32")] == [2, 1], (
+        "cut before they are used"
+    )
+    assert all("x" in shape for shape in shapes), "vectors are exchanged one by one"
     takes_the_steps_of(one_device, experiment, step)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_gradients_of_blocks_that_are_recomputed_are_all_held(monkeypatch, copies):
+    """What came later would keep what was recomputed for it."""
+    monkeypatch.setattr(sharding, "has_copies", lambda mesh: copies)
+    model = dataclasses.replace(EXPERIMENT.model, remat="block", unroll=2)
+    experiment, mesh = on_mesh(fsdp=2, model=model), sharding.make_mesh(fsdp=2)
+    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
+    lowered = make_train_step(experiment, mesh).lower(*arguments)
+    (held,) = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>, (.*)", lowered.as_text())
+    assert held.count("<32x48xf32>") == 2 and held.count("<32xf32>") > 1
 
 
 def test_two_devices_that_exchange_by_copies_take_the_steps_of_one(one_device, monkeypatch):
@@ -189,9 +206,12 @@ def test_the_heads_gradient_is_made_in_the_parts_that_gpus_send_each_other(one_d
     """Each an array from the first chunk on: none is cut out of a whole gradient to be sent."""
     _, expected = one_device
     monkeypatch.setattr(sharding, "has_copies", lambda mesh: True)
-    experiment, mesh = on_mesh(fsdp=2), sharding.make_mesh(fsdp=2)
+    model = dataclasses.replace(EXPERIMENT.model, remat="none", unroll=2)
+    experiment, mesh = on_mesh(fsdp=2, model=model), sharding.make_mesh(fsdp=2)
     arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     lowered = make_train_step(experiment, mesh).lower(*arguments)
+    (held,) = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>, (.*)", lowered.as_text())
+    assert not re.search(r"<\d+x\d+xf32>", held), "more than gradients of heads"
     shares = set(re.findall(rf"tensor<(?:2|1)x{VOCAB}x(?:\d+x)*(\d+)xf32>", lowered.as_text()))
     assert shares == {"16"}, "wider than what a device keeps"
     _, losses = run(experiment, steps=2, compiled=lowered.compile())

@@ -259,12 +259,20 @@ def heuristic(problem: Problem) -> Config:
         config = dataclasses.replace(config, query_stages=2)
     config = _with_most_stages(config, problem)
     if config is not None and not config.stripes:
+        config = _even(config, problem)
         shape = Shape(problem, config)
         rows = problem.batch * shape.units * shape.streams * shape.stream_rows * shape.lines
         # So few of a CTA that all multiprocessors have one.
         join_rows = next(n for n in (config.join_rows, 2, 1) if rows >= n * config.ctas or n == 1)
         config = dataclasses.replace(config, join_rows=join_rows)
     return config
+
+
+def _even(config: Config, problem: Problem) -> Config:
+    """With as many CTAs for each unit, where that leaves all but a few: none then visits two."""
+    units = problem.batch * Shape(problem, config).units
+    ctas = config.ctas // units * units
+    return dataclasses.replace(config, ctas=ctas) if 32 * ctas >= 31 * config.ctas else config
 
 
 def candidates(problem: Problem) -> list[Config]:
