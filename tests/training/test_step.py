@@ -76,6 +76,20 @@ def run(experiment, steps=5, compiled=None):
     return state, losses
 
 
+def lowered_without_a_loop(remat="none", data=EXPERIMENT.data, **mesh):
+    """(experiment, its lowered step), in which the two blocks follow each other."""
+    model = dataclasses.replace(EXPERIMENT.model, unroll=2, remat=remat)
+    experiment = on_mesh(**mesh, model=model, data=data)
+    mesh = sharding.make_mesh(**mesh)
+    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
+    return experiment, make_train_step(experiment, mesh).lower(*arguments)
+
+
+def held_in_turn(lowered):
+    """Types, of each barrier that holds the stream's gradient first, of what it holds besides."""
+    return re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>, (.*)", lowered.as_text())
+
+
 @pytest.fixture(scope="module")
 def one_device():
     return run(on_mesh())
@@ -146,22 +160,18 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(monkeypatch):
 
 def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeypatch):
     monkeypatch.setattr(models, "product_step", lambda mesh: 20)  # From 24 to 40.
-    model = dataclasses.replace(EXPERIMENT.model, unroll=2, remat="none")
-    experiment, mesh = on_mesh(1, 2, 2, model=model), sharding.make_mesh(fsdp=2, tensor=2)
-    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
-    lowered = make_train_step(experiment, mesh).lower(*arguments)
+    experiment, lowered = lowered_without_a_loop(fsdp=2, tensor=2)
     step = lowered.compile()
     gate_and_up = re.findall(r"\[32,40\]\S* all-gather\(", step.as_text())
     assert len(gate_and_up) == 2 * 2, "gathered again in the backward pass"
     up_projections = re.findall(r"\[16,8,8\]\S* all-gather\(", step.as_text())
     assert len(up_projections) == 2 * 2, "left to XLA, which gathers them for each product"
     assert f"tensor<2x{VOCAB}x32xf32>" in lowered.as_text(), "the head's gradient by share"
-    in_turn = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>, (.*)", lowered.as_text())
+    in_turn = held_in_turn(lowered)
     assert len(in_turn) == 1, "a block's gradients before the next block but one"
     shapes = re.findall(r"tensor<([\dx]+)xf32>", in_turn[0])
-    assert [shapes.count(shape) for shape in ("32x80", "80x32")] == [2, 1], (
-        "cut before they are used"
-    )
+    padded = [shapes.count(shape) for shape in ("32x80", "80x32")]
+    assert padded == [2, 1], "cut before they are used"
     assert all("x" in shape for shape in shapes), "vectors are exchanged one by one"
     takes_the_steps_of(one_device, experiment, step)
 
@@ -170,21 +180,15 @@ def test_steps_without_a_loop_over_blocks_are_those_with_one(one_device, monkeyp
 def test_gradients_of_blocks_that_are_recomputed_are_all_held(monkeypatch, copies):
     """What came later would keep what was recomputed for it."""
     monkeypatch.setattr(sharding, "has_copies", lambda mesh: copies)
-    model = dataclasses.replace(EXPERIMENT.model, remat="block", unroll=2)
-    experiment, mesh = on_mesh(fsdp=2, model=model), sharding.make_mesh(fsdp=2)
-    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
-    lowered = make_train_step(experiment, mesh).lower(*arguments)
-    (held,) = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>, (.*)", lowered.as_text())
+    _, lowered = lowered_without_a_loop("block", fsdp=2)
+    (held,) = held_in_turn(lowered)
     assert held.count("<32x48xf32>") == 2 and held.count("<32xf32>") > 1
 
 
 def test_two_devices_that_exchange_by_copies_take_the_steps_of_one(one_device, monkeypatch):
     """As on two GPUs that split heads: each exchange beside a product that nothing waits for."""
     monkeypatch.setattr(sharding, "has_copies", lambda mesh: True)
-    model = dataclasses.replace(EXPERIMENT.model, remat="none", unroll=2)
-    experiment, mesh = on_mesh(tensor=2, model=model), sharding.make_mesh(tensor=2)
-    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
-    lowered = make_train_step(experiment, mesh).lower(*arguments)
+    experiment, lowered = lowered_without_a_loop(tensor=2)
     barriers = re.findall(r"optimization_barrier .* : (.*)", lowered.as_text())
     found = [re.findall(r"tensor<([x\d]+)xf32>", barrier) for barrier in barriers]
     # Those of attention itself have activations alone.
@@ -206,11 +210,8 @@ def test_the_heads_gradient_is_made_in_the_parts_that_gpus_send_each_other(one_d
     """Each an array from the first chunk on: none is cut out of a whole gradient to be sent."""
     _, expected = one_device
     monkeypatch.setattr(sharding, "has_copies", lambda mesh: True)
-    model = dataclasses.replace(EXPERIMENT.model, remat="none", unroll=2)
-    experiment, mesh = on_mesh(fsdp=2, model=model), sharding.make_mesh(fsdp=2)
-    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
-    lowered = make_train_step(experiment, mesh).lower(*arguments)
-    (held,) = re.findall(r"optimization_barrier .* : tensor<16x24x32xf32>, (.*)", lowered.as_text())
+    experiment, lowered = lowered_without_a_loop(fsdp=2)
+    (held,) = held_in_turn(lowered)
     assert not re.search(r"<\d+x\d+xf32>", held), "more than gradients of heads"
     shares = set(re.findall(rf"tensor<(?:2|1)x{VOCAB}x(?:\d+x)*(\d+)xf32>", lowered.as_text()))
     assert shares == {"16"}, "wider than what a device keeps"
@@ -237,11 +238,9 @@ def test_parts_of_a_batch_give_what_the_whole_gives(one_device):
 def test_weights_are_gathered_once_for_all_parts_of_a_batch(one_device):
     """Not in the loop over parts, where each part's gradients go to where they belong."""
     _, whole = one_device
-    model = dataclasses.replace(EXPERIMENT.model, unroll=2, remat="none")
     data = dataclasses.replace(EXPERIMENT.data, accumulate=4)
-    experiment, mesh = on_mesh(fsdp=2, model=model, data=data), sharding.make_mesh(fsdp=2)
-    arguments = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
-    step = make_train_step(experiment, mesh).lower(*arguments).compile()
+    experiment, lowered = lowered_without_a_loop(data=data, fsdp=2)
+    step = lowered.compile()
     programs = step.as_text().split("\n\n")
     gathers = [len(re.findall(r"= f32\S+ all-gather\(", text)) for text in programs]
     (entry,) = (i for i, text in enumerate(programs) if text.startswith("ENTRY"))
