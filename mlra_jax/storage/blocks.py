@@ -1,6 +1,7 @@
 """Objects of a bucket read by ranges, through a cache of bounded size."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,7 +30,8 @@ class Cache:
 
     def __init__(self, nbytes: int = CACHE_BYTES, block_bytes: int = BLOCK_BYTES):
         self.block_bytes = block_bytes
-        keep = functools.lru_cache(max(1, nbytes // block_bytes))
+        self.blocks = max(1, nbytes // block_bytes)
+        keep = functools.lru_cache(self.blocks)
         self.block = keep(lambda source, number: source.begin(number))
 
     def forget(self) -> None:
@@ -55,24 +57,26 @@ class RemoteBytes:
             self._store = ts.KvStore.open(kvstore(path.parent)).result()
         self._size, self._generation = path.stat().st_size, b""
         if self._size:
-            self._generation = self._result(0).stamp.generation
+            self._generation = self._read(range(1))[0].stamp.generation
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self._size)
-        self.expect([(start, stop)])
         numbers = self._blocks(start, stop)
-        joined = b"".join(self._read(number) for number in numbers)
+        found = self._read(numbers)
+        if any(block.stamp.generation != self._generation for block in found):
+            raise OSError(f"{self.path}: written anew since it was opened; start again")
+        joined = b"".join(block.value for block in found)
         first = numbers.start * self._cache.block_bytes
         return joined[start - first : max(start, stop) - first]
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Begins to read these ranges (start, stop), as far as the cache has room."""
-        for start, stop in ranges:
-            for number in self._blocks(start, stop):
-                self._cache.block(self, number)
+        numbers = itertools.chain.from_iterable(itertools.starmap(self._blocks, ranges))
+        for number in itertools.islice(numbers, self._cache.blocks):
+            self._cache.block(self, number)
 
     def begin(self, number: int) -> ts.Future:
         """Begins to read a block; for the cache."""
@@ -88,16 +92,12 @@ class RemoteBytes:
         width = self._cache.block_bytes
         return range(start // width, -(-max(start, stop) // width))
 
-    def _read(self, number: int) -> bytes:
-        found = self._result(number)
-        if found.stamp.generation != self._generation:
-            raise OSError(f"{self.path}: written anew since it was opened; start again")
-        return found.value
-
-    def _result(self, number: int) -> ts.KvStore.ReadResult:
+    def _read(self, numbers: range) -> list[ts.KvStore.ReadResult]:
         try:
             with telling(self.path):
-                return self._cache.block(self, number).result()
+                # Held here, as the cache may have less room.
+                begun = [self._cache.block(self, number) for number in numbers]
+                return [block.result() for block in begun]
         except OSError:
             self._cache.forget()
             raise

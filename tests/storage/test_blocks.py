@@ -63,6 +63,26 @@ def test_a_cache_without_room_forgets_what_was_used_longest_ago(stored):
     assert kept.maxsize == kept.currsize == 2
 
 
+def test_a_slice_larger_than_the_cache_reads_each_block_once(stored):
+    cache = Cache(1024, 512)
+    remote = array(cache)
+    assert np.array_equal(np.asarray(remote), DATA)
+    # Counting the first, which is read when the object is opened.
+    assert len(reads(stored)) == 20 and cache.block.cache_info().currsize == 2
+
+
+def test_no_more_is_begun_than_the_cache_has_room_for(stored):
+    cache = Cache(1024, 512)
+    remote = array(cache)
+    cache.forget()
+    remote.expect([(0, 10), (600, 5000)])
+    assert cache.block.cache_info().misses == 2
+    for part in slice(10), slice(600, 700):
+        assert np.array_equal(np.asarray(remote[part]), DATA[part])
+    # When it is opened, one.
+    assert len(reads(stored)) == 1 + 2
+
+
 def test_expected_ranges_are_asked_for_together(stored):
     remote = array(Cache(1 << 20, 512))
     ranges = [(0, 10), (1000, 1300), (4990, 5000)]
