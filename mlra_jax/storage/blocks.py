@@ -30,8 +30,8 @@ class Cache:
 
     def __init__(self, nbytes: int = CACHE_BYTES, block_bytes: int = BLOCK_BYTES):
         self.block_bytes = block_bytes
-        self.blocks = max(1, nbytes // block_bytes)
-        keep = functools.lru_cache(self.blocks)
+        self.room = max(1, nbytes // block_bytes)
+        keep = functools.lru_cache(self.room)
         self.block = keep(lambda source, number: source.begin(number))
 
     def forget(self) -> None:
@@ -75,7 +75,7 @@ class RemoteBytes:
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Begins to read these ranges (start, stop), as far as the cache has room."""
         numbers = itertools.chain.from_iterable(itertools.starmap(self._blocks, ranges))
-        for number in itertools.islice(numbers, self._cache.blocks):
+        for number in itertools.islice(numbers, self._cache.room):
             self._cache.block(self, number)
 
     def begin(self, number: int) -> ts.Future:
