@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -209,14 +209,18 @@ class SummedProjection(Projection):
     """`projection` in the decoding form, its contracted dimensions split over `mesh`."""
 
     apart = False
-    """Whether what is to be added up stays in parts, `[N, rows, out dims]`, for `additions`: the
+    """Whether what is to be added up stays in parts, `[N, rows, out dims]`, for `Additions`: the
     `summands` of each device."""
+    later = False
+    """Whether the product is another's (`kernels.after_attention`), and its input is returned."""
 
     def __init__(self, projection: Projection, mesh: Mesh):
         self.kernel, self.num_in, self.mesh = projection.kernel, projection.num_in, mesh
         self.axes = tuple(projection.kernel.get_metadata()["out_sharding"][: self.num_in])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.later:
+            return x
         if not self.apart:
             return super().__call__(x)
         # What several devices have is added up in float32.
@@ -304,45 +308,57 @@ def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array,
     return cos, sin
 
 
-def additions(
-    mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]
-) -> Callable[[jax.Array | None, jax.Array, RMSNorm], tuple[jax.Array, jax.Array]]:
+class Additions:
     """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
 
     `x` is the stream, at first None, and `y` a result of `summed`, an embedding or projections. On
     one device, and where `kernels.exchange` serves, these results stay in parts from now on
     (`apart`), and one kernel does all at once.
-    """
-    B, T, D = stream.shape
 
-    def add(x_BTD, y_BTD, norm):
-        x_BTD = y_BTD if x_BTD is None else x_BTD + y_BTD
-        x_BTD = sharding.constrain(x_BTD, mesh, "batch", "length", None)
+    Attributes:
+      exchange: of the step, or None.
+    """
+
+    def __init__(self, mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]):
+        self.mesh, self.stream, self.exchange = mesh, stream, None
+        B, T, D = stream.shape
+        if mesh.size == 1:
+            for module in summed:
+                module.apart = isinstance(module, SummedProjection)
+        elif exchange.supports(mesh, sharding.MODEL, B * T, D) is None:
+            for module in summed:
+                module.apart = True
+            self.exchange = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
+
+    def __call__(self, x_BTD, y, norm: RMSNorm) -> tuple[jax.Array, jax.Array]:
+        if self.exchange is not None:
+            return self._exchanged(x_BTD, y, norm)
+        if self.mesh.size == 1 and x_BTD is not None:
+            if len(y) > 1:
+                return norm.of_sum(x_BTD, y)
+            [y] = y
+        x_BTD = y if x_BTD is None else x_BTD + y
+        x_BTD = sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
         return x_BTD, norm(x_BTD)
 
-    def add_summands(x_BTD, y, norm):
-        if x_BTD is None:
-            return add(x_BTD, y, norm)
-        return norm.of_sum(x_BTD, y) if len(y) > 1 else add(x_BTD, y[0], norm)
-
-    if mesh.size == 1:
-        for module in summed:
-            module.apart = isinstance(module, SummedProjection)
-        return add_summands
-    if exchange.supports(mesh, sharding.MODEL, B * T, D) is not None:
-        return add
-    for module in summed:
-        module.apart = True
-    exchanged = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
-
-    def add_parts(x_BTD, y_NBTD, norm):
-        x_BTD = jnp.zeros((B, T, D), stream.dtype) if x_BTD is None else x_BTD
+    def _exchanged(self, x_BTD, y_NBTD, norm):
+        B, T, D = self.stream.shape
+        x_BTD = jnp.zeros((B, T, D), self.stream.dtype) if x_BTD is None else x_BTD
         summands_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
         how = dict(factor=norm.factor, eps=norm.eps, dtype=norm.dtype)
-        both = exchanged(summands_NRD, x_RD, norm.scale[...], **how)
+        both = self.exchange(summands_NRD, x_RD, norm.scale[...], **how)
         return tuple(x.reshape(B, T, D) for x in both)
 
-    return add_parts
+
+class Entered(NamedTuple):
+    """An attention's input as what adds up to its products, float32 `[N, B, T, E]` of a device."""
+
+    summands: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The first two dimensions of the input."""
+        return self.summands.shape[1:3]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -21,7 +21,7 @@ from mlra_jax.attention.blocks import in_blocks, of_keys, of_scores
 from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.kernels.chunk_attention import WIDEST, chunk_attention
 from mlra_jax.kernels.grouped_decode import grouped_decode
-from mlra_jax.layers import Exchanges, Projection, on_gpus, output_init, rotate
+from mlra_jax.layers import Entered, Exchanges, Projection, on_gpus, output_init, rotate
 
 Entries = dict[str, jax.Array]
 OVER = ("blocks", "cudnn")
@@ -72,7 +72,11 @@ class Attention(nnx.Module):
         return self._output(y, o_BTHV), self._entries(kept)
 
     def decode(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Entries, lengths_B: jax.Array
+        self,
+        x_BTD: jax.Array | Entered,
+        positions_BT: jax.Array,
+        cache: Entries,
+        lengths_B: jax.Array,
     ) -> tuple[jax.Array, Entries]:
         """T new tokens in each row's slots from `lengths[b]` on, over what is cached.
 
@@ -192,9 +196,17 @@ class Attention(nnx.Module):
         names = sorted(self.input_names(self.config), key=lambda name: name != "k_rope")
         return {name: self.exchanges.columns(getattr(self, name), x_BTD) for name in names}
 
-    def input_summands(self, x_BTD: jax.Array) -> jax.Array | None:
+    def input_summands(self, x_BTD: jax.Array | Entered) -> jax.Array | None:
         """`[N, B, T, E]`, which add up to what `reads` names, side by side, where that is all."""
         return None
+
+    def takes_summands(self, cache: Entries, num_summands: int) -> bool:
+        """Whether `decode` takes so many `input_summands` of a device (`Entered`) for its input."""
+        return False
+
+    def enters(self, cache: Entries, num_summands: int, width: int) -> bool:
+        """Whether so many summands of this width on a device enter by one kernel."""
+        return False
 
     @classmethod
     def input_names(cls, a: AttentionConfig) -> tuple[str, ...]:

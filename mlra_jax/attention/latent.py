@@ -127,6 +127,10 @@ class LatentAttention(FromLatents):
         q_BTHK = sharded.queries(q_BTQ, kernel[...], turned, **how, mesh=self.mesh)
         return {}, q_BTHK, {}, cache
 
+    def enters(self, cache, num_summands, width):
+        how = dict(cache_axes=self.cache_axes, mesh=self.mesh)
+        return sharded.enters(num_summands, width, self.q_norm, cache, **how)
+
     def _ask(self, q_BTHK):
         return self._ask_latents(q_BTHK)
 

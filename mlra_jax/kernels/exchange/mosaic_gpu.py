@@ -117,7 +117,7 @@ def _send(row_D: jax.Array, ref, layout) -> None:
         for pointer, value in zip(_places(ref, row.layout), row.registers.flat, strict=True):
             words = vector.bitcast(_words(row.layout.vec_size), value)
             empty = arith.cmpi(arith.CmpIPredicate.eq, words, _all(words.type, EMPTY))
-            _write(pointer, arith.select(empty, _all(words.type, 0), words))
+            write_words(pointer, arith.select(empty, _all(words.type, 0), words))
 
     send(row_D, ref)
 
@@ -130,7 +130,7 @@ def _empty(ref, layout) -> None:
         strided = layout.to_mgpu()
         words = _all(_words(strided.vec_size), EMPTY)
         for pointer in _places(ref, strided):
-            _write(pointer, words)
+            write_words(pointer, words)
 
     empty(ref)
 
@@ -148,7 +148,7 @@ def _receive(ref, width: int, layout) -> jax.Array:
         kind = _words(strided.vec_size)
         loop = scf.WhileOp([kind] * len(pointers), [_all(kind, EMPTY)] * len(pointers))
         with ir.InsertionPoint(loop.before.blocks.append(*[kind] * len(pointers))):
-            rows = [_read(pointer, strided.vec_size) for pointer in pointers]
+            rows = [read_words(pointer, strided.vec_size) for pointer in pointers]
             missing = [
                 arith.cmpi(arith.CmpIPredicate.eq, vector.extract(words, [], [i]), _word(EMPTY))
                 for words in rows
@@ -187,7 +187,7 @@ def _places(ref, layout):
 
 
 # At once and in the order of the program: not to be moved to the other side of the wait.
-def _write(pointer, words) -> None:
+def write_words(pointer, words) -> None:
     n = ir.VectorType(words.type).shape[0]
     values = [vector.extract(words, [], [i]) for i in range(n)]
     text = f"st.relaxed.sys.global{_listed(1, n)[0]}.b32 [$0], {_listed(1, n)[1]};"
@@ -196,7 +196,7 @@ def _write(pointer, words) -> None:
     llvm.inline_asm(void, [pointer, *values], text, constraints, has_side_effects=True)
 
 
-def _read(pointer, n: int):
+def read_words(pointer, n: int):
     i32 = ir.IntegerType.get_signless(32)
     text = f"ld.relaxed.sys.global{_listed(0, n)[0]}.b32 {_listed(0, n)[1]}, [${n}];"
     constraints = ",".join([*["=r"] * n, "l", "~{memory}"])

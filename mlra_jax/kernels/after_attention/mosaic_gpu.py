@@ -1,0 +1,793 @@
+"""A layer from its attention's answer to the next one's entry, as one launch on Hopper GPUs.
+
+Four products lie there, of a few rows with weights that are read once: the output projection, the
+MLP's two, and what the next attention makes of its input. As launches of their own, each begins to
+read its weights when the one before has ended, and memory is idle while devices wait for each
+other. Here one warpgroup of a CTA does nothing but copy the weights of its share of them all into a
+ring, as far ahead as the ring goes, and two multiply. Features are the rows of the products, so
+that a product is no wider than the batch.
+
+Every product is cut into tiles of columns and into shares of what is contracted, one of each to a
+CTA. Between two products a few warpgroups have a block of 64 features each: they add up what all
+shares and devices have of it, do what the layer does there, and tell all CTAs. Where there is a
+norm, the product is of what is not divided yet; who adds it up divides by then.
+
+CTAs hear of each other's numbers as devices do in `exchange.mosaic_gpu`: a word of the board, an
+array in device memory, is `EMPTY` until it is written, and who needs it reads until it is not. That
+is one way to memory and one back, which take microseconds while weights are read; a counter would
+be two more. Parts that one warpgroup alone reads it empties at once. What many read the next launch
+empties when it begins: nobody writes there before all CTAs have told their first part, which each
+does behind a fence. Devices exchange parts twice, by the inboxes and the rules of that module.
+
+All CTAs wait for all, so that they must run at once: one on each multiprocessor.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu import plan
+from mlra_jax.kernels.exchange.mosaic_gpu import EMPTY, INBOXES, read_words, write_words
+
+SLAB = 64
+"""Features at once: of what is contracted, and of what is exchanged."""
+CTAS = 132
+"""As many as an H100 or H200 has multiprocessors."""
+RING_BYTES = 192 << 10
+ROWS_BYTES = 32 << 10
+"""Of shared memory for the batch's rows, beside the ring."""
+MULTIPLIERS = 2
+"""Warpgroups of a CTA that multiply."""
+_STRIDE = 512
+"""Words that a warpgroup empties at a time."""
+_WAITING = 96
+"""Registers of a thread for what it waits for at a time."""
+AHEAD = 3, 1, 1, 2
+"""Slabs of each product that a CTA waits for at a time. What CTAs tell each other would wait behind
+more."""
+_TILE = plgpu.Layout.WGMMA
+_ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)
+_LINE = plgpu.Layout.WG_STRIDED((_STRIDE,), vec_size=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """How the CTAs share a product of `contracted` by `columns` weights.
+
+    Attributes:
+      tile: columns of a CTA.
+      depth: features that are contracted by what is copied at a time.
+    """
+
+    contracted: int
+    columns: int
+    tile: int
+    depth: int = SLAB
+
+    @property
+    def tiles(self) -> int:
+        return self.columns // self.tile
+
+    @property
+    def shares(self) -> int:
+        return min(self.contracted // self.depth, CTAS // self.tiles)
+
+    @property
+    def blocks(self) -> int:
+        """Of features, in a copy."""
+        return self.depth // SLAB
+
+    @property
+    def most(self) -> int:
+        """Blocks of features of a share."""
+        return -(-(self.contracted // self.depth) // self.shares) * self.blocks
+
+    def unit(self, cta):
+        """(tile, share, its first block, how many copies) of a CTA, which may be none."""
+        tile, share = lax.rem(cta, self.tiles), lax.div(cta, self.tiles)
+        copies = self.contracted // self.depth
+        bound = lambda share: lax.div(jnp.minimum(share, self.shares) * copies, self.shares)
+        first = bound(share)
+        return tile, share, first * self.blocks, bound(share + 1) - first
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes on one device: widths of the answer, of the stream, of the MLP, and of the next
+    attention's entry, 0 if the launch has none; rows."""
+
+    answer: int
+    stream: int
+    mlp: int
+    entry: int
+    rows: int
+
+    @property
+    def tile(self) -> int:
+        return 256 if self.stream % 256 == 0 else 128
+
+    @functools.cached_property
+    def products(self) -> tuple[Product, ...]:
+        sizes = (self.answer, self.stream), (self.stream, 2 * self.mlp), (self.mlp, self.stream)
+        products = [Product(*size, self.tile) for size in sizes]
+        return (*products, *[Product(self.stream, self.entry, SLAB, self.tile)] * bool(self.entry))
+
+    @property
+    def blocks(self) -> int:
+        return self.stream // SLAB
+
+    @property
+    def slots(self) -> int:
+        return RING_BYTES // (SLAB * self.tile * 2)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of shared memory for the rows."""
+        blocks = max(MULTIPLIERS, *(product.most for product in self.products))
+        return blocks * self.rows * SLAB * 2
+
+    @functools.cached_property
+    def board(self) -> dict[str, tuple[int, ...]]:
+        """What CTAs tell each other, words by row of the batch; first what one warpgroup reads."""
+        shares = [product.shares for product in self.products]
+        return dict(
+            parts_out=(shares[0], self.stream),
+            parts_widened=(shares[1], 2 * self.mlp),
+            parts_narrow=(shares[2], self.stream),
+            entered_mlp=(self.stream,),
+            hidden=(self.mlp,),
+            entered_next=(self.stream,),
+            squares_mlp=(self.blocks,),
+            squares_next=(self.blocks,),
+        )
+
+    def places(self) -> dict[str, int]:
+        """Where on the board each begins; `end` is where the last one ends."""
+        ends = itertools.accumulate(
+            (math.prod(s) * self.rows for s in self.board.values()), initial=0
+        )
+        return dict(zip((*self.board, "end"), ends, strict=True))
+
+    @property
+    def board_size(self) -> int:
+        """Words, so many that each warpgroup with a part in the first product empties as many."""
+        emptied = self.emptied * self.emptying
+        # Squares are read as blocks, whose ends mean nothing.
+        return self.places()["entered_mlp"] + emptied + SLAB * self.rows
+
+    @property
+    def emptying(self) -> int:
+        """Warpgroups that empty what many have read."""
+        return self.products[0].tiles * self.products[0].shares * MULTIPLIERS
+
+    @property
+    def emptied(self) -> int:
+        """Words that each of them empties."""
+        places = self.places()
+        words = places["end"] - places["entered_mlp"]
+        return -(-words // (self.emptying * _STRIDE)) * _STRIDE
+
+
+def after_attention(
+    answer_RK: jax.Array,
+    x_DR: jax.Array,
+    scales: tuple[jax.Array, jax.Array],
+    weights: Sequence[jax.Array],
+    inbox: jax.Array,
+    board: jax.Array,
+    turn: jax.Array,
+    *,
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    factors: tuple[float, float],
+    eps: tuple[float, float],
+    shape: Shape,
+) -> tuple[jax.Array, ...]:
+    """(the stream, what follows, the inboxes, the board) of one device.
+
+    What follows is the stream's norm, `[R, D]`, or float32 `[N, R, E]` that add up to the product
+    of that and the entry's weights.
+
+    Args:
+      answer_RK: bfloat16, what the output projection reads on this device.
+      x_DR: bfloat16, the stream.
+      scales: of the MLP's norm and of the next one, which multiply by them and by `factors`.
+      weights: bfloat16, `[K, D]`, `[D, 2 F]`, `[F, D]` and perhaps the entry's `[D, E]`.
+      inbox: int32 as of `exchange`.
+      board: int32 `[Shape.board_size]`, from the launch before, or `EMPTY`; changed in place.
+      turn: int32 `[1]`, the number of the first exchange in its step modulo `INBOXES`.
+      axes: the mesh axes of more than one device.
+      eps: of the norms.
+    """
+    D, R = x_DR.shape
+    places = list(itertools.product(*(range(mesh.shape[a]) for a in axes)))
+    following = jax.ShapeDtypeStruct((R, D), x_DR.dtype)
+    products = shape.products[: len(weights)]
+    if len(weights) > 3:
+        following = jax.ShapeDtypeStruct((products[3].shares, R, shape.entry), jnp.float32)
+
+    def body(*refs, **memory):
+        before, (stream, following) = refs[:-2], refs[-2:]
+        answer, x, scale_mlp, scale_next, *weights, turn, inbox, board = before
+        arrays = dict(
+            answer=answer,
+            x=x,
+            scale_mlp=scale_mlp,
+            scale_next=scale_next,
+            weights=weights,
+            turn=turn,
+            inbox=inbox,
+            board=board,
+            stream=stream,
+            following=following,
+        )
+        me = jnp.int32(0)
+        for a in axes:
+            me = me * mesh.shape[a] + lax.axis_index(a)
+        devices = [dict(zip(axes, map(jnp.int32, place), strict=True)) for place in places]
+        cta = _Cta(
+            shape=shape,
+            factors=factors,
+            eps=eps,
+            me=me,
+            devices=devices,
+            index=lax.axis_index("cta"),
+            wg=lax.axis_index("wg"),
+            a=types.SimpleNamespace(**arrays),
+            memory=types.SimpleNamespace(**memory),
+        )
+        pl.when(cta.wg == MULTIPLIERS)(functools.partial(_copy, cta))
+        pl.when(cta.wg < MULTIPLIERS)(functools.partial(_multiply, cta))
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct((D, R), x_DR.dtype), following),
+        scratch_types=dict(
+            ring=plgpu.RefUnion(
+                _swizzled((shape.slots, SLAB, shape.tile)),
+                _swizzled((shape.slots, shape.tile, SLAB)),
+            ),
+            rows=_swizzled((shape.memory // (R * SLAB * 2), R, SLAB)),
+            scratch=plgpu.SMEM((MULTIPLIERS, plan.REDUCTION), jnp.float32),
+            inverse=plgpu.SMEM((R,), jnp.float32),
+            full=plgpu.Barrier(num_barriers=shape.slots),
+            empty=plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=shape.slots),
+            answer=plgpu.Barrier(num_arrivals=shape.products[0].most),
+            ready=plgpu.Barrier(num_arrivals=MULTIPLIERS),
+            found=plgpu.Barrier(),
+        ),
+        grid=(CTAS,),
+        grid_names=("cta",),
+        num_threads=MULTIPLIERS + 1,
+        thread_name="wg",
+        kernel_name="after_attention",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            skip_device_barrier=True,
+            reduction_scratch_bytes=0,
+            approx_math=True,
+        ),
+    )
+    inbox_ref, board_ref = jax.new_ref(inbox), jax.new_ref(board)
+    stream, following = kernel(answer_RK, x_DR, *scales, *weights, turn, inbox_ref, board_ref)
+    return stream, following, jax.freeze(inbox_ref), jax.freeze(board_ref)
+
+
+def _swizzled(shape: tuple[int, ...]):
+    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cta:
+    """What the warpgroups of a CTA share; `a` are the arrays in device memory."""
+
+    shape: Shape
+    factors: tuple[float, float]
+    eps: tuple[float, float]
+    me: jax.Array
+    devices: list
+    index: jax.Array
+    wg: jax.Array
+    a: Any
+    memory: Any
+
+    @property
+    def block(self):
+        """The block of features that the warpgroup exchanges, if there is one."""
+        return self.wg * CTAS + self.index
+
+    @property
+    def gated(self):
+        """The block of the MLP's features that the warpgroup gates, if there is one; those that had
+        no part in the product before come first."""
+        return (CTAS - 1 - self.index) * MULTIPLIERS + self.wg
+
+    def slab(self, slot, product: Product):
+        """Memory of the ring for what is copied at a time."""
+        return self.memory.ring[product.depth > SLAB].at[slot]
+
+    def inbox(self, turn, sender, block):
+        turn = lax.rem(self.a.turn[0] + turn, INBOXES)
+        return self.a.inbox.at[turn, sender, _words_of(block * SLAB, SLAB, self.shape.rows)]
+
+    def inbox_of(self, device, turn, block):
+        ref = plgpu.remote_ref(self.a.inbox, device) if len(self.devices) > 1 else self.a.inbox
+        turn = lax.rem(self.a.turn[0] + turn, INBOXES)
+        return ref.at[turn, self.me, _words_of(block * SLAB, SLAB, self.shape.rows)]
+
+    def told(self, name: str, *place, count: int = SLAB):
+        """A place on the board, of `count` numbers of each row."""
+        at = 0
+        for size, i in zip(self.shape.board[name], place, strict=True):
+            at = at * size + i
+        start = self.shape.places()[name] + at * self.shape.rows
+        return self.a.board.at[pl.ds(start, count * self.shape.rows)]
+
+
+def _words_of(feature, count: int, rows: int):
+    return pl.ds(feature * rows, count * rows)
+
+
+def _slab(i, count: int = SLAB):
+    return pl.ds(pl.multiple_of(i * SLAB, SLAB), count)
+
+
+# --- Copies ---
+
+
+def _copy(cta: _Cta) -> None:
+    """Asks for the answer and for the weights, slab by slab."""
+    shape, memory = cta.shape, cta.memory
+    out = shape.products[0]
+    _, _, first, _ = out.unit(cta.index)
+    for i in range(out.most):
+        block = _slab(jnp.minimum(first + i, out.contracted // SLAB - 1))
+        plgpu.copy_gmem_to_smem(cta.a.answer.at[:, block], memory.rows.at[i], memory.answer)
+
+    def arrive(step, _):
+        plgpu.barrier_wait(memory.full.at[lax.rem(step, shape.slots)])
+
+    step = arrived = jnp.int32(0)
+    for product, ref, ahead in zip(shape.products, cta.a.weights, AHEAD):  # noqa: B905
+        tile, _, first, count = product.unit(cta.index)
+        columns = pl.ds(pl.multiple_of(tile * product.tile, product.tile), product.tile)
+
+        def copy(i, steps, product=product, ref=ref, columns=columns, first=first, ahead=ahead):
+            step, arrived = steps
+            slot, due = lax.rem(step, shape.slots), step - min(ahead, shape.slots) + 1
+            lax.fori_loop(arrived, due, arrive, None)
+            pl.when(step >= shape.slots)(lambda: plgpu.barrier_wait(memory.empty.at[slot]))
+            source = ref.at[_slab(first + i * product.blocks, product.depth), columns]
+            plgpu.copy_gmem_to_smem(source, cta.slab(slot, product), memory.full.at[slot])
+            return step + 1, jnp.maximum(arrived, due)
+
+        step, arrived = lax.fori_loop(0, count, copy, (step, arrived))
+
+
+# --- Products ---
+
+
+def _multiply(cta: _Cta) -> None:
+    out, widen, narrow, *entry = cta.shape.products[: len(cta.a.weights)]
+    _empty_board(cta)
+    plgpu.barrier_wait(cta.memory.answer)
+    step = _product(cta, out, jnp.int32(0), "parts_out")
+    exchanges, last = cta.block < cta.shape.blocks, not entry
+    pl.when(exchanges)(lambda: _enter_mlp(cta))
+    _take(cta, widen, "entered_mlp")
+    step = _product(cta, widen, step, "parts_widened")
+    pl.when(cta.gated < cta.shape.mlp // SLAB)(lambda: _gate(cta))
+    _take(cta, narrow, "hidden")
+    step = _product(cta, narrow, step, "parts_narrow")
+    pl.when(exchanges)(lambda: _leave(cta) if last else _enter_next(cta))
+    if entry:
+        _take(cta, *entry, "entered_next")
+        _product_of_entry(cta, *entry, step)
+
+
+def _product(cta: _Cta, product: Product, step, name: str):
+    """Tells the CTA's share of a product, each warpgroup half of the tile's columns."""
+    half = product.tile // MULTIPLIERS
+    tile, share, _, count = product.unit(cta.index)
+    mine = pl.ds(pl.multiple_of(cta.wg * half, half), half)
+    acc, step = _multiplied(cta, product, step, mine)
+    column = tile * product.tile + cta.wg * half
+    pl.when(count > 0)(lambda: _tell(acc, cta.told(name, share, column, count=half)))
+    _meet(cta)
+    return step
+
+
+def _multiplied(cta: _Cta, product: Product, step, columns):
+    """(what the CTA's slabs add up to in some columns of its tile, the step after them)."""
+    memory, slots = cta.memory, cta.shape.slots
+    *_, count = product.unit(cta.index)
+
+    def products(acc):
+        def multiply(i, step):
+            slot = lax.rem(step, slots)
+            plgpu.barrier_wait(memory.full.at[slot])
+            for k in range(product.blocks):
+                weights = cta.slab(slot, product).at[pl.ds(k * SLAB, SLAB), columns]
+                rows = memory.rows.at[i * product.blocks + k]
+                plgpu.wgmma(acc, weights.transpose((1, 0)), rows.transpose((1, 0)))
+            # What was read before this one is free.
+            plgpu.wgmma_wait(product.blocks)
+            before = lax.rem(step + slots - 1, slots)
+            pl.when(i > 0)(lambda: plgpu.barrier_arrive(memory.empty.at[before]))
+            return step + 1
+
+        end = lax.fori_loop(0, count, multiply, step)
+        plgpu.wgmma_wait(0)
+        last = lax.rem(end + slots - 1, slots)
+        pl.when(count > 0)(lambda: plgpu.barrier_arrive(memory.empty.at[last]))
+        return acc[...], end
+
+    return pl.run_scoped(products, plgpu.ACC((columns.size, cta.shape.rows), jnp.float32))
+
+
+def _product_of_entry(cta: _Cta, product: Product, step) -> None:
+    """The CTA's share by one warpgroup; the other one finds what it is to be multiplied by."""
+    memory, (tile, share, _, count) = cta.memory, product.unit(cta.index)
+
+    @pl.when((cta.wg > 0) & (count > 0))
+    def _inverse():
+        memory.inverse[...] = _inverse_of(cta, "squares_next", cta.eps[1])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(memory.found)
+
+    @pl.when((cta.wg == 0) & (count > 0))
+    def _multiply():
+        acc, _ = _multiplied(cta, product, step, pl.ds(0, SLAB))
+        plgpu.barrier_wait(memory.found)
+        inverse = plgpu.load(memory.inverse, layout=_COLUMN)
+        _put(acc * _tall(inverse, acc), cta.a.following.at[share], tile * SLAB, product.columns)
+
+
+# --- What lies between them ---
+
+
+def _empty_board(cta: _Cta) -> None:
+    """Empties a warpgroup's piece of what many have read in the launch before.
+
+    It ends with a fence: what the CTA puts out from now on is there after that.
+    """
+    shape = cta.shape
+    place = cta.index * MULTIPLIERS + cta.wg
+
+    @pl.when(place < shape.emptying)
+    def _():
+        start = shape.places()["entered_mlp"] + place * shape.emptied
+        for offset in range(0, shape.emptied, _STRIDE):
+            _empty(cta.a.board.at[pl.ds(start + offset, _STRIDE)], _LINE, (_STRIDE,))
+
+    _fence()
+
+
+def _parts(cta: _Cta, name: str, block):
+    shares = cta.shape.board[name][0]
+    return [cta.told(name, share, block * SLAB) for share in range(shares)]
+
+
+def _empty_blocks(cta: _Cta, refs) -> None:
+    for ref in refs:
+        _empty(ref, _TILE, (SLAB, cta.shape.rows))
+
+
+def _exchanged(cta: _Cta, name: str, turn: int):
+    """What a block of all devices' parts adds up to; empties the inbox of the exchange before."""
+    devices = range(len(cta.devices))
+    refs = _parts(cta, name, cta.block)
+    part = _sum(_hear(cta, refs))
+    for device in cta.devices:
+        _tell(part, cta.inbox_of(device, turn, cta.block))
+    _empty_blocks(cta, refs)
+    _empty_blocks(cta, [cta.inbox(turn + INBOXES - 1, n, cta.block) for n in devices])
+    return _sum(_hear(cta, [cta.inbox(turn, n, cta.block) for n in devices]))
+
+
+def _enter_mlp(cta: _Cta) -> None:
+    """Tells a block of the MLP's input. It is not yet divided by the root of the mean square, which
+    takes all blocks to know."""
+    a, at = cta.a, _slab(cta.block)
+    x = (_load(a.x.at[at]) + _exchanged(cta, "parts_out", 0)).astype(a.x.dtype)
+    # Half a layer on, in the place of what it was: no other warpgroup reads it.
+    _store(a.stream.at[at], x)
+    _tell_scaled(cta, x, a.scale_mlp, cta.factors[0], "mlp")
+
+
+def _enter_next(cta: _Cta) -> None:
+    """Tells a block of what the next attention enters, likewise."""
+    _tell_scaled(cta, _after(cta), cta.a.scale_next, cta.factors[1], "next")
+
+
+def _after(cta: _Cta):
+    """A block of the stream after the layer."""
+    stream = cta.a.stream.at[_slab(cta.block)]
+    added = _exchanged(cta, "parts_narrow", 1)
+    x = (_load(stream) + added).astype(cta.a.stream.dtype)
+    _store(stream, x)
+    return x
+
+
+def _tell_scaled(cta: _Cta, x, scale_ref, factor: float, name: str) -> None:
+    scale = _load(scale_ref.at[_slab(cta.block)], _ROW) * factor
+    x = x.astype(jnp.float32)
+    scaled = (x * _wide(scale, x)).astype(jnp.bfloat16).astype(jnp.float32)
+    _tell(scaled, cta.told(f"entered_{name}", cta.block * SLAB))
+    _tell_squares(cta, x, f"squares_{name}")
+
+
+def _tell_squares(cta: _Cta, x, name: str) -> None:
+    squares = _over_features(x * x, cta.memory.scratch.at[cta.wg])
+    _tell(squares, cta.told(name, cta.block, count=1))
+
+
+def _inverse_of(cta: _Cta, name: str, eps: float):
+    """What each row is to be multiplied by, from its sums of squares."""
+    shape = cta.shape
+    squares = [
+        _hear(cta, [cta.told(name, begin)], limit=shape.blocks - begin)[0]
+        for begin in range(0, shape.blocks, SLAB)
+    ]
+    total = _over_features(_sum(squares), cta.memory.scratch.at[cta.wg])
+    return lax.rsqrt(total / shape.stream + eps)
+
+
+def _gate(cta: _Cta) -> None:
+    """Tells a block of the input of the MLP's second product."""
+    shape, block = cta.shape, cta.gated
+    shares = shape.products[1].shares
+    gate, up = (_parts(cta, "parts_widened", block + k * (shape.mlp // SLAB)) for k in (0, 1))
+    inverse = _inverse_of(cta, "squares_mlp", cta.eps[0])
+    parts = _hear(cta, gate + up)
+    both = (_sum(parts[:shares]), _sum(parts[shares:]))
+    x, y = ((z * _tall(inverse, z)).astype(jnp.bfloat16).astype(jnp.float32) for z in both)
+    y = x / (1.0 + jnp.exp(-x)) * y
+    _tell(y.astype(jnp.bfloat16).astype(jnp.float32), cta.told("hidden", block * SLAB))
+    _empty_blocks(cta, gate + up)
+
+
+def _leave(cta: _Cta) -> None:
+    """Writes a block of the last layer's stream and of its norm."""
+    a, memory, at = cta.a, cta.memory, _slab(cta.block)
+    x = _after(cta).astype(jnp.float32)
+    _tell_squares(cta, x, "squares_next")
+    x = x * _tall(_inverse_of(cta, "squares_next", cta.eps[1]), x)
+    x = x * _wide(_load(a.scale_next.at[at], _ROW) * cta.factors[1], x)
+    # Both warpgroups are done with these rows.
+    staging = memory.rows.at[cta.wg]
+    staging.transpose((1, 0))[...] = x.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, a.following.at[:, at])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _take(cta: _Cta, product: Product, name: str) -> None:
+    """The CTA's share of a product's input, from the board into shared memory."""
+    shape, memory, wg = cta.shape, cta.memory, cta.wg
+    _, _, first, count = product.unit(cta.index)
+    count = count * product.blocks
+    most = -(-product.most // MULTIPLIERS)
+    at_once = max(1, min(most, _WAITING // (SLAB * shape.rows // plan.LANES)))
+
+    def enter(i, y):
+        memory.rows.at[i].transpose((1, 0))[...] = y.astype(jnp.bfloat16)
+
+    def some(n, _):
+        places = [wg + MULTIPLIERS * (n * at_once + k) for k in range(at_once)]
+        blocks = [first + jnp.minimum(i, count - 1) for i in places]
+        refs = [cta.told(name, block * SLAB) for block in blocks]
+        for i, y in zip(places, _hear(cta, refs, patiently=True), strict=True):
+            pl.when(i < count)(functools.partial(enter, i, y))
+
+    turns = lax.div(count - wg + MULTIPLIERS * at_once - 1, MULTIPLIERS * at_once)
+    lax.fori_loop(0, turns, some, None)
+    _meet(cta)
+
+
+def _sum(parts):
+    return functools.reduce(jnp.add, parts)
+
+
+def _meet(cta: _Cta) -> None:
+    """Both multiplying warpgroups are here and see what both have written to shared memory."""
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(cta.memory.ready)
+    plgpu.barrier_wait(cta.memory.ready)
+
+
+# --- Registers: features by rows, as products have them ---
+
+
+def _load(ref, layout=plgpu.Layout.WGMMA):
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+
+def _store(ref, value) -> None:
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def _wide(x, like):
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def _tall(x, like):
+    return lax.broadcast_in_dim(x, like.shape, [1])
+
+
+def _over_features(x, scratch_ref):
+    """The sums over features, through memory of the warpgroup's own."""
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=_COLUMN)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+    def reduce(_, x, scratch):
+        return x.reduce("add", 0, scratch)
+
+    return reduce(x, scratch_ref)
+
+
+# --- Telling and hearing ---
+
+
+def _pointers(ref, layout, shape):
+    """(pointer, first index) of what a thread holds of an array that is whole in memory."""
+    base = mgpu.utils.memref_ptr(ref)
+    i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+    index = ir.IndexType.get()
+    for indices in layout.thread_idxs(shape):
+        offset = indices[0]
+        for size, i in zip(shape[1:], indices[1:], strict=True):
+            offset = arith.addi(arith.muli(offset, arith.constant(index, size)), i)
+        offset = arith.index_cast(i64, offset)
+        yield mgpu.utils.getelementptr(base, [offset], i32), indices[0]
+
+
+def _tell(value, ref) -> None:
+    """Writes float32 where it is waited for, perhaps on another device."""
+    layout = _TILE if value.ndim == 2 else _COLUMN
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def tell(ctx, value, ref):
+        pointers = _pointers(ref, value.layout, value.shape)
+        for (pointer, _), numbers in zip(pointers, value.registers.flat, strict=True):
+            words = mgpu.utils.bitcast(numbers, _words(value.layout.vector_length))
+            empty = arith.cmpi(arith.CmpIPredicate.eq, words, _all(words.type, EMPTY))
+            write_words(pointer, arith.select(empty, _all(words.type, 0), words))
+
+    tell(value, ref)
+
+
+def _put(value, ref, column, columns: int) -> None:
+    """Writes features by rows where rows of so many columns are, from a column on."""
+
+    @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def put(ctx, value, ref, column):
+        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        index, base = ir.IndexType.get(), mgpu.utils.memref_ptr(ref)
+        column = arith.index_cast(index, column.registers.flat[0])
+        places = value.layout.thread_idxs(value.shape)
+        for (feature, row), numbers in zip(places, value.registers.flat, strict=True):
+            words = mgpu.utils.bitcast(numbers, _words(value.layout.vector_length))
+            for i in range(value.layout.vector_length):
+                at = arith.addi(row, arith.constant(index, i))
+                at = arith.addi(arith.muli(at, arith.constant(index, columns)), feature)
+                at = arith.index_cast(i64, arith.addi(at, column))
+                word = vector.broadcast(_words(1), vector.extract(words, [], [i]))
+                write_words(mgpu.utils.getelementptr(base, [at], i32), word)
+
+    put(value, ref, jnp.int32(column))
+
+
+def _empty(ref, layout, shape) -> None:
+    """Makes memory of this device ready to be written again."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def empty(ctx, ref):
+        lying = layout.to_mgpu()
+        length = getattr(lying, "vec_size", None) or lying.vector_length
+        for pointer, _ in _pointers(ref, lying, shape):
+            write_words(pointer, _all(_words(length), EMPTY))
+
+    empty(ref)
+
+
+def _fence() -> None:
+    @plgpu.inline_mgpu(arg_types=())
+    def fence(ctx):
+        void = ir.Type.parse("!llvm.void")
+        text = "fence.acq_rel.gpu;"
+        llvm.inline_asm(void, [], text, "~{memory}", has_side_effects=True)
+
+    fence()
+
+
+def _hear(cta: _Cta, refs, limit: int = SLAB, patiently: bool = False) -> list[jax.Array]:
+    """Blocks of float32 when all of them have been told.
+
+    Features from `limit` on are 0, and not waited for. Where all CTAs wait, which would keep memory
+    busy, they do it `patiently`: by looking at one word of each block until it is there.
+    """
+    shape, layout = (SLAB, cta.shape.rows), _TILE
+    out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=(out,) * len(refs))
+    def hear(ctx, *refs):
+        lying, i32 = layout.to_mgpu(), ir.IntegerType.get_signless(32)
+        kind = _words(lying.vector_length)
+        if patiently:
+            _wait_for_one(refs)
+        places = [place for ref in refs for place in _pointers(ref, lying, shape)]
+        loop = scf.WhileOp([kind] * len(places), [_all(kind, EMPTY)] * len(places))
+        with ir.InsertionPoint(loop.before.blocks.append(*[kind] * len(places))):
+            found, missing = [], []
+            for pointer, index in places:
+                words = read_words(pointer, lying.vector_length)
+                if limit < SLAB:
+                    index = arith.index_cast(i32, index)
+                    wanted = arith.cmpi(arith.CmpIPredicate.ult, index, arith.constant(i32, limit))
+                    words = arith.select(wanted, words, _all(kind, 0))
+                found.append(words)
+                missing.append(arith.cmpi(arith.CmpIPredicate.eq, words, _all(kind, EMPTY)))
+            any_missing = functools.reduce(arith.ori, missing)
+            bits = [vector.extract(any_missing, [], [i]) for i in range(lying.vector_length)]
+            scf.condition(functools.reduce(arith.ori, bits), found)
+        block = loop.after.blocks.append(*[kind] * len(places))
+        with ir.InsertionPoint(block):
+            scf.yield_(list(block.arguments))
+        real = ir.VectorType.get((lying.vector_length,), ir.F32Type.get())
+        values = [mgpu.utils.bitcast(words, real) for words in loop.results]
+        arrays, count = [], len(values) // len(refs)
+        for n in range(len(refs)):
+            registers = np.empty(lying.registers_shape(shape), dtype=object)
+            registers.flat = values[n * count : (n + 1) * count]
+            arrays.append(
+                mgpu.FragmentedArray(_registers=registers, _layout=lying, _is_signed=None)
+            )
+        return tuple(arrays)
+
+    found = hear(*refs)
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def _wait_for_one(refs) -> None:
+    """Until the first word of each array is there, each thread watching one."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, len(refs)))
+    pointer = mgpu.utils.memref_ptr(refs[0])
+    for n, ref in enumerate(refs[1:], 1):
+        mine = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, n))
+        pointer = arith.select(mine, mgpu.utils.memref_ptr(ref), pointer)
+    loop = scf.WhileOp([], [])
+    with ir.InsertionPoint(loop.before.blocks.append()):
+        word = vector.extract(read_words(pointer, 1), [], [0])
+        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, word, arith.constant(i32, EMPTY)), [])
+    with ir.InsertionPoint(loop.after.blocks.append()):
+        scf.yield_([])
+    mgpu.warpgroup_barrier()
+
+
+def _words(count: int) -> ir.Type:
+    return ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
+
+
+def _all(kind: ir.Type, value: int):
+    return vector.broadcast(kind, arith.constant(ir.IntegerType.get_signless(32), value))
