@@ -18,9 +18,9 @@ from mlra_jax import sharding
 from mlra_jax.attention import absorbed, joined, mechanism
 from mlra_jax.attention.parted import part_columns
 from mlra_jax.config import ModelConfig
-from mlra_jax.layers import Additions, Projection, RMSNorm, SummedProjection
+from mlra_jax.layers import Projection, RMSNorm, SummedProjection
 from mlra_jax.model import Block, Embedding, Model, positions
-from mlra_jax.rest_of_layer import rest_of_layers
+from mlra_jax.rest_of_layer import Additions, rest_of_layers
 
 _LEAST_ROWS = 8
 """Of a product on a GPU. Measured at batch 1: 9.6 us instead of 23.8 for 3072 x 3072."""

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mlra_jax import sharding
 from mlra_jax.config import ModelConfig
-from mlra_jax.kernels import between_products, exchange, target
+from mlra_jax.kernels import between_products, target
 from mlra_jax.kernels.softmax import precision
 
 INIT_STDDEV = 0.02
@@ -306,48 +306,6 @@ def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array,
     cos = jnp.cos(high) * jnp.cos(low) - jnp.sin(high) * jnp.sin(low)
     sin = jnp.sin(high) * jnp.cos(low) + jnp.cos(high) * jnp.sin(low)
     return cos, sin
-
-
-class Additions:
-    """`add(x, y, norm)` of one decoding step: `x + y` and its norm, both `[B, T, D]`.
-
-    `x` is the stream, at first None, and `y` a result of `summed`, an embedding or projections. On
-    one device, and where `kernels.exchange` serves, these results stay in parts from now on
-    (`apart`), and one kernel does all at once.
-
-    Attributes:
-      exchange: of the step, or None.
-    """
-
-    def __init__(self, mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]):
-        self.mesh, self.stream, self.exchange = mesh, stream, None
-        B, T, D = stream.shape
-        if mesh.size == 1:
-            for module in summed:
-                module.apart = isinstance(module, SummedProjection)
-        elif exchange.supports(mesh, sharding.MODEL, B * T, D) is None:
-            for module in summed:
-                module.apart = True
-            self.exchange = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
-
-    def __call__(self, x_BTD, y, norm: RMSNorm) -> tuple[jax.Array, jax.Array]:
-        if self.exchange is not None:
-            return self._exchanged(x_BTD, y, norm)
-        if self.mesh.size == 1 and x_BTD is not None:
-            if len(y) > 1:
-                return norm.of_sum(x_BTD, y)
-            [y] = y
-        x_BTD = y if x_BTD is None else x_BTD + y
-        x_BTD = sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
-        return x_BTD, norm(x_BTD)
-
-    def _exchanged(self, x_BTD, y_NBTD, norm):
-        B, T, D = self.stream.shape
-        x_BTD = jnp.zeros((B, T, D), self.stream.dtype) if x_BTD is None else x_BTD
-        summands_NRD, x_RD = y_NBTD.reshape(-1, B * T, D), x_BTD.reshape(B * T, D)
-        how = dict(factor=norm.factor, eps=norm.eps, dtype=norm.dtype)
-        both = self.exchange(summands_NRD, x_RD, norm.scale[...], **how)
-        return tuple(x.reshape(B, T, D) for x in both)
 
 
 class Entered(NamedTuple):

@@ -13,7 +13,7 @@ FLOORS = (
     {"config", "data", "kernels", "remat"},
     {"sharding", "checkpoints"},
     {"layers", "cache"},
-    {"overlap"},
+    {"overlap", "rest_of_layer"},
     {"attention"},
     {"model", "costs"},
     {"convert", "decoder", "training"},

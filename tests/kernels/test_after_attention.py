@@ -20,7 +20,7 @@ from benchmarks.models import model_config
 from mlra_jax import sharding
 from mlra_jax.decoder import abstract_cache, abstract_decoder
 from mlra_jax.kernels import after_attention, exchange, target
-from mlra_jax.kernels.after_attention import Shape, api, mosaic_gpu
+from mlra_jax.kernels.after_attention import Shape, api, mosaic_gpu, plan
 from mlra_jax.sharding import make_mesh
 
 FACTORS, EPS = (1.0, 1.5), (1e-6, 1e-5)
@@ -98,8 +98,8 @@ def test_plain_launch_is_the_layer(sizes, entered):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ctas_share_every_product_once(shape):
     for product in shape.products:
-        covered = np.zeros((product.tiles, product.contracted // mosaic_gpu.SLAB), int)
-        for cta in range(mosaic_gpu.CTAS):
+        covered = np.zeros((product.tiles, product.contracted // plan.SLAB), int)
+        for cta in range(plan.CTAS):
             tile, share, first, copies = map(int, product.unit(jnp.int32(cta)))
             assert copies == 0 or share < product.shares
             assert copies * product.blocks <= product.most
@@ -118,19 +118,19 @@ def test_places_on_the_board_are_apart(shape):
     # What many read is emptied, and nothing of the parts before it; a block may be read at the end.
     assert list(shape.board)[:3] == ["parts_out", "parts_widened", "parts_narrow"]
     emptied = places["entered_mlp"] + shape.emptied * shape.emptying
-    assert words <= emptied <= shape.board_size - mosaic_gpu.SLAB * shape.rows
+    assert words <= emptied <= shape.board_size - plan.SLAB * shape.rows
 
 
 def test_every_block_has_a_warpgroup():
-    workers = itertools.product(range(mosaic_gpu.CTAS), range(mosaic_gpu.MULTIPLIERS))
+    workers = itertools.product(range(plan.CTAS), range(plan.MULTIPLIERS))
     ctas = [types.SimpleNamespace(index=cta, wg=wg) for cta, wg in workers]
     everyone = list(range(len(ctas)))
     assert sorted(mosaic_gpu._Cta.block.fget(cta) for cta in ctas) == everyone
     assert sorted(mosaic_gpu._Cta.gated.fget(cta) for cta in ctas) == everyone
     # Those without a part in the paper's product are the first to gate.
-    idle = mosaic_gpu.CTAS - PAPER.products[1].tiles * PAPER.products[1].shares
+    idle = plan.CTAS - PAPER.products[1].tiles * PAPER.products[1].shares
     first = {cta.index for cta in ctas if mosaic_gpu._Cta.gated.fget(cta) < 2 * idle}
-    assert first == set(range(mosaic_gpu.CTAS - idle, mosaic_gpu.CTAS))
+    assert first == set(range(plan.CTAS - idle, plan.CTAS))
 
 
 H200 = types.SimpleNamespace(core_count=132)

@@ -11,13 +11,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mlra_jax.kernels import target
-from mlra_jax.kernels.after_attention import mosaic_gpu, reference
-from mlra_jax.kernels.after_attention.mosaic_gpu import SLAB, Shape
+from mlra_jax.kernels.after_attention import mosaic_gpu, plan, reference
+from mlra_jax.kernels.after_attention.plan import SLAB, Shape
 from mlra_jax.kernels.exchange import Exchange
 from mlra_jax.kernels.exchange.mosaic_gpu import EMPTY, INBOXES
-
-__all__ = ["AfterAttention", "Layer", "Shape", "supports"]
-
 
 # What was measured. With more rows CTAs tell each other more; larger weights XLA's products read at
 # nearly the pace of memory, one after the other.
@@ -30,9 +27,9 @@ def supports(device: Any, shape: Shape, dtypes: Sequence[Any]) -> str | None:
 
     That there is an `Exchange` is supposed.
     """
-    if getattr(device, "core_count", mosaic_gpu.CTAS) < mosaic_gpu.CTAS:
+    if getattr(device, "core_count", plan.CTAS) < plan.CTAS:
         # All CTAs wait for each other, so that all must run.
-        return f"the device has less than {mosaic_gpu.CTAS} multiprocessors"
+        return f"the device has less than {plan.CTAS} multiprocessors"
     if {jnp.dtype(dtype) for dtype in dtypes} != {jnp.dtype("bfloat16")}:
         return "not all is bfloat16"
     if shape.rows % 8 or shape.rows > _MOST_ROWS:
@@ -45,14 +42,14 @@ def supports(device: Any, shape: Shape, dtypes: Sequence[Any]) -> str | None:
     ]:
         if width % step:
             return f"the width of the {name} on a device, {width}, is no multiple of {step}"
-    if any(product.tiles > mosaic_gpu.CTAS for product in shape.products):
+    if any(product.tiles > plan.CTAS for product in shape.products):
         return "a product is wider than all multiprocessors take at once"
-    most = mosaic_gpu.CTAS * mosaic_gpu.MULTIPLIERS
+    most = plan.CTAS * plan.MULTIPLIERS
     if max(shape.stream, shape.mlp) // SLAB > most:
         return f"the stream or the MLP is wider than {most * SLAB}"
     if (size := sum(2 * p.contracted * p.columns for p in shape.products)) > _MOST_BYTES:
         return f"a layer's weights, {size >> 20} MiB on a device, are more than {_MOST_BYTES >> 20}"
-    if shape.memory > mosaic_gpu.ROWS_BYTES:
+    if shape.memory > plan.ROWS_BYTES:
         return f"{shape.rows} rows do not fit shared memory"
     return None
 

@@ -25,162 +25,37 @@ All CTAs wait for all, so that they must run at once: one on each multiprocessor
 import dataclasses
 import functools
 import itertools
-import math
 import types
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from mlra_jax.kernels.absorbed_decode.mosaic_gpu import plan
-from mlra_jax.kernels.exchange.mosaic_gpu import EMPTY, INBOXES, read_words, write_words
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import LANES, REDUCTION
+from mlra_jax.kernels.after_attention.plan import CTAS, MULTIPLIERS, SLAB, STRIDE, Product, Shape
+from mlra_jax.kernels.after_attention.words import (
+    COLUMN,
+    LINE,
+    ROW,
+    TILE,
+    empty,
+    fence,
+    hear,
+    put,
+    tell,
+)
+from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES
 
-SLAB = 64
-"""Features at once: of what is contracted, and of what is exchanged."""
-CTAS = 132
-"""As many as an H100 or H200 has multiprocessors."""
-RING_BYTES = 192 << 10
-ROWS_BYTES = 32 << 10
-"""Of shared memory for the batch's rows, beside the ring."""
-MULTIPLIERS = 2
-"""Warpgroups of a CTA that multiply."""
-_STRIDE = 512
-"""Words that a warpgroup empties at a time."""
 _WAITING = 96
 """Registers of a thread for what it waits for at a time."""
 AHEAD = 3, 1, 1, 2
 """Slabs of each product that a CTA waits for at a time. What CTAs tell each other would wait behind
 more."""
-_TILE = plgpu.Layout.WGMMA
-_ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)
-_LINE = plgpu.Layout.WG_STRIDED((_STRIDE,), vec_size=4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """How the CTAs share a product of `contracted` by `columns` weights.
-
-    Attributes:
-      tile: columns of a CTA.
-      depth: features that are contracted by what is copied at a time.
-    """
-
-    contracted: int
-    columns: int
-    tile: int
-    depth: int = SLAB
-
-    @property
-    def tiles(self) -> int:
-        return self.columns // self.tile
-
-    @property
-    def shares(self) -> int:
-        return min(self.contracted // self.depth, CTAS // self.tiles)
-
-    @property
-    def blocks(self) -> int:
-        """Of features, in a copy."""
-        return self.depth // SLAB
-
-    @property
-    def most(self) -> int:
-        """Blocks of features of a share."""
-        return -(-(self.contracted // self.depth) // self.shares) * self.blocks
-
-    def unit(self, cta):
-        """(tile, share, its first block, how many copies) of a CTA, which may be none."""
-        tile, share = lax.rem(cta, self.tiles), lax.div(cta, self.tiles)
-        copies = self.contracted // self.depth
-        bound = lambda share: lax.div(jnp.minimum(share, self.shares) * copies, self.shares)
-        first = bound(share)
-        return tile, share, first * self.blocks, bound(share + 1) - first
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes on one device: widths of the answer, of the stream, of the MLP, and of the next
-    attention's entry, 0 if the launch has none; rows."""
-
-    answer: int
-    stream: int
-    mlp: int
-    entry: int
-    rows: int
-
-    @property
-    def tile(self) -> int:
-        return 256 if self.stream % 256 == 0 else 128
-
-    @functools.cached_property
-    def products(self) -> tuple[Product, ...]:
-        sizes = (self.answer, self.stream), (self.stream, 2 * self.mlp), (self.mlp, self.stream)
-        products = [Product(*size, self.tile) for size in sizes]
-        return (*products, *[Product(self.stream, self.entry, SLAB, self.tile)] * bool(self.entry))
-
-    @property
-    def blocks(self) -> int:
-        return self.stream // SLAB
-
-    @property
-    def slots(self) -> int:
-        return RING_BYTES // (SLAB * self.tile * 2)
-
-    @property
-    def memory(self) -> int:
-        """Bytes of shared memory for the rows."""
-        blocks = max(MULTIPLIERS, *(product.most for product in self.products))
-        return blocks * self.rows * SLAB * 2
-
-    @functools.cached_property
-    def board(self) -> dict[str, tuple[int, ...]]:
-        """What CTAs tell each other, words by row of the batch; first what one warpgroup reads."""
-        shares = [product.shares for product in self.products]
-        return dict(
-            parts_out=(shares[0], self.stream),
-            parts_widened=(shares[1], 2 * self.mlp),
-            parts_narrow=(shares[2], self.stream),
-            entered_mlp=(self.stream,),
-            hidden=(self.mlp,),
-            entered_next=(self.stream,),
-            squares_mlp=(self.blocks,),
-            squares_next=(self.blocks,),
-        )
-
-    def places(self) -> dict[str, int]:
-        """Where on the board each begins; `end` is where the last one ends."""
-        ends = itertools.accumulate(
-            (math.prod(s) * self.rows for s in self.board.values()), initial=0
-        )
-        return dict(zip((*self.board, "end"), ends, strict=True))
-
-    @property
-    def board_size(self) -> int:
-        """Words, so many that each warpgroup with a part in the first product empties as many."""
-        emptied = self.emptied * self.emptying
-        # Squares are read as blocks, whose ends mean nothing.
-        return self.places()["entered_mlp"] + emptied + SLAB * self.rows
-
-    @property
-    def emptying(self) -> int:
-        """Warpgroups that empty what many have read."""
-        return self.products[0].tiles * self.products[0].shares * MULTIPLIERS
-
-    @property
-    def emptied(self) -> int:
-        """Words that each of them empties."""
-        places = self.places()
-        words = places["end"] - places["entered_mlp"]
-        return -(-words // (self.emptying * _STRIDE)) * _STRIDE
 
 
 def after_attention(
@@ -263,7 +138,7 @@ def after_attention(
                 _swizzled((shape.slots, shape.tile, SLAB)),
             ),
             rows=_swizzled((shape.memory // (R * SLAB * 2), R, SLAB)),
-            scratch=plgpu.SMEM((MULTIPLIERS, plan.REDUCTION), jnp.float32),
+            scratch=plgpu.SMEM((MULTIPLIERS, REDUCTION), jnp.float32),
             inverse=plgpu.SMEM((R,), jnp.float32),
             full=plgpu.Barrier(num_barriers=shape.slots),
             empty=plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=shape.slots),
@@ -321,6 +196,9 @@ class _Cta:
     def slab(self, slot, product: Product):
         """Memory of the ring for what is copied at a time."""
         return self.memory.ring[product.depth > SLAB].at[slot]
+
+    def hear(self, refs, **how):
+        return hear(refs, self.shape.rows, **how)
 
     def inbox(self, turn, sender, block):
         turn = lax.rem(self.a.turn[0] + turn, INBOXES)
@@ -408,7 +286,7 @@ def _product(cta: _Cta, product: Product, step, name: str):
     mine = pl.ds(pl.multiple_of(cta.wg * half, half), half)
     acc, step = _multiplied(cta, product, step, mine)
     column = tile * product.tile + cta.wg * half
-    pl.when(count > 0)(lambda: _tell(acc, cta.told(name, share, column, count=half)))
+    pl.when(count > 0)(lambda: tell(acc, cta.told(name, share, column, count=half)))
     _meet(cta)
     return step
 
@@ -455,8 +333,8 @@ def _product_of_entry(cta: _Cta, product: Product, step) -> None:
     def _multiply():
         acc, _ = _multiplied(cta, product, step, pl.ds(0, SLAB))
         plgpu.barrier_wait(memory.found)
-        inverse = plgpu.load(memory.inverse, layout=_COLUMN)
-        _put(acc * _tall(inverse, acc), cta.a.following.at[share], tile * SLAB, product.columns)
+        inverse = plgpu.load(memory.inverse, layout=COLUMN)
+        put(acc * _tall(inverse, acc), cta.a.following.at[share], tile * SLAB, product.columns)
 
 
 # --- What lies between them ---
@@ -473,10 +351,10 @@ def _empty_board(cta: _Cta) -> None:
     @pl.when(place < shape.emptying)
     def _():
         start = shape.places()["entered_mlp"] + place * shape.emptied
-        for offset in range(0, shape.emptied, _STRIDE):
-            _empty(cta.a.board.at[pl.ds(start + offset, _STRIDE)], _LINE, (_STRIDE,))
+        for offset in range(0, shape.emptied, STRIDE):
+            empty(cta.a.board.at[pl.ds(start + offset, STRIDE)], LINE, (STRIDE,))
 
-    _fence()
+    fence()
 
 
 def _parts(cta: _Cta, name: str, block):
@@ -486,19 +364,19 @@ def _parts(cta: _Cta, name: str, block):
 
 def _empty_blocks(cta: _Cta, refs) -> None:
     for ref in refs:
-        _empty(ref, _TILE, (SLAB, cta.shape.rows))
+        empty(ref, TILE, (SLAB, cta.shape.rows))
 
 
 def _exchanged(cta: _Cta, name: str, turn: int):
     """What a block of all devices' parts adds up to; empties the inbox of the exchange before."""
     devices = range(len(cta.devices))
     refs = _parts(cta, name, cta.block)
-    part = _sum(_hear(cta, refs))
+    part = _sum(cta.hear(refs))
     for device in cta.devices:
-        _tell(part, cta.inbox_of(device, turn, cta.block))
+        tell(part, cta.inbox_of(device, turn, cta.block))
     _empty_blocks(cta, refs)
     _empty_blocks(cta, [cta.inbox(turn + INBOXES - 1, n, cta.block) for n in devices])
-    return _sum(_hear(cta, [cta.inbox(turn, n, cta.block) for n in devices]))
+    return _sum(cta.hear([cta.inbox(turn, n, cta.block) for n in devices]))
 
 
 def _enter_mlp(cta: _Cta) -> None:
@@ -526,23 +404,23 @@ def _after(cta: _Cta):
 
 
 def _tell_scaled(cta: _Cta, x, scale_ref, factor: float, name: str) -> None:
-    scale = _load(scale_ref.at[_slab(cta.block)], _ROW) * factor
+    scale = _load(scale_ref.at[_slab(cta.block)], ROW) * factor
     x = x.astype(jnp.float32)
     scaled = (x * _wide(scale, x)).astype(jnp.bfloat16).astype(jnp.float32)
-    _tell(scaled, cta.told(f"entered_{name}", cta.block * SLAB))
+    tell(scaled, cta.told(f"entered_{name}", cta.block * SLAB))
     _tell_squares(cta, x, f"squares_{name}")
 
 
 def _tell_squares(cta: _Cta, x, name: str) -> None:
     squares = _over_features(x * x, cta.memory.scratch.at[cta.wg])
-    _tell(squares, cta.told(name, cta.block, count=1))
+    tell(squares, cta.told(name, cta.block, count=1))
 
 
 def _inverse_of(cta: _Cta, name: str, eps: float):
     """What each row is to be multiplied by, from its sums of squares."""
     shape = cta.shape
     squares = [
-        _hear(cta, [cta.told(name, begin)], limit=shape.blocks - begin)[0]
+        cta.hear([cta.told(name, begin)], limit=shape.blocks - begin)[0]
         for begin in range(0, shape.blocks, SLAB)
     ]
     total = _over_features(_sum(squares), cta.memory.scratch.at[cta.wg])
@@ -555,11 +433,11 @@ def _gate(cta: _Cta) -> None:
     shares = shape.products[1].shares
     gate, up = (_parts(cta, "parts_widened", block + k * (shape.mlp // SLAB)) for k in (0, 1))
     inverse = _inverse_of(cta, "squares_mlp", cta.eps[0])
-    parts = _hear(cta, gate + up)
+    parts = cta.hear(gate + up)
     both = (_sum(parts[:shares]), _sum(parts[shares:]))
     x, y = ((z * _tall(inverse, z)).astype(jnp.bfloat16).astype(jnp.float32) for z in both)
     y = x / (1.0 + jnp.exp(-x)) * y
-    _tell(y.astype(jnp.bfloat16).astype(jnp.float32), cta.told("hidden", block * SLAB))
+    tell(y.astype(jnp.bfloat16).astype(jnp.float32), cta.told("hidden", block * SLAB))
     _empty_blocks(cta, gate + up)
 
 
@@ -569,7 +447,7 @@ def _leave(cta: _Cta) -> None:
     x = _after(cta).astype(jnp.float32)
     _tell_squares(cta, x, "squares_next")
     x = x * _tall(_inverse_of(cta, "squares_next", cta.eps[1]), x)
-    x = x * _wide(_load(a.scale_next.at[at], _ROW) * cta.factors[1], x)
+    x = x * _wide(_load(a.scale_next.at[at], ROW) * cta.factors[1], x)
     # Both warpgroups are done with these rows.
     staging = memory.rows.at[cta.wg]
     staging.transpose((1, 0))[...] = x.astype(jnp.bfloat16)
@@ -584,7 +462,7 @@ def _take(cta: _Cta, product: Product, name: str) -> None:
     _, _, first, count = product.unit(cta.index)
     count = count * product.blocks
     most = -(-product.most // MULTIPLIERS)
-    at_once = max(1, min(most, _WAITING // (SLAB * shape.rows // plan.LANES)))
+    at_once = max(1, min(most, _WAITING // (SLAB * shape.rows // LANES)))
 
     def enter(i, y):
         memory.rows.at[i].transpose((1, 0))[...] = y.astype(jnp.bfloat16)
@@ -593,7 +471,7 @@ def _take(cta: _Cta, product: Product, name: str) -> None:
         places = [wg + MULTIPLIERS * (n * at_once + k) for k in range(at_once)]
         blocks = [first + jnp.minimum(i, count - 1) for i in places]
         refs = [cta.told(name, block * SLAB) for block in blocks]
-        for i, y in zip(places, _hear(cta, refs, patiently=True), strict=True):
+        for i, y in zip(places, cta.hear(refs, patiently=True), strict=True):
             pl.when(i < count)(functools.partial(enter, i, y))
 
     turns = lax.div(count - wg + MULTIPLIERS * at_once - 1, MULTIPLIERS * at_once)
@@ -615,7 +493,7 @@ def _meet(cta: _Cta) -> None:
 # --- Registers: features by rows, as products have them ---
 
 
-def _load(ref, layout=plgpu.Layout.WGMMA):
+def _load(ref, layout=TILE):
     return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
@@ -636,158 +514,10 @@ def _tall(x, like):
 
 def _over_features(x, scratch_ref):
     """The sums over features, through memory of the warpgroup's own."""
-    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=_COLUMN)
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=COLUMN)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()), return_type=result)
     def reduce(_, x, scratch):
         return x.reduce("add", 0, scratch)
 
     return reduce(x, scratch_ref)
-
-
-# --- Telling and hearing ---
-
-
-def _pointers(ref, layout, shape):
-    """(pointer, first index) of what a thread holds of an array that is whole in memory."""
-    base = mgpu.utils.memref_ptr(ref)
-    i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-    index = ir.IndexType.get()
-    for indices in layout.thread_idxs(shape):
-        offset = indices[0]
-        for size, i in zip(shape[1:], indices[1:], strict=True):
-            offset = arith.addi(arith.muli(offset, arith.constant(index, size)), i)
-        offset = arith.index_cast(i64, offset)
-        yield mgpu.utils.getelementptr(base, [offset], i32), indices[0]
-
-
-def _tell(value, ref) -> None:
-    """Writes float32 where it is waited for, perhaps on another device."""
-    layout = _TILE if value.ndim == 2 else _COLUMN
-
-    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
-    def tell(ctx, value, ref):
-        pointers = _pointers(ref, value.layout, value.shape)
-        for (pointer, _), numbers in zip(pointers, value.registers.flat, strict=True):
-            words = mgpu.utils.bitcast(numbers, _words(value.layout.vector_length))
-            empty = arith.cmpi(arith.CmpIPredicate.eq, words, _all(words.type, EMPTY))
-            write_words(pointer, arith.select(empty, _all(words.type, 0), words))
-
-    tell(value, ref)
-
-
-def _put(value, ref, column, columns: int) -> None:
-    """Writes features by rows where rows of so many columns are, from a column on."""
-
-    @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
-    def put(ctx, value, ref, column):
-        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-        index, base = ir.IndexType.get(), mgpu.utils.memref_ptr(ref)
-        column = arith.index_cast(index, column.registers.flat[0])
-        places = value.layout.thread_idxs(value.shape)
-        for (feature, row), numbers in zip(places, value.registers.flat, strict=True):
-            words = mgpu.utils.bitcast(numbers, _words(value.layout.vector_length))
-            for i in range(value.layout.vector_length):
-                at = arith.addi(row, arith.constant(index, i))
-                at = arith.addi(arith.muli(at, arith.constant(index, columns)), feature)
-                at = arith.index_cast(i64, arith.addi(at, column))
-                word = vector.broadcast(_words(1), vector.extract(words, [], [i]))
-                write_words(mgpu.utils.getelementptr(base, [at], i32), word)
-
-    put(value, ref, jnp.int32(column))
-
-
-def _empty(ref, layout, shape) -> None:
-    """Makes memory of this device ready to be written again."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def empty(ctx, ref):
-        lying = layout.to_mgpu()
-        length = getattr(lying, "vec_size", None) or lying.vector_length
-        for pointer, _ in _pointers(ref, lying, shape):
-            write_words(pointer, _all(_words(length), EMPTY))
-
-    empty(ref)
-
-
-def _fence() -> None:
-    @plgpu.inline_mgpu(arg_types=())
-    def fence(ctx):
-        void = ir.Type.parse("!llvm.void")
-        text = "fence.acq_rel.gpu;"
-        llvm.inline_asm(void, [], text, "~{memory}", has_side_effects=True)
-
-    fence()
-
-
-def _hear(cta: _Cta, refs, limit: int = SLAB, patiently: bool = False) -> list[jax.Array]:
-    """Blocks of float32 when all of them have been told.
-
-    Features from `limit` on are 0, and not waited for. Where all CTAs wait, which would keep memory
-    busy, they do it `patiently`: by looking at one word of each block until it is there.
-    """
-    shape, layout = (SLAB, cta.shape.rows), _TILE
-    out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=(out,) * len(refs))
-    def hear(ctx, *refs):
-        lying, i32 = layout.to_mgpu(), ir.IntegerType.get_signless(32)
-        kind = _words(lying.vector_length)
-        if patiently:
-            _wait_for_one(refs)
-        places = [place for ref in refs for place in _pointers(ref, lying, shape)]
-        loop = scf.WhileOp([kind] * len(places), [_all(kind, EMPTY)] * len(places))
-        with ir.InsertionPoint(loop.before.blocks.append(*[kind] * len(places))):
-            found, missing = [], []
-            for pointer, index in places:
-                words = read_words(pointer, lying.vector_length)
-                if limit < SLAB:
-                    index = arith.index_cast(i32, index)
-                    wanted = arith.cmpi(arith.CmpIPredicate.ult, index, arith.constant(i32, limit))
-                    words = arith.select(wanted, words, _all(kind, 0))
-                found.append(words)
-                missing.append(arith.cmpi(arith.CmpIPredicate.eq, words, _all(kind, EMPTY)))
-            any_missing = functools.reduce(arith.ori, missing)
-            bits = [vector.extract(any_missing, [], [i]) for i in range(lying.vector_length)]
-            scf.condition(functools.reduce(arith.ori, bits), found)
-        block = loop.after.blocks.append(*[kind] * len(places))
-        with ir.InsertionPoint(block):
-            scf.yield_(list(block.arguments))
-        real = ir.VectorType.get((lying.vector_length,), ir.F32Type.get())
-        values = [mgpu.utils.bitcast(words, real) for words in loop.results]
-        arrays, count = [], len(values) // len(refs)
-        for n in range(len(refs)):
-            registers = np.empty(lying.registers_shape(shape), dtype=object)
-            registers.flat = values[n * count : (n + 1) * count]
-            arrays.append(
-                mgpu.FragmentedArray(_registers=registers, _layout=lying, _is_signed=None)
-            )
-        return tuple(arrays)
-
-    found = hear(*refs)
-    return list(found) if isinstance(found, (tuple, list)) else [found]
-
-
-def _wait_for_one(refs) -> None:
-    """Until the first word of each array is there, each thread watching one."""
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, len(refs)))
-    pointer = mgpu.utils.memref_ptr(refs[0])
-    for n, ref in enumerate(refs[1:], 1):
-        mine = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, n))
-        pointer = arith.select(mine, mgpu.utils.memref_ptr(ref), pointer)
-    loop = scf.WhileOp([], [])
-    with ir.InsertionPoint(loop.before.blocks.append()):
-        word = vector.extract(read_words(pointer, 1), [], [0])
-        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, word, arith.constant(i32, EMPTY)), [])
-    with ir.InsertionPoint(loop.after.blocks.append()):
-        scf.yield_([])
-    mgpu.warpgroup_barrier()
-
-
-def _words(count: int) -> ir.Type:
-    return ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
-
-
-def _all(kind: ir.Type, value: int):
-    return vector.broadcast(kind, arith.constant(ir.IntegerType.get_signless(32), value))
