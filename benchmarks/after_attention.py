@@ -27,8 +27,7 @@ from benchmarks.models import model_config, parse_points, random_tree
 from mlra_jax import sharding
 from mlra_jax.cache import Cache
 from mlra_jax.decoder import abstract_cache, abstract_decoder
-from mlra_jax.kernels import after_attention
-from mlra_jax.kernels.after_attention import AfterAttention, Layer, Shape
+from mlra_jax.kernels.after_attention import AfterAttention, Layer, Shape, api
 from mlra_jax.kernels.exchange import Exchange
 
 _LAYERS, _TURNS, _TOKENS_PER_CALL = 3, 3, 8
@@ -106,16 +105,11 @@ def _expected(x, layer):
     return x, normed(x, 1)
 
 
-def _without():
-    return mock.patch.object(after_attention, "supports", lambda *_: "left out for comparison")
-
-
 def _ways():
     """What each way of making a step is traced in, by name."""
-    jax.clear_caches()
-    yield "apart", _without()
-    jax.clear_caches()
-    yield "at once", mock.patch.object(after_attention, "supports", after_attention.supports)
+    for way in ("apart", "at once"):
+        jax.clear_caches()
+        yield way, mock.patch.object(api, "ENABLED", way == "at once")
 
 
 def logits_apart(decoder, batch: int) -> tuple[float, float]:

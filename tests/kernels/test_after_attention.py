@@ -33,6 +33,16 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch):
+    monkeypatch.setattr(api, "ENABLED", True)
+
+
+def test_is_off_unless_enabled(monkeypatch):
+    monkeypatch.undo()
+    assert "off" in after_attention.supports(H200, PAPER, ["bfloat16"])
+
+
 def arguments(ways, *, R=5, K=6, D=8, F=10, E=7, dtype="float32"):
     """Of as many devices, K, F and E of each."""
     draw = np.random.default_rng(0).standard_normal
@@ -115,10 +125,43 @@ def test_places_on_the_board_are_apart(shape):
         assert places[name] == words
         words += int(np.prod(size)) * shape.rows
     assert places["end"] == words
-    # What many read is emptied, and nothing of the parts before it; a block may be read at the end.
-    assert list(shape.board)[:3] == ["parts_out", "parts_widened", "parts_narrow"]
-    emptied = places["entered_mlp"] + shape.emptied * shape.emptying
+    # From there on all is emptied, and nothing before it; a block may be read at the end.
+    assert list(shape.board)[5:] == ["hidden", "entered_next", "squares_next"]
+    emptied = places["hidden"] + shape.emptied * shape.emptying
     assert words <= emptied <= shape.board_size - plan.SLAB * shape.rows
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_is_told_before_it_is_emptied_or_emptied_before_it_is_heard(shape):
+    """Who has heard of whom, through all that was heard on the way."""
+    out, widen, narrow = shape.products[:3]
+
+    def units(product):
+        """(tile, share, the blocks it takes) of each CTA with a part in the product."""
+        for cta in range(plan.CTAS):
+            tile, share, first, copies = map(int, product.unit(jnp.int32(cta)))
+            if copies:
+                yield tile, share, range(first, first + copies * product.blocks)
+
+    tile_of = lambda product, block: block * plan.SLAB // product.tile
+    # (tile, share) of the parts that have been told, before each block of the MLP's input is,
+    entered = {
+        b: {(t, s) for t, s, _ in units(out) if t == tile_of(out, b)} for b in range(shape.blocks)
+    }
+    # and before each block of `hidden`; and the widened parts of the MLP that have.
+    hidden, widened = {}, {}
+    for g in range(shape.mlp // plan.SLAB):
+        tiles = {tile_of(widen, g), tile_of(widen, g + shape.mlp // plan.SLAB)}
+        heard = [unit for unit in units(widen) if unit[0] in tiles]
+        hidden[g] = set().union(*(entered[b] for *_, blocks in heard for b in blocks))
+        widened[g] = {(t, s) for t, s, _ in heard}
+    everyone = {(t, s) for t, s, _ in units(out)}
+    assert len(everyone) * plan.MULTIPLIERS == shape.emptying
+    assert all(before == everyone for before in hidden.values())
+    for b in range(shape.blocks):
+        taken = {g for t, _, blocks in units(narrow) if t == tile_of(narrow, b) for g in blocks}
+        assert taken == set(hidden)  # All that gate, so all that hear the squares.
+        assert set().union(*(widened[g] for g in taken)) == {(t, s) for t, s, _ in units(widen)}
 
 
 def test_every_block_has_a_warpgroup():

@@ -15,9 +15,16 @@ norm, the product is of what is not divided yet; who adds it up divides by then.
 CTAs hear of each other's numbers as devices do in `exchange.mosaic_gpu`: a word of the board, an
 array in device memory, is `EMPTY` until it is written, and who needs it reads until it is not. That
 is one way to memory and one back, which take microseconds while weights are read; a counter would
-be two more. Parts that one warpgroup alone reads it empties at once. What many read the next launch
-empties when it begins: nobody writes there before all CTAs have told their first part, which each
-does behind a fence. Devices exchange parts twice, by the inboxes and the rules of that module.
+be two more. Devices exchange parts twice, by the inboxes and the rules of that module.
+
+What was heard must be `EMPTY` again before the next launch tells it:
+
+- Parts that one warpgroup alone hears it empties at once.
+- The MLP's input has been heard by all when the second exchange begins: who tells a block of it
+  empties it then. All shares of a tile of the last product are heard by then, so all of `hidden`
+  was told, so all parts of the widened MLP were, behind their CTAs' share of the input.
+- The rest the next launch empties when it begins, each CTA behind a fence before it tells its first
+  part. `hidden` is the first of it that is told, and whoever tells it has heard of all those parts.
 
 All CTAs wait for all, so that they must run at once: one on each multiprocessor.
 """
@@ -341,7 +348,7 @@ def _product_of_entry(cta: _Cta, product: Product, step) -> None:
 
 
 def _empty_board(cta: _Cta) -> None:
-    """Empties a warpgroup's piece of what many have read in the launch before.
+    """Empties a warpgroup's piece of what the launch before has left.
 
     It ends with a fence: what the CTA puts out from now on is there after that.
     """
@@ -350,7 +357,7 @@ def _empty_board(cta: _Cta) -> None:
 
     @pl.when(place < shape.emptying)
     def _():
-        start = shape.places()["entered_mlp"] + place * shape.emptied
+        start = shape.places()["hidden"] + place * shape.emptied
         for offset in range(0, shape.emptied, STRIDE):
             empty(cta.a.board.at[pl.ds(start + offset, STRIDE)], LINE, (STRIDE,))
 
@@ -395,9 +402,11 @@ def _enter_next(cta: _Cta) -> None:
 
 
 def _after(cta: _Cta):
-    """A block of the stream after the layer."""
+    """A block of the stream after the layer; empties what was told of it half a layer before."""
     stream = cta.a.stream.at[_slab(cta.block)]
     added = _exchanged(cta, "parts_narrow", 1)
+    _empty_blocks(cta, [cta.told("entered_mlp", cta.block * SLAB)])
+    empty(cta.told("squares_mlp", cta.block, count=1), COLUMN, (cta.shape.rows,))
     x = (_load(stream) + added).astype(cta.a.stream.dtype)
     _store(stream, x)
     return x

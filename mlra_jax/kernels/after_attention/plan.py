@@ -99,16 +99,17 @@ class Shape:
 
     @functools.cached_property
     def board(self) -> dict[str, tuple[int, ...]]:
-        """What CTAs tell each other, words by row of the batch; first what one warpgroup reads."""
+        """What CTAs tell each other, words by row of the batch. From `hidden` on the next launch
+        empties it."""
         shares = [product.shares for product in self.products]
         return dict(
             parts_out=(shares[0], self.stream),
             parts_widened=(shares[1], 2 * self.mlp),
             parts_narrow=(shares[2], self.stream),
             entered_mlp=(self.stream,),
+            squares_mlp=(self.blocks,),
             hidden=(self.mlp,),
             entered_next=(self.stream,),
-            squares_mlp=(self.blocks,),
             squares_next=(self.blocks,),
         )
 
@@ -124,16 +125,16 @@ class Shape:
         """Words, so many that each warpgroup with a part in the first product empties as many."""
         emptied = self.emptied * self.emptying
         # Squares are read as blocks, whose ends mean nothing.
-        return self.places()["entered_mlp"] + emptied + SLAB * self.rows
+        return self.places()["hidden"] + emptied + SLAB * self.rows
 
     @property
     def emptying(self) -> int:
-        """Warpgroups that empty what many have read."""
+        """Warpgroups that empty when a launch begins: those with a part in the first product."""
         return self.products[0].tiles * self.products[0].shares * MULTIPLIERS
 
     @property
     def emptied(self) -> int:
         """Words that each of them empties."""
         places = self.places()
-        words = places["end"] - places["entered_mlp"]
+        words = places["end"] - places["hidden"]
         return -(-words // (self.emptying * STRIDE)) * STRIDE
