@@ -126,6 +126,8 @@ def hear(refs, rows: int, limit: int = SLAB, patiently: bool = False) -> list[ja
         block = loop.after.blocks.append(*[kind] * len(places))
         with ir.InsertionPoint(block):
             scf.yield_(list(block.arguments))
+        # Threads end their loops apart; what comes next is often for a whole warp.
+        mgpu.utils.warp_barrier()
         real = ir.VectorType.get((lying.vector_length,), ir.F32Type.get())
         values = [mgpu.utils.bitcast(words, real) for words in loop.results]
         arrays, count = [], len(values) // len(refs)
