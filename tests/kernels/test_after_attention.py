@@ -105,12 +105,17 @@ def test_plain_launch_is_the_layer(sizes, entered):
     np.testing.assert_allclose(np.concatenate(found, axis=-1), products, rtol=1e-4, atol=1e-3)
 
 
+def units(product):
+    """Of each CTA."""
+    every = jax.vmap(product.unit)(jnp.arange(plan.CTAS, dtype=jnp.int32))
+    return zip(*(np.asarray(x).tolist() for x in every), strict=True)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ctas_share_every_product_once(shape):
     for product in shape.products:
         covered = np.zeros((product.tiles, product.contracted // plan.SLAB), int)
-        for cta in range(plan.CTAS):
-            tile, share, first, copies = map(int, product.unit(jnp.int32(cta)))
+        for tile, share, first, copies in units(product):
             assert copies == 0 or share < product.shares
             assert copies * product.blocks <= product.most
             if copies:
@@ -136,32 +141,34 @@ def test_nothing_is_told_before_it_is_emptied_or_emptied_before_it_is_heard(shap
     """Who has heard of whom, through all that was heard on the way."""
     out, widen, narrow = shape.products[:3]
 
-    def units(product):
+    def taken_by(product):
         """(tile, share, the blocks it takes) of each CTA with a part in the product."""
-        for cta in range(plan.CTAS):
-            tile, share, first, copies = map(int, product.unit(jnp.int32(cta)))
-            if copies:
-                yield tile, share, range(first, first + copies * product.blocks)
+        return [
+            (tile, share, range(first, first + copies * product.blocks))
+            for tile, share, first, copies in units(product)
+            if copies
+        ]
 
     tile_of = lambda product, block: block * plan.SLAB // product.tile
     # (tile, share) of the parts that have been told, before each block of the MLP's input is,
     entered = {
-        b: {(t, s) for t, s, _ in units(out) if t == tile_of(out, b)} for b in range(shape.blocks)
+        b: {(t, s) for t, s, _ in taken_by(out) if t == tile_of(out, b)}
+        for b in range(shape.blocks)
     }
     # and before each block of `hidden`; and the widened parts of the MLP that have.
     hidden, widened = {}, {}
     for g in range(shape.mlp // plan.SLAB):
         tiles = {tile_of(widen, g), tile_of(widen, g + shape.mlp // plan.SLAB)}
-        heard = [unit for unit in units(widen) if unit[0] in tiles]
+        heard = [unit for unit in taken_by(widen) if unit[0] in tiles]
         hidden[g] = set().union(*(entered[b] for *_, blocks in heard for b in blocks))
         widened[g] = {(t, s) for t, s, _ in heard}
-    everyone = {(t, s) for t, s, _ in units(out)}
+    everyone = {(t, s) for t, s, _ in taken_by(out)}
     assert len(everyone) * plan.MULTIPLIERS == shape.emptying
     assert all(before == everyone for before in hidden.values())
     for b in range(shape.blocks):
-        taken = {g for t, _, blocks in units(narrow) if t == tile_of(narrow, b) for g in blocks}
+        taken = {g for t, _, blocks in taken_by(narrow) if t == tile_of(narrow, b) for g in blocks}
         assert taken == set(hidden)  # All that gate, so all that hear the squares.
-        assert set().union(*(widened[g] for g in taken)) == {(t, s) for t, s, _ in units(widen)}
+        assert set().union(*(widened[g] for g in taken)) == {(t, s) for t, s, _ in taken_by(widen)}
 
 
 def test_every_block_has_a_warpgroup():
