@@ -56,9 +56,10 @@ class Additions:
 
 
 def rest_of_layers(
-    add: Additions, blocks: Sequence[nnx.Module], caches: Sequence[dict[str, jax.Array]]
+    add: Additions, blocks: Sequence[nnx.Module], cache: dict[str, jax.Array]
 ) -> "Apart | AtOnce":
-    """How the step of `add` does it for these blocks, of which all have the same sizes.
+    """How the step of `add` does it for these blocks, which all have the sizes of the first and
+    caches like this one.
 
     Called with a block's number, the stream, what its attention's `decode` returns, and the norm
     that follows, it returns the stream behind the block and what the next attention's `decode`
@@ -66,12 +67,12 @@ def rest_of_layers(
     """
     if add.exchange is None:
         return Apart(add, blocks)
-    shape, reads = _shape(add, blocks[0], caches[0])
+    shape = _shape(add, blocks[0], cache)
     weights = [blocks[0].attention.out, blocks[0].mlp.gate_up, blocks[0].mlp.down]
     dtypes = [add.stream.dtype, *(module.kernel[...].dtype for module in weights)]
     if after_attention.supports(add.mesh.devices.flat[0], shape, dtypes) is not None:
         return Apart(add, blocks)
-    return AtOnce(add, blocks, shape, reads)
+    return AtOnce(add, blocks, shape)
 
 
 class Apart:
@@ -92,14 +93,8 @@ class Apart:
 class AtOnce:
     """In one launch; attentions leave their output projection to it (`SummedProjection.later`)."""
 
-    def __init__(
-        self,
-        add: Additions,
-        blocks: Sequence[nnx.Module],
-        shape: after_attention.Shape,
-        reads: bool,
-    ):
-        self.add, self.blocks, self.reads = add, blocks, reads
+    def __init__(self, add: Additions, blocks: Sequence[nnx.Module], shape: after_attention.Shape):
+        self.add, self.blocks, self.reads = add, blocks, shape.entry > 0
         self.launch = after_attention.AfterAttention(add.exchange, shape)
         for block in blocks:
             block.attention.out.later = True
@@ -135,7 +130,7 @@ class AtOnce:
 
 
 def _shape(add: Additions, block: nnx.Module, cache):
-    """(the sizes of the launch, whether it makes the products that the next attention reads)."""
+    """Of the launch, with an entry where the next attention takes its products in summands."""
     (B, T, D), mesh = add.stream.shape, add.mesh
     ways = sharding.size(mesh, sharding.MODEL)
     out, down = block.attention.out, block.mlp.down
@@ -148,5 +143,5 @@ def _shape(add: Additions, block: nnx.Module, cache):
         shape = after_attention.Shape(*sizes, width, B * T)
         fits = width % after_attention.SLAB == 0
         if fits and block.attention.takes_summands(cache, shape.products[3].shares):
-            return shape, True
-    return after_attention.Shape(*sizes, 0, B * T), False
+            return shape
+    return after_attention.Shape(*sizes, 0, B * T)

@@ -250,17 +250,17 @@ def test_launches_of_a_step_share_inboxes_and_board(sizes, D, entered, on_hopper
 # --- In decoding steps ---
 
 
-def launches(model, sizes, batch, on_devices=lambda mesh: None):
-    """How often the program of a step of two layers starts each kernel of Mosaic GPU."""
+def launches(model, sizes, batch):
+    """(the shape, whether it has an entry) of each launch in a step of two layers."""
     mesh = make_mesh(**sizes)
     config = dataclasses.replace(model_config(model), num_layers=2, vocab_size=512)
     decoder = abstract_decoder(config, mesh)
     cache = abstract_cache(config, mesh, batch, 1024)
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=sharding.named(mesh))
-    lowered = []
+    made = []
 
     def after(self, answer, x_DR, layer, call=after_attention.AfterAttention.__call__):
-        lowered.append((self.shape, layer.entry is not None))
+        made.append((self.shape, layer.entry is not None))
         return call(self, answer, x_DR, layer)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -268,7 +268,7 @@ def launches(model, sizes, batch, on_devices=lambda mesh: None):
         patch.setattr(sharding, "platform", lambda mesh: "gpu")
         patch.setattr(exchange, "supports", lambda *_: None)
         jax.eval_shape(lambda d, t, c: d.step(t, c), decoder, tokens, cache)
-    return lowered
+    return made
 
 
 @pytest.mark.parametrize(

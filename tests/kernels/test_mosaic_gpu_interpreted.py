@@ -55,7 +55,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(join, "weigh_parts", weigh)
     # What is written in the GPU's own instructions.
     over_rows = dict(add=jnp.sum, max=jnp.max)
-    monkeypatch.setattr(walk, "_over_rows", lambda op, x, _: over_rows[op](x, axis=0))
+    monkeypatch.setattr(walk.tiles, "over_rows", lambda op, x, _: over_rows[op](x, axis=0))
     monkeypatch.setattr(walk, "_any_above", lambda x: (x > 0).any())
     # Joining a row is a call into Python: fewer rows to a product, which the interpreter allows.
     monkeypatch.setattr(plan, "ROWS", 16)

@@ -14,7 +14,8 @@ from mlra_jax.kernels import target
 from mlra_jax.kernels.after_attention import mosaic_gpu, plan, reference
 from mlra_jax.kernels.after_attention.plan import SLAB, Shape
 from mlra_jax.kernels.exchange import Exchange
-from mlra_jax.kernels.exchange.mosaic_gpu import EMPTY, INBOXES
+from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES
+from mlra_jax.kernels.words import EMPTY
 
 ENABLED = False
 """Whether decoding steps take it where it serves. Off, as its last form has not run on GPUs yet."""

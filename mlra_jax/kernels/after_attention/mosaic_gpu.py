@@ -31,7 +31,6 @@ All CTAs wait for all, so that they must run at once: one on each multiprocessor
 
 import dataclasses
 import functools
-import itertools
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -43,21 +42,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 
-from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import LANES, REDUCTION
+from mlra_jax.kernels import tiles
 from mlra_jax.kernels.after_attention.plan import CTAS, MULTIPLIERS, SLAB, STRIDE, Product, Shape
-from mlra_jax.kernels.after_attention.words import (
-    COLUMN,
-    LINE,
-    ROW,
-    TILE,
-    empty,
-    fence,
-    hear,
-    put,
-    tell,
-)
-from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES
+from mlra_jax.kernels.after_attention.telling import empty, fence, hear, put, tell
+from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES, everyone
+from mlra_jax.kernels.rows import THREADS
+from mlra_jax.kernels.tiles import COLUMN, ROW, TILE, tall, wide
 
+_LINE = plgpu.Layout.WG_STRIDED((STRIDE,), vec_size=4)
 _WAITING = 96
 """Registers of a thread for what it waits for at a time."""
 AHEAD = 3, 1, 1, 2
@@ -97,16 +89,14 @@ def after_attention(
       eps: of the norms.
     """
     D, R = x_DR.shape
-    places = list(itertools.product(*(range(mesh.shape[a]) for a in axes)))
     following = jax.ShapeDtypeStruct((R, D), x_DR.dtype)
-    products = shape.products[: len(weights)]
     if len(weights) > 3:
-        following = jax.ShapeDtypeStruct((products[3].shares, R, shape.entry), jnp.float32)
+        following = jax.ShapeDtypeStruct((shape.products[3].shares, R, shape.entry), jnp.float32)
 
     def body(*refs, **memory):
-        before, (stream, following) = refs[:-2], refs[-2:]
+        *before, stream, following = refs
         answer, x, scale_mlp, scale_next, *weights, turn, inbox, board = before
-        arrays = dict(
+        arrays = types.SimpleNamespace(
             answer=answer,
             x=x,
             scale_mlp=scale_mlp,
@@ -118,10 +108,7 @@ def after_attention(
             stream=stream,
             following=following,
         )
-        me = jnp.int32(0)
-        for a in axes:
-            me = me * mesh.shape[a] + lax.axis_index(a)
-        devices = [dict(zip(axes, map(jnp.int32, place), strict=True)) for place in places]
+        me, devices = everyone(mesh, axes)
         cta = _Cta(
             shape=shape,
             factors=factors,
@@ -130,22 +117,23 @@ def after_attention(
             devices=devices,
             index=lax.axis_index("cta"),
             wg=lax.axis_index("wg"),
-            a=types.SimpleNamespace(**arrays),
+            a=arrays,
             memory=types.SimpleNamespace(**memory),
         )
         pl.when(cta.wg == MULTIPLIERS)(functools.partial(_copy, cta))
         pl.when(cta.wg < MULTIPLIERS)(functools.partial(_multiply, cta))
 
+    swizzled = functools.partial(tiles.swizzled, dtype=jnp.bfloat16)
     kernel = plgpu.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct((D, R), x_DR.dtype), following),
         scratch_types=dict(
             ring=plgpu.RefUnion(
-                _swizzled((shape.slots, SLAB, shape.tile)),
-                _swizzled((shape.slots, shape.tile, SLAB)),
+                swizzled((shape.slots, SLAB, shape.tile)),
+                swizzled((shape.slots, shape.tile, SLAB)),
             ),
-            rows=_swizzled((shape.memory // (R * SLAB * 2), R, SLAB)),
-            scratch=plgpu.SMEM((MULTIPLIERS, REDUCTION), jnp.float32),
+            rows=swizzled((shape.memory // (R * SLAB * 2), R, SLAB)),
+            scratch=plgpu.SMEM((MULTIPLIERS, tiles.REDUCTION), jnp.float32),
             inverse=plgpu.SMEM((R,), jnp.float32),
             full=plgpu.Barrier(num_barriers=shape.slots),
             empty=plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=shape.slots),
@@ -168,11 +156,6 @@ def after_attention(
     inbox_ref, board_ref = jax.new_ref(inbox), jax.new_ref(board)
     stream, following = kernel(answer_RK, x_DR, *scales, *weights, turn, inbox_ref, board_ref)
     return stream, following, jax.freeze(inbox_ref), jax.freeze(board_ref)
-
-
-def _swizzled(shape: tuple[int, ...]):
-    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +232,7 @@ def _copy(cta: _Cta) -> None:
         plgpu.barrier_wait(memory.full.at[lax.rem(step, shape.slots)])
 
     step = arrived = jnp.int32(0)
-    for product, ref, ahead in zip(shape.products, cta.a.weights, AHEAD):  # noqa: B905
+    for product, ref, ahead in zip(shape.products, cta.a.weights, AHEAD, strict=False):
         tile, _, first, count = product.unit(cta.index)
         columns = pl.ds(pl.multiple_of(tile * product.tile, product.tile), product.tile)
 
@@ -341,7 +324,7 @@ def _product_of_entry(cta: _Cta, product: Product, step) -> None:
         acc, _ = _multiplied(cta, product, step, pl.ds(0, SLAB))
         plgpu.barrier_wait(memory.found)
         inverse = plgpu.load(memory.inverse, layout=COLUMN)
-        put(acc * _tall(inverse, acc), cta.a.following.at[share], tile * SLAB, product.columns)
+        put(acc * tall(inverse, acc), cta.a.following.at[share], tile * SLAB, product.columns)
 
 
 # --- What lies between them ---
@@ -359,7 +342,7 @@ def _empty_board(cta: _Cta) -> None:
     def _():
         start = shape.places()["hidden"] + place * shape.emptied
         for offset in range(0, shape.emptied, STRIDE):
-            empty(cta.a.board.at[pl.ds(start + offset, STRIDE)], LINE, (STRIDE,))
+            empty(cta.a.board.at[pl.ds(start + offset, STRIDE)], _LINE, (STRIDE,))
 
     fence()
 
@@ -390,9 +373,9 @@ def _enter_mlp(cta: _Cta) -> None:
     """Tells a block of the MLP's input. It is not yet divided by the root of the mean square, which
     takes all blocks to know."""
     a, at = cta.a, _slab(cta.block)
-    x = (_load(a.x.at[at]) + _exchanged(cta, "parts_out", 0)).astype(a.x.dtype)
+    x = (tiles.load(a.x.at[at], TILE) + _exchanged(cta, "parts_out", 0)).astype(a.x.dtype)
     # Half a layer on, in the place of what it was: no other warpgroup reads it.
-    _store(a.stream.at[at], x)
+    tiles.store(a.stream.at[at], x)
     _tell_scaled(cta, x, a.scale_mlp, cta.factors[0], "mlp")
 
 
@@ -407,21 +390,21 @@ def _after(cta: _Cta):
     added = _exchanged(cta, "parts_narrow", 1)
     _empty_blocks(cta, [cta.told("entered_mlp", cta.block * SLAB)])
     empty(cta.told("squares_mlp", cta.block, count=1), COLUMN, (cta.shape.rows,))
-    x = (_load(stream) + added).astype(cta.a.stream.dtype)
-    _store(stream, x)
+    x = (tiles.load(stream, TILE) + added).astype(cta.a.stream.dtype)
+    tiles.store(stream, x)
     return x
 
 
 def _tell_scaled(cta: _Cta, x, scale_ref, factor: float, name: str) -> None:
-    scale = _load(scale_ref.at[_slab(cta.block)], ROW) * factor
+    scale = tiles.load(scale_ref.at[_slab(cta.block)], ROW) * factor
     x = x.astype(jnp.float32)
-    scaled = (x * _wide(scale, x)).astype(jnp.bfloat16).astype(jnp.float32)
+    scaled = (x * wide(scale, x)).astype(jnp.bfloat16).astype(jnp.float32)
     tell(scaled, cta.told(f"entered_{name}", cta.block * SLAB))
     _tell_squares(cta, x, f"squares_{name}")
 
 
 def _tell_squares(cta: _Cta, x, name: str) -> None:
-    squares = _over_features(x * x, cta.memory.scratch.at[cta.wg])
+    squares = tiles.over_rows("add", x * x, cta.memory.scratch.at[cta.wg])
     tell(squares, cta.told(name, cta.block, count=1))
 
 
@@ -432,7 +415,7 @@ def _inverse_of(cta: _Cta, name: str, eps: float):
         cta.hear([cta.told(name, begin)], limit=shape.blocks - begin)[0]
         for begin in range(0, shape.blocks, SLAB)
     ]
-    total = _over_features(_sum(squares), cta.memory.scratch.at[cta.wg])
+    total = tiles.over_rows("add", _sum(squares), cta.memory.scratch.at[cta.wg])
     return lax.rsqrt(total / shape.stream + eps)
 
 
@@ -444,7 +427,7 @@ def _gate(cta: _Cta) -> None:
     inverse = _inverse_of(cta, "squares_mlp", cta.eps[0])
     parts = cta.hear(gate + up)
     both = (_sum(parts[:shares]), _sum(parts[shares:]))
-    x, y = ((z * _tall(inverse, z)).astype(jnp.bfloat16).astype(jnp.float32) for z in both)
+    x, y = ((z * tall(inverse, z)).astype(jnp.bfloat16).astype(jnp.float32) for z in both)
     y = x / (1.0 + jnp.exp(-x)) * y
     tell(y.astype(jnp.bfloat16).astype(jnp.float32), cta.told("hidden", block * SLAB))
     _empty_blocks(cta, gate + up)
@@ -455,8 +438,8 @@ def _leave(cta: _Cta) -> None:
     a, memory, at = cta.a, cta.memory, _slab(cta.block)
     x = _after(cta).astype(jnp.float32)
     _tell_squares(cta, x, "squares_next")
-    x = x * _tall(_inverse_of(cta, "squares_next", cta.eps[1]), x)
-    x = x * _wide(_load(a.scale_next.at[at], ROW) * cta.factors[1], x)
+    x = x * tall(_inverse_of(cta, "squares_next", cta.eps[1]), x)
+    x = x * wide(tiles.load(a.scale_next.at[at], ROW) * cta.factors[1], x)
     # Both warpgroups are done with these rows.
     staging = memory.rows.at[cta.wg]
     staging.transpose((1, 0))[...] = x.astype(jnp.bfloat16)
@@ -471,7 +454,7 @@ def _take(cta: _Cta, product: Product, name: str) -> None:
     _, _, first, count = product.unit(cta.index)
     count = count * product.blocks
     most = -(-product.most // MULTIPLIERS)
-    at_once = max(1, min(most, _WAITING // (SLAB * shape.rows // LANES)))
+    at_once = max(1, min(most, _WAITING // (SLAB * shape.rows // THREADS)))
 
     def enter(i, y):
         memory.rows.at[i].transpose((1, 0))[...] = y.astype(jnp.bfloat16)
@@ -497,36 +480,3 @@ def _meet(cta: _Cta) -> None:
     plgpu.commit_smem()
     plgpu.barrier_arrive(cta.memory.ready)
     plgpu.barrier_wait(cta.memory.ready)
-
-
-# --- Registers: features by rows, as products have them ---
-
-
-def _load(ref, layout=TILE):
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-
-def _store(ref, value) -> None:
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
-
-
-def _wide(x, like):
-    return lax.broadcast_in_dim(x, like.shape, [0])
-
-
-def _tall(x, like):
-    return lax.broadcast_in_dim(x, like.shape, [1])
-
-
-def _over_features(x, scratch_ref):
-    """The sums over features, through memory of the warpgroup's own."""
-    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=COLUMN)
-
-    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()), return_type=result)
-    def reduce(_, x, scratch):
-        return x.reduce("add", 0, scratch)
-
-    return reduce(x, scratch_ref)

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mlra_jax.kernels import target
+from mlra_jax.kernels import target, tiles
 from mlra_jax.kernels.rows import THREADS, layout, normed
 
 # Tiles of a product, of 64 rows and 64 columns, that keep the multiprocessors busy. Of fewer XLA
@@ -55,20 +55,9 @@ def sums(width: int) -> bool:
     return width % THREADS == 0
 
 
-def _load(ref, layout) -> jax.Array:
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-
-def _store(ref, value) -> None:
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value.astype(ref.dtype), optimized=False)
-    else:
-        ref[...] = value.astype(ref.dtype)
-
-
 def _added_up(N: int, summands_ref, token, start, width: int, lying) -> jax.Array:
     at = pl.ds(start, width)
-    parts = [_load(summands_ref.at[n, token, at], lying) for n in range(N)]
+    parts = [tiles.load(summands_ref.at[n, token, at], lying) for n in range(N)]
     return functools.reduce(jnp.add, parts)
 
 
@@ -81,11 +70,11 @@ def _turns(angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 def _rotated(x, turns_ref, token, twice) -> jax.Array:
     """A rotary vector of `_SHORT`, turned; `twice` is memory for it, two times."""
     (R,) = x.shape
-    cos, sin = (_load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
+    cos, sin = (tiles.load(turns_ref.at[k, token], _SHORT) for k in (0, 1))
     # Beside itself, each half has the other one behind it.
     twice[pl.ds(0, R)], twice[pl.ds(R, R)] = x, x
     plgpu.commit_smem()
-    return x * cos + _load(twice.at[pl.ds(R // 2, R)], _SHORT) * sin
+    return x * cos + tiles.load(twice.at[pl.ds(R // 2, R)], _SHORT) * sin
 
 
 def _launch(body, name: str, **how):
@@ -123,13 +112,13 @@ def sum_and_norm(
     def body(summands_ref, x_ref, scale_ref, sum_ref, normed_ref):
         row = lax.axis_index("row")
         # All is asked for before anything is waited for.
-        scale = _load(scale_ref, lying) * factor
-        x = _load(x_ref.at[row], lying)
+        scale = tiles.load(scale_ref, lying) * factor
+        x = tiles.load(x_ref.at[row], lying)
         for n in range(N):
-            x = x + _load(summands_ref.at[n, row], lying)
+            x = x + tiles.load(summands_ref.at[n, row], lying)
         x = x.astype(sum_ref.dtype)
-        _store(sum_ref.at[row], x)
-        _store(normed_ref.at[row], normed(x.astype(jnp.float32), scale, eps))
+        tiles.store(sum_ref.at[row], x)
+        tiles.store(normed_ref.at[row], normed(x.astype(jnp.float32), scale, eps))
 
     return _launch(
         body,
@@ -211,13 +200,13 @@ def enter(
 
         def scaled(start, scale_ref, factor):
             (width,) = scale_ref.shape
-            scale = _load(scale_ref, layout(width)) * factor
+            scale = tiles.load(scale_ref, layout(width)) * factor
             x = added_up(summands_ref, token, start, width, layout(width))
             return normed(x, scale, eps)
 
         @pl.when(vector == 0)
         def _query():
-            _store(q_ref.at[token], scaled(0, q_scale, factors[0]))
+            tiles.store(q_ref.at[token], scaled(0, q_scale, factors[0]))
 
         @pl.when((vector > 0) & (vector <= L))
         def _latent():
@@ -226,13 +215,13 @@ def enter(
             start = pl.multiple_of((latent if own else among_all) * C, THREADS)
             scale = kv_scale.at[pl.ds(pl.multiple_of(among_all * C, THREADS), C)]
             x = scaled(Q + start, scale, factors[1])
-            pl.when(kept)(lambda: _store(latents.at[row, slot, latent], x))
+            pl.when(kept)(lambda: tiles.store(latents.at[row, slot, latent], x))
 
         @pl.when(vector > L)
         def _rotary():
             x = added_up(summands_ref, token, E - R, R, _SHORT)
             x = _rotated(x, turns_ref, token, twice)
-            pl.when(kept)(lambda: _store(k_rope.at[row, slot], x))
+            pl.when(kept)(lambda: tiles.store(k_rope.at[row, slot], x))
 
     latents, k_rope = jax.new_ref(latents_BSLC), jax.new_ref(k_rope_BSR)
     q_XQ = _launch(
@@ -273,8 +262,8 @@ def turn(
         start = pl.multiple_of(head * K, _SHORT_WIDTHS)
         x = _added_up(N, summands_ref, token, start, nope, layout(nope))
         turning = _added_up(N, summands_ref, token, start + nope, rope, _SHORT)
-        _store(nope_ref.at[token, head], x)
-        _store(rope_ref.at[token, head], _rotated(turning, turns_ref, token, twice))
+        tiles.store(nope_ref.at[token, head], x)
+        tiles.store(rope_ref.at[token, head], _rotated(turning, turns_ref, token, twice))
 
     made = _launch(
         body,

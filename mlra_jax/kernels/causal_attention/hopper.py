@@ -13,14 +13,6 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 LOG2E = math.log2(math.e)
 WGMMA, _SCALAR = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
-# A number for each column of a tile.
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-def swizzled(shape, dtype, swizzle: int):
-    """Shared memory for operands of products and for copies, in lines of `swizzle` bytes."""
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def divide(x, by: int):

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mlra_jax.kernels import target
+from mlra_jax.kernels import target, tiles
 from mlra_jax.kernels.causal_attention import hopper
 from mlra_jax.kernels.causal_attention.shared import with_shared
 
@@ -137,16 +137,16 @@ def _launch(H, B, T, b, L, scale):
 
 def _memory() -> dict[str, Any]:
     bf16, f32, barrier = jnp.bfloat16, jnp.float32, plgpu.Barrier
-    sums = lambda *shape: hopper.swizzled(shape, f32, 128)
+    sums = lambda *shape: tiles.swizzled(shape, f32, 128)
     return dict(
         # Of two blocks, the queries and below them dz.
-        q_dz_smem=hopper.swizzled((2, 2 * _QUERIES, _C), bf16, 128),
-        q_rope_smem=hopper.swizzled((2, _QUERIES, _R), bf16, 64),
+        q_dz_smem=tiles.swizzled((2, 2 * _QUERIES, _C), bf16, 128),
+        q_rope_smem=tiles.swizzled((2, _QUERIES, _R), bf16, 64),
         lse_smem=plgpu.SMEM((2, _QUERIES), f32),
         delta_smem=plgpu.SMEM((2, _QUERIES), f32),
         # Half of the columns are whole lines of 32.
-        k_smem=hopper.swizzled((1, _KEYS, _C + _R), bf16, 64),
-        ds_smem=hopper.swizzled((2, _KEYS, _QUERIES), bf16, 64),
+        k_smem=tiles.swizzled((1, _KEYS, _C + _R), bf16, 64),
+        ds_smem=tiles.swizzled((2, _KEYS, _QUERIES), bf16, 64),
         # Sums on their way to device memory: the columns of dq that the first multiplier has, the
         # other's in both arrays; or 64 columns of each one's keys.
         sums_smem=plgpu.RefUnion(
@@ -287,7 +287,7 @@ def _step(program: _Program, me: int, c, n, sums):
     i, _ = p.place(n)
     (q, dz), q_rope = _queries_and_dz(memory, slot), memory.q_rope_smem.at[slot]
     row = lambda ref: lax.broadcast_in_dim(
-        plgpu.load(ref.at[slot], layout=hopper.COLUMN, optimized=False), (_ROWS, _QUERIES), [1]
+        plgpu.load(ref.at[slot], layout=tiles.COLUMN, optimized=False), (_ROWS, _QUERIES), [1]
     )
 
     def go_on():

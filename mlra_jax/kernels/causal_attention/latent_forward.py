@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mlra_jax.kernels import target
+from mlra_jax.kernels import target, tiles
 from mlra_jax.kernels.causal_attention import hopper
 
 # Keys of a block, warpgroups, queries of each, blocks of keys in shared memory.
@@ -105,7 +105,7 @@ def forward(
 
 def _memory(dtype) -> dict[str, Any]:
     (C, R), barrier = _WIDTHS, plgpu.Barrier
-    swizzled = lambda *shape: hopper.swizzled(shape, dtype, 128)
+    swizzled = lambda *shape: tiles.swizzled(shape, dtype, 128)
     return dict(
         q_smem=swizzled(_WARPGROUPS, _ROWS, C),
         q_rope_smem=swizzled(_WARPGROUPS, _ROWS, R),

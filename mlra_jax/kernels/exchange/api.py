@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mlra_jax.kernels import target
 from mlra_jax.kernels.exchange import mosaic_gpu, reference
 from mlra_jax.kernels.rows import THREADS
+from mlra_jax.kernels.words import EMPTY
 
 # Beyond, what the devices send each other takes longer than starting NCCL.
 _MOST_NUMBERS = 2**19
@@ -49,7 +50,7 @@ class Exchange:
         self.turn, self.inbox = 0, None
         if target.is_hopper(mesh.devices.flat[0]):
             shape = (mesh.size, *mosaic_gpu.inbox_shape(mesh.size, rows, width))
-            inbox = jnp.full(shape, mosaic_gpu.EMPTY, jnp.int32)
+            inbox = jnp.full(shape, EMPTY, jnp.int32)
             there = jax.NamedSharding(mesh, PartitionSpec(self.axes))
             self.inbox = jax.lax.with_sharding_constraint(inbox, there)
 

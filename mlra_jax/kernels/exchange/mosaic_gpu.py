@@ -25,14 +25,11 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
+from mlra_jax.kernels import words
 from mlra_jax.kernels.rows import layout, normed
 
 INBOXES = 3
-EMPTY = -(2**31)
-"""As float32 it is -0.0; a part's are sent as 0.0."""
 WIDEST = 8192
 """Beyond, a row does not fit the registers of the one warpgroup that takes it."""
 
@@ -67,25 +64,21 @@ def add(
       first: whether it is the first of its step, before which inboxes are new.
     """
     N, R, D = summands_NRD.shape
-    places = list(itertools.product(*(range(mesh.shape[a]) for a in axes)))
     lying = layout(D)
 
     def body(summands_ref, x_ref, scale_ref, turn_ref, inbox_ref, out_ref, normed_ref):
         row, turn = lax.axis_index("row"), turn_ref[0]
-        me = jnp.int32(0)
-        for a in axes:
-            me = me * mesh.shape[a] + lax.axis_index(a)
+        me, devices = everyone(mesh, axes)
         load = functools.partial(plgpu.load, layout=lying)
         part_D = sum(load(summands_ref.at[n, row]) for n in range(N))
-        for place in places:
-            device = dict(zip(axes, map(jnp.int32, place), strict=True))
+        for device in devices:
             _send(part_D, plgpu.remote_ref(inbox_ref, device).at[turn, me, row], lying)
         x_D = load(x_ref.at[row]).astype(jnp.float32)
         scale_D = load(scale_ref).astype(jnp.float32) * factor
         before = lax.rem(turn + jnp.int32(INBOXES - 1), jnp.int32(INBOXES))
-        for n in range(len(places)):
+        for n in range(len(devices)):
             _empty(inbox_ref.at[before, n, row], lying)
-        parts = [_receive(inbox_ref.at[turn, n, row], D, lying) for n in range(len(places))]
+        parts = [_receive(inbox_ref.at[turn, n, row], D, lying) for n in range(len(devices))]
         x_D = (x_D + sum(parts[1:], parts[0])).astype(out_ref.dtype)
         out_ref[row] = x_D
         x_D = x_D.astype(jnp.float32)
@@ -109,15 +102,22 @@ def add(
     return x_RD, normed_RD, jax.freeze(inbox_ref)
 
 
+def everyone(mesh: Mesh, axes: tuple[str, ...]) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
+    """(this device's number among those of `axes`, the places of all of them), in a kernel."""
+    me = jnp.int32(0)
+    for a in axes:
+        me = me * mesh.shape[a] + lax.axis_index(a)
+    places = itertools.product(*(range(mesh.shape[a]) for a in axes))
+    return me, [dict(zip(axes, map(jnp.int32, place), strict=True)) for place in places]
+
+
 def _send(row_D: jax.Array, ref, layout) -> None:
     """Writes a row of float32 into an inbox, perhaps another device's."""
 
     @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
     def send(ctx, row, ref):
         for pointer, value in zip(_places(ref, row.layout), row.registers.flat, strict=True):
-            words = vector.bitcast(_words(row.layout.vec_size), value)
-            empty = arith.cmpi(arith.CmpIPredicate.eq, words, _all(words.type, EMPTY))
-            write_words(pointer, arith.select(empty, _all(words.type, 0), words))
+            words.send(pointer, value)
 
     send(row_D, ref)
 
@@ -128,9 +128,9 @@ def _empty(ref, layout) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def empty(ctx, ref):
         strided = layout.to_mgpu()
-        words = _all(_words(strided.vec_size), EMPTY)
+        nothing = words.filled(words.kind(strided.vec_size), words.EMPTY)
         for pointer in _places(ref, strided):
-            write_words(pointer, words)
+            words.write(pointer, nothing)
 
     empty(ref)
 
@@ -144,72 +144,13 @@ def _receive(ref, width: int, layout) -> jax.Array:
     )
     def receive(ctx, ref):
         strided = layout.to_mgpu()
-        pointers = list(_places(ref, strided))
-        kind = _words(strided.vec_size)
-        loop = scf.WhileOp([kind] * len(pointers), [_all(kind, EMPTY)] * len(pointers))
-        with ir.InsertionPoint(loop.before.blocks.append(*[kind] * len(pointers))):
-            rows = [read_words(pointer, strided.vec_size) for pointer in pointers]
-            missing = [
-                arith.cmpi(arith.CmpIPredicate.eq, vector.extract(words, [], [i]), _word(EMPTY))
-                for words in rows
-                for i in range(strided.vec_size)
-            ]
-            scf.condition(functools.reduce(arith.ori, missing), rows)
-        block = loop.after.blocks.append(*[kind] * len(pointers))
-        with ir.InsertionPoint(block):
-            scf.yield_(list(block.arguments))
-        real = ir.VectorType.get((strided.vec_size,), ir.F32Type.get())
         registers = np.empty(strided.registers_shape((width,)), dtype=object)
-        registers.flat = [vector.bitcast(real, words) for words in loop.results]
+        registers.flat = words.receive(list(_places(ref, strided)), strided.vec_size)
         return mgpu.FragmentedArray(_registers=registers, _layout=strided, _is_signed=None)
 
     return receive(ref)
 
 
-def _word(value: int):
-    return arith.constant(ir.IntegerType.get_signless(32), value)
-
-
-def _words(count: int) -> ir.Type:
-    return ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
-
-
-def _all(kind: ir.Type, value: int):
-    return vector.broadcast(kind, _word(value))
-
-
 def _places(ref, layout):
     """Pointers to what of a row a thread holds, in the order of its registers."""
-    base = mgpu.utils.memref_ptr(ref)
-    for index in layout.linear_thread_idxs():
-        offset = arith.index_cast(ir.IntegerType.get_signless(64), index)
-        yield mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(32))
-
-
-# At once and in the order of the program: not to be moved to the other side of the wait.
-def write_words(pointer, words) -> None:
-    n = ir.VectorType(words.type).shape[0]
-    values = [vector.extract(words, [], [i]) for i in range(n)]
-    text = f"st.relaxed.sys.global{_listed(1, n)[0]}.b32 [$0], {_listed(1, n)[1]};"
-    constraints = ",".join(["l", *["r"] * n, "~{memory}"])
-    void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, [pointer, *values], text, constraints, has_side_effects=True)
-
-
-def read_words(pointer, n: int):
-    i32 = ir.IntegerType.get_signless(32)
-    text = f"ld.relaxed.sys.global{_listed(0, n)[0]}.b32 {_listed(0, n)[1]}, [${n}];"
-    constraints = ",".join([*["=r"] * n, "l", "~{memory}"])
-    kind = llvm.StructType.get_literal([i32] * n) if n > 1 else i32
-    found = llvm.inline_asm(kind, [pointer], text, constraints, has_side_effects=True)
-    words = _all(_words(n), 0)
-    for i in range(n):
-        word = llvm.extractvalue(i32, found, [i]) if n > 1 else found
-        words = vector.insert(word, words, [], [i])
-    return words
-
-
-def _listed(first: int, n: int) -> tuple[str, str]:
-    """(suffix of an instruction on n words, its operands from `first` on)."""
-    operands = ", ".join(f"${first + i}" for i in range(n))
-    return (f".v{n}", f"{{{operands}}}") if n > 1 else ("", operands)
+    return words.pointers(ref, layout.linear_thread_idxs())

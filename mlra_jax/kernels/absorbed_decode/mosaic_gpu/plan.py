@@ -6,6 +6,7 @@ import itertools
 import jax.numpy as jnp
 
 from mlra_jax.kernels.absorbed_decode.problem import Problem
+from mlra_jax.kernels.tiles import REDUCTION
 
 # Query rows of one wgmma; fewer are padded, which costs nothing while memory is the limit.
 ROWS = 64
@@ -14,8 +15,6 @@ ALIGN = 8
 # Threads of a warpgroup, and the columns of a partial result that lie together, a line.
 LANES = 128
 SMEM_BYTES = 227 * 1024
-# Numbers through which a warpgroup reduces over the rows of an accumulator: 2 of each thread.
-REDUCTION = 2 * LANES
 
 _WIDTHS = (32, 64, 128, 256, 512)
 _ROPES = (16, 32, 64, 128, 256)

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from mlra_jax.kernels import tiles
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu import plan, schedule
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import Shape
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import (
@@ -31,8 +32,6 @@ from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import (
     at,
 )
 
-_ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 # A finite stand-in for -inf as running maximum, so that no difference of infinities arises.
 LOWEST = -1e30
 
@@ -181,20 +180,9 @@ def launch(shape: Shape, scale: float) -> Callable:
 # --- Shared memory ---
 
 
-def _swizzled(shape: tuple[int, ...], dtype):
-    """Shared memory as wgmma and TMA want it; the last dimension decides the swizzle."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in (128, 64, 32) if shape[-1] * size % s == 0)
-    return plgpu.SMEM(
-        shape,
-        dtype,
-        transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)),
-    )
-
-
 def _queries(shape: Shape):
     width, rows = shape.problem.width, shape.query_rows(shape.streams)
-    return _swizzled(
+    return tiles.swizzled(
         (shape.config.query_stages, width // shape.chunk, rows, shape.chunk), shape.dtype
     )
 
@@ -210,11 +198,11 @@ def _memory(shape: Shape) -> dict[str, Any]:
         copies += shape.streams * problem.width // shape.chunk
         queries = dict(q=_queries(shape))
     return queries | dict(
-        q_rope=_swizzled((config.query_stages, rope_rows, problem.rope), shape.dtype),
-        latents=_swizzled(
+        q_rope=tiles.swizzled((config.query_stages, rope_rows, problem.rope), shape.dtype),
+        latents=tiles.swizzled(
             (config.stages * shape.slots, config.block, shape.slot_width), shape.dtype
         ),
-        k_rope=_swizzled((config.stages, config.block, shape.rope_width), shape.dtype),
+        k_rope=tiles.swizzled((config.stages, config.block, shape.rope_width), shape.dtype),
         q_full=plgpu.Barrier(num_arrivals=copies, num_barriers=config.query_stages),
         q_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=config.query_stages),
     )
@@ -232,7 +220,9 @@ def _tile_barriers(shape: Shape) -> dict[str, Any]:
 
 def _exchange_memory(shape: Shape) -> dict[str, Any]:
     """For two that join their states; each passes on sums, then results through the same space."""
-    shapes = [_swizzled((plan.ROWS, shape.piece), dtype) for dtype in (jnp.float32, shape.dtype)]
+    shapes = [
+        tiles.swizzled((plan.ROWS, shape.piece), dtype) for dtype in (jnp.float32, shape.dtype)
+    ]
     return _tile_barriers(shape) | dict(
         exchange_0=plgpu.RefUnion(*shapes),
         exchange_1=plgpu.RefUnion(*shapes),
@@ -242,18 +232,20 @@ def _exchange_memory(shape: Shape) -> dict[str, Any]:
 
 
 def _staging_memory(shape: Shape) -> dict[str, Any]:
-    return _tile_barriers(shape) | dict(out=_swizzled((2, plan.ROWS, shape.piece), shape.dtype))
+    return _tile_barriers(shape) | dict(
+        out=tiles.swizzled((2, plan.ROWS, shape.piece), shape.dtype)
+    )
 
 
 def _probability_memory(shape: Shape) -> dict[str, Any]:
     """For the hand-over of probabilities; the results pass through the space of the queries."""
     width, config = shape.problem.width, shape.config
-    out = _swizzled(
+    out = tiles.swizzled(
         (config.query_stages, width // shape.piece, plan.ROWS, shape.piece), shape.dtype
     )
     return _tile_barriers(shape) | dict(
         q=plgpu.RefUnion(_queries(shape), out),
-        p=_swizzled((plan.ROWS, config.block), shape.dtype),
+        p=tiles.swizzled((plan.ROWS, config.block), shape.dtype),
         p_full=plgpu.Barrier(),
         p_empty=plgpu.Barrier(num_arrivals=2),
         inverse_full=plgpu.Barrier(),
@@ -272,8 +264,8 @@ def _swapped_memory(shape: Shape) -> dict[str, Any]:
         empty=plgpu.Barrier(num_barriers=stages * shared),
         rope_full=plgpu.Barrier(num_barriers=stages),
         rope_empty=plgpu.Barrier(num_arrivals=shared, num_barriers=stages),
-        p=_swizzled((shared, shape.stream_rows, shape.config.block), shape.dtype),
-        reduction=plgpu.SMEM((shared, plan.REDUCTION), jnp.float32),
+        p=tiles.swizzled((shared, shape.stream_rows, shape.config.block), shape.dtype),
+        reduction=plgpu.SMEM((shared, tiles.REDUCTION), jnp.float32),
     )
 
 
@@ -491,7 +483,7 @@ def _softmax(cta: _Cta, s, top, denominator):
     """One step of the running softmax: weights, what earlier sums fade by, top, denominator."""
     new_top = jnp.maximum(top, s.max(axis=1) * cta.factor)
     fade = jnp.exp2(top - new_top)
-    p = jnp.exp2(s * cta.factor - _wide(new_top, s))
+    p = jnp.exp2(s * cta.factor - tiles.wide(new_top, s))
     return p, fade, new_top, denominator * fade + p.sum(axis=1)
 
 
@@ -502,12 +494,8 @@ def _finish(top, denominator):
     return lse, 1.0 / jnp.where(saw_any, denominator, 1.0)
 
 
-def _wide(x, like):
-    return lax.broadcast_in_dim(x, like.shape, [0])
-
-
 def _rows_of(value: float):
-    return plgpu.layout_cast(jnp.full((plan.ROWS,), value, jnp.float32), _ROW_LAYOUT)
+    return plgpu.layout_cast(jnp.full((plan.ROWS,), value, jnp.float32), tiles.ROW)
 
 
 def _zeros(rows: int, columns: int):
@@ -525,12 +513,7 @@ def _accumulate(accs, weights, values):
 
 
 def _store_lse(cta: _Cta, stream, part, lse) -> None:
-    # One number to each of 64 places, which JAX from 0.12 on wants to be told.
-    target = cta.lses.at[stream, :, part]
-    if hasattr(plgpu, "store"):
-        plgpu.store(target, lse, optimized=False)
-    else:
-        target[...] = lse
+    tiles.store(cta.lses.at[stream, :, part], lse)
 
 
 def _send(cta: _Cta, staging, value, part, stream, column) -> None:
@@ -560,7 +543,7 @@ def _attend(cta: _Cta, visit: Visit, stream, latent_in_tile):
         s = hide(_scores(cta, query_stage, stream, stage), position)
         p, fade, top, denominator = _softmax(cta, s, top, denominator)
         values = cta.memory.latents.at[stage, :, at(latent_in_tile * width, width, width)]
-        faded = acc * _wide(fade, acc)
+        faded = acc * tiles.wide(fade, acc)
         [acc] = _accumulate([faded], p.astype(shape.dtype), [values])
         _give_back(cta, visit, turn)
         return acc, top, denominator
@@ -584,7 +567,7 @@ def _multiply(cta: _Cta) -> None:
         for column in range(0, cta.shape.problem.width, piece):
             value = acc[:, column : column + piece]
             staging = cta.memory.out.at[cta.wg]
-            _send(cta, staging, value * _wide(inverse, value), part, stream, column)
+            _send(cta, staging, value * tiles.wide(inverse, value), part, stream, column)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     cta.for_each_visit(visit, functools.partial(_drop, cta))
@@ -622,8 +605,8 @@ def _unite(cta: _Cta, me: int, part, visit: Visit, acc, top, denominator) -> Non
         plgpu.barrier_arrive(memory.handed_over)
         plgpu.barrier_wait(memory.handed_over)
         if not offset:
-            other_top = plgpu.load(tops_smem.at[other], layout=_ROW_LAYOUT)
-            others = plgpu.load(denominators_smem.at[other], layout=_ROW_LAYOUT)
+            other_top = plgpu.load(tops_smem.at[other], layout=tiles.ROW)
+            others = plgpu.load(denominators_smem.at[other], layout=tiles.ROW)
             joint = jnp.maximum(top, other_top)
             mine, theirs = jnp.exp2(top - joint), jnp.exp2(other_top - joint)
             lse, inverse = _finish(joint, denominator * mine + others * theirs)
@@ -632,7 +615,7 @@ def _unite(cta: _Cta, me: int, part, visit: Visit, acc, top, denominator) -> Non
             mine, theirs = mine * inverse, theirs * inverse
         theirs_value = plgpu.load(other_smem, layout=plgpu.Layout.WGMMA)
         value = acc[:, my_column : my_column + piece]
-        value = value * _wide(mine, value) + theirs_value * _wide(theirs, value)
+        value = value * tiles.wide(mine, value) + theirs_value * tiles.wide(theirs, value)
         _send(cta, out_smem, value, part, 0, my_column)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(memory.taken)
@@ -690,8 +673,8 @@ def _multiply_half(cta: _Cta) -> None:
 
         def step(stage, position, turn, accs):
             plgpu.barrier_wait(memory.p_full)
-            fade = plgpu.load(fade_smem, layout=_ROW_LAYOUT)
-            accs = [acc * _wide(fade, acc) for acc in accs]
+            fade = plgpu.load(fade_smem, layout=tiles.ROW)
+            accs = [acc * tiles.wide(fade, acc) for acc in accs]
             values = [memory.latents.at[stage, :, pl.ds(column, piece)] for column in columns]
             accs = _accumulate(accs, memory.p, values)
             plgpu.barrier_arrive(memory.p_empty)
@@ -700,12 +683,12 @@ def _multiply_half(cta: _Cta) -> None:
 
         accs = _walk_tiles(cta, v, step, [_zeros(plan.ROWS, piece) for _ in columns])
         plgpu.barrier_wait(memory.inverse_full)  # Also says that the queries were read.
-        inverse = plgpu.load(inverse_smem, layout=_ROW_LAYOUT)
+        inverse = plgpu.load(inverse_smem, layout=tiles.ROW)
         plgpu.barrier_arrive(memory.inverse_empty)
         part = cta.part(v)
         for k, (column, acc) in enumerate(zip(columns, accs, strict=True)):
             staging = memory.out.at[query_stage, which * len(columns) + k]
-            _send(cta, staging, acc * _wide(inverse, acc), part, 0, column)
+            _send(cta, staging, acc * tiles.wide(inverse, acc), part, 0, column)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         _give_back_queries(cta, v)
 
@@ -742,15 +725,15 @@ def _multiply_swapped(cta: _Cta) -> None:
             s = hide(s, position) * cta.factor
 
             def raise_reference(acc, reference, sums):
-                raised = jnp.maximum(reference, _over_rows("max", s, scratch))
+                raised = jnp.maximum(reference, tiles.over_rows("max", s, scratch))
                 fade = jnp.exp2(reference - raised)
-                return acc * _tall(fade, acc), raised, sums * _tall(fade, sums)
+                return acc * tiles.tall(fade, acc), raised, sums * tiles.tall(fade, sums)
 
             _, reference, _ = state
-            above = _any_above(s - _tall(reference + _HEADROOM, s))
+            above = _any_above(s - tiles.tall(reference + _HEADROOM, s))
             state = lax.cond(above, raise_reference, lambda *state: state, *state)
             acc, reference, sums = state
-            p = jnp.exp2(s - _tall(reference, s))
+            p = jnp.exp2(s - tiles.tall(reference, s))
             p_smem.transpose((1, 0))[...] = p.astype(shape.dtype)
             plgpu.commit_smem()
             values = memory.latents.at[cta.slot(stage)]
@@ -762,12 +745,12 @@ def _multiply_swapped(cta: _Cta) -> None:
         acc, reference, sums = _walk_tiles(cta, v, step, state)
         _give_back_queries(cta, v)
         part = cta.part(v)
-        lse, inverse = _finish(reference, _over_rows("add", sums, scratch))
+        lse, inverse = _finish(reference, tiles.over_rows("add", sums, scratch))
         scratch.at[pl.ds(0, rows)][...] = lse
         plgpu.commit_smem()
-        lse = plgpu.load(scratch.at[pl.ds(0, plan.ROWS)], layout=_ROW_LAYOUT)
+        lse = plgpu.load(scratch.at[pl.ds(0, plan.ROWS)], layout=tiles.ROW)
         _store_lse(cta, stream, part, lse)
-        acc = acc * _tall(inverse, acc)
+        acc = acc * tiles.tall(inverse, acc)
         for column in range(0, width, block):
             value = acc[column : column + block].astype(shape.dtype)
             p_smem.transpose((1, 0))[...] = value
@@ -807,27 +790,8 @@ def _add_product(acc, left, right):
     return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
 
 
-def _tall(x, like):
-    return lax.broadcast_in_dim(x, like.shape, [1])
-
-
 def _columns_of(value: float, columns: int):
-    return plgpu.layout_cast(jnp.full((columns,), value, jnp.float32), _COLUMN_LAYOUT)
-
-
-def _over_rows(op: str, x, scratch_ref):
-    """The sum ("add") or maximum ("max") over the rows of an accumulator.
-
-    Mosaic GPU reduces through shared memory that all warpgroups of a CTA have in common; here each
-    has its own.
-    """
-    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=_COLUMN_LAYOUT)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
-    def reduce(_, x, scratch):
-        return x.reduce(op, 0, scratch)
-
-    return reduce(x, scratch_ref)
+    return plgpu.layout_cast(jnp.full((columns,), value, jnp.float32), tiles.COLUMN)
 
 
 def _any_above(x):

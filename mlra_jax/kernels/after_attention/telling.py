@@ -1,0 +1,140 @@
+"""Numbers that CTAs and devices tell each other, in words that are `EMPTY` first.
+
+Features by rows of the batch lie in registers as products have them (`TILE`), features first.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from mlra_jax.kernels import words
+from mlra_jax.kernels.after_attention.plan import SLAB
+from mlra_jax.kernels.tiles import COLUMN, TILE
+
+
+def _pointers(ref, layout, shape):
+    """To what a thread holds of an array that is whole in memory."""
+    return words.pointers(ref, (_offset(indices, shape) for indices in layout.thread_idxs(shape)))
+
+
+def _offset(indices, shape):
+    index, offset = ir.IndexType.get(), indices[0]
+    for size, i in zip(shape[1:], indices[1:], strict=True):
+        offset = arith.addi(arith.muli(offset, arith.constant(index, size)), i)
+    return offset
+
+
+def tell(value, ref) -> None:
+    """Writes float32 where it is waited for, perhaps on another device."""
+    layout = TILE if value.ndim == 2 else COLUMN
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def write(ctx, value, ref):
+        pointers = _pointers(ref, value.layout, value.shape)
+        for pointer, numbers in zip(pointers, value.registers.flat, strict=True):
+            words.send(pointer, numbers)
+
+    write(value, ref)
+
+
+def put(value, ref, column, columns: int) -> None:
+    """Writes features by rows where rows of so many columns are, from a column on."""
+
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def write(ctx, value, ref, column):
+        index, count = ir.IndexType.get(), value.layout.vector_length
+        column = arith.index_cast(index, column.registers.flat[0])
+        places = value.layout.thread_idxs(value.shape)
+        for (feature, row), numbers in zip(places, value.registers.flat, strict=True):
+            held = vector.bitcast(words.kind(count), numbers)
+            rows = [arith.addi(row, arith.constant(index, i)) for i in range(count)]
+            ats = [_offset((row, arith.addi(feature, column)), (None, columns)) for row in rows]
+            for i, pointer in enumerate(words.pointers(ref, ats)):
+                one = vector.broadcast(words.kind(1), vector.extract(held, [], [i]))
+                words.write(pointer, one)
+
+    write(value, ref, jnp.int32(column))
+
+
+def empty(ref, layout, shape) -> None:
+    """Makes memory of this device ready to be written again."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def write(ctx, ref):
+        lying = layout.to_mgpu()
+        length = getattr(lying, "vec_size", None) or lying.vector_length
+        for pointer in _pointers(ref, lying, shape):
+            words.write(pointer, words.filled(words.kind(length), words.EMPTY))
+
+    write(ref)
+
+
+def fence() -> None:
+    """What was written before is there before what is written after it, for the whole device."""
+
+    @plgpu.inline_mgpu(arg_types=())
+    def order(ctx):
+        void = ir.Type.parse("!llvm.void")
+        text = "fence.acq_rel.gpu;"
+        llvm.inline_asm(void, [], text, "~{memory}", has_side_effects=True)
+
+    order()
+
+
+def hear(refs, rows: int, limit: int = SLAB, patiently: bool = False) -> list[jax.Array]:
+    """Blocks of float32 when all of them have been told.
+
+    Features from `limit` on are 0, and not waited for. Where all CTAs wait, which would keep memory
+    busy, they do it `patiently`: by looking at one word of each block until it is there.
+    """
+    shape = SLAB, rows
+    out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=(out,) * len(refs))
+    def read(ctx, *refs):
+        lying, wanted = TILE.to_mgpu(), None
+        if patiently:
+            _wait_for_one(refs)
+        pointers = [pointer for ref in refs for pointer in _pointers(ref, lying, shape)]
+        if limit < SLAB:
+            index, below = ir.IndexType.get(), arith.CmpIPredicate.ult
+            wanted = [
+                arith.cmpi(below, feature, arith.constant(index, limit))
+                for _ in refs
+                for feature, _ in lying.thread_idxs(shape)
+            ]
+        values = words.receive(pointers, lying.vector_length, wanted)
+        # Threads end their loops apart; what comes next is often for a whole warp.
+        mgpu.utils.warp_barrier()
+        arrays, count = [], len(values) // len(refs)
+        for n in range(len(refs)):
+            registers = np.empty(lying.registers_shape(shape), dtype=object)
+            registers.flat = values[n * count : (n + 1) * count]
+            arrays.append(
+                mgpu.FragmentedArray(_registers=registers, _layout=lying, _is_signed=None)
+            )
+        return tuple(arrays)
+
+    found = read(*refs)
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def _wait_for_one(refs) -> None:
+    """Until the first word of each array is there, each thread watching one."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, len(refs)))
+    pointer = mgpu.utils.memref_ptr(refs[0])
+    for n, ref in enumerate(refs[1:], 1):
+        mine = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, n))
+        pointer = arith.select(mine, mgpu.utils.memref_ptr(ref), pointer)
+    loop = scf.WhileOp([], [])
+    with ir.InsertionPoint(loop.before.blocks.append()):
+        seen = vector.extract(words.read(pointer, 1), [], [0])
+        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, seen, words.word(words.EMPTY)), [])
+    with ir.InsertionPoint(loop.after.blocks.append()):
+        scf.yield_([])
+    mgpu.warpgroup_barrier()
