@@ -10,6 +10,8 @@ the same logits but for rounding, which is printed too.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import sys
 from pathlib import Path
@@ -24,10 +26,12 @@ from tqdm import tqdm
 from benchmarks import limits
 from benchmarks.decode_worker import compile_step, measure
 from benchmarks.models import model_config, parse_points, random_tree
+from benchmarks.timing import compile_all
 from mlra_jax import sharding
 from mlra_jax.cache import Cache
 from mlra_jax.decoder import abstract_cache, abstract_decoder
-from mlra_jax.kernels.after_attention import AfterAttention, Layer, Shape, api
+from mlra_jax.kernels import after_attention
+from mlra_jax.kernels.after_attention import AfterAttention, Layer, Shape
 from mlra_jax.kernels.exchange import Exchange
 
 _LAYERS, _TURNS, _TOKENS_PER_CALL = 3, 3, 8
@@ -107,9 +111,10 @@ def _expected(x, layer):
 
 def _ways():
     """What each way of making a step is traced in, by name."""
-    for way in ("apart", "at once"):
+    never = mock.patch.object(after_attention, "supports", lambda *_: "not now")
+    for way, traced in (("apart", never), ("at once", contextlib.nullcontext())):
         jax.clear_caches()
-        yield way, mock.patch.object(api, "ENABLED", way == "at once")
+        yield way, traced
 
 
 def logits_apart(decoder, batch: int) -> tuple[float, float]:
@@ -156,9 +161,10 @@ def main(argv: list[str] | None = None) -> int:
     del pool
     decoder, steps = random_tree(shapes), {}
     for way, traced in _ways():
-        for point in tqdm(points, desc=f"compiling {way}", file=sys.stderr):
-            with traced:
-                steps[way, point] = compile_step(shapes, *point, _TOKENS_PER_CALL)
+        make = functools.partial(compile_step, shapes, per_call=_TOKENS_PER_CALL)
+        with traced:
+            made = compile_all({point: functools.partial(make, *point) for point in points})
+        steps |= {(way, point): step for point, step in made.items()}
     result["logits"] = {batch: logits_apart(decoder, batch) for batch in {b for b, _ in points}}
     for batch, (most, apart) in result["logits"].items():
         tqdm.write(f"{batch} rows: logits up to {most:.2g} differ by {apart:.1e} at most")

@@ -33,16 +33,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def enabled(monkeypatch):
-    monkeypatch.setattr(api, "ENABLED", True)
-
-
-def test_is_off_unless_enabled(monkeypatch):
-    monkeypatch.undo()
-    assert "off" in after_attention.supports(H200, PAPER, ["bfloat16"])
-
-
 def arguments(ways, *, R=5, K=6, D=8, F=10, E=7, dtype="float32"):
     """Of as many devices, K, F and E of each."""
     draw = np.random.default_rng(0).standard_normal
@@ -197,7 +187,7 @@ H200 = types.SimpleNamespace(core_count=132)
         (dict(stream=3136), "the width of the stream on a device, 3136, is no multiple of 128"),
         (dict(mlp=2500), "the width of the MLP on a device, 2500, is no multiple of 128"),
         (dict(entry=1220), "the width of the entry on a device, 1220, is no multiple of 64"),
-        (dict(answer=6144, mlp=5120), "weights, 133 MiB on a device, are more than 96"),
+        (dict(answer=6144, mlp=5120), "weights, 133 MiB on a device, are more than 128"),
         (dict(stream=512, mlp=33792 // 2 + 128), "wider than all multiprocessors take at once"),
         (dict(answer=64, stream=2432, mlp=4352, entry=0), "8 rows do not fit"),
     ],
@@ -279,7 +269,8 @@ def launches(model, sizes, batch):
         ("gla_2", dict(tensor=2, context=2), 8, [True, False]),
         ("gqa", dict(tensor=4), 8, [False, False]),
         ("mlra_4", dict(tensor=4), 9, []),
-        ("mlra_4", dict(tensor=2), 8, []),
+        ("mlra_2", dict(tensor=2), 8, [True, False]),
+        ("mha", dict(), 8, []),
     ],
 )
 def test_steps_take_it_where_it_serves(model, sizes, batch, entries, on_hopper):

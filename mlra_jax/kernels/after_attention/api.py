@@ -17,12 +17,10 @@ from mlra_jax.kernels.exchange import Exchange
 from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES
 from mlra_jax.kernels.words import EMPTY
 
-ENABLED = False
-"""Whether decoding steps take it where it serves. Off, as its last form has not run on GPUs yet."""
 # What was measured. With more rows CTAs tell each other more; larger weights XLA's products read at
 # nearly the pace of memory, one after the other.
 _MOST_ROWS = 8
-_MOST_BYTES = 96 << 20
+_MOST_BYTES = 128 << 20
 
 
 def supports(device: Any, shape: Shape, dtypes: Sequence[Any]) -> str | None:
@@ -30,8 +28,6 @@ def supports(device: Any, shape: Shape, dtypes: Sequence[Any]) -> str | None:
 
     That there is an `Exchange` is supposed.
     """
-    if not ENABLED:
-        return "it is off (kernels.after_attention.api.ENABLED)"
     if getattr(device, "core_count", plan.CTAS) < plan.CTAS:
         # All CTAs wait for each other, so that all must run.
         return f"the device has less than {plan.CTAS} multiprocessors"
