@@ -31,64 +31,106 @@ from mlra_jax import sharding
 from mlra_jax.cache import Cache
 from mlra_jax.decoder import abstract_cache, abstract_decoder
 from mlra_jax.kernels import after_attention
-from mlra_jax.kernels.after_attention import AfterAttention, Layer, Shape
+from mlra_jax.kernels.after_attention import AfterAttention, Attention, Layer, Shape
 from mlra_jax.kernels.exchange import Exchange
 
 _LAYERS, _TURNS, _TOKENS_PER_CALL = 3, 3, 8
 _FACTORS, _EPS = (1.0, 1.25), (1e-6, 1e-5)
+_SLOTS, _FIRST_SLOT = 40, 11
 _SHAPES = {
-    "D 256": Shape(answer=256, stream=256, mlp=128, entry=192, rows=8),
-    "D 384": Shape(answer=192, stream=384, mlp=256, entry=320, rows=8),
-    "D 2048": Shape(answer=1088, stream=2048, mlp=1408, entry=832, rows=8),
-    "D 3072": Shape(answer=3072, stream=3072, mlp=2560, entry=1216, rows=8),
+    name: Shape(**dict(zip(Shape.__dataclass_fields__, sizes, strict=True)))
+    for name, sizes in {
+        "D 256": (256, 256, 128, 8, 256, 128, 64, 64, 64, 256),
+        "D 384": (192, 384, 256, 8, 384, 192, 64, 64, 128, 384),
+        "D 2048": (1088, 2048, 1408, 8, 1600, 1024, 512, 64, 128, 2304),
+        "D 3072": (3072, 3072, 2560, 8, 1216, 1024, 128, 64, 128, 4608),
+    }.items()
 }
 
 
-def errors(mesh, shape: Shape) -> list[float]:
-    """The largest relative errors of the stream and of what follows each layer."""
-    axes = tuple(a for a in sharding.MODEL if mesh.shape[a] > 1)
-    K, D, F, E = (n * mesh.size for n in (shape.answer, 1, shape.mlp, shape.entry))
-    D *= shape.stream // mesh.size
-    draw, whole = np.random.default_rng().standard_normal, PartitionSpec()
-    specs = [PartitionSpec(*s) for s in ((axes,), (None, None, axes), (axes,), (None, axes))]
+def layers_of(mesh, shape: Shape, num_layers: int = _LAYERS):
+    """(as many layers of random numbers, each followed by an attention; the stream)."""
+    axes, N, D = tuple(a for a in sharding.MODEL if mesh.shape[a] > 1), mesh.size, shape.stream
+    K, F, E, A = (n * N for n in (shape.answer, shape.mlp, shape.entry, shape.asked))
+    draw, whole, own = np.random.default_rng().standard_normal, PartitionSpec(), PartitionSpec(axes)
+    specs = [PartitionSpec(*s) for s in ((axes,), (None, None, axes), (axes,))]
+    last = PartitionSpec(None, axes)
+    held = max(1, shape.latents // 2)  # An entry of several latents has others' as well.
+    first = np.arange(N, dtype=np.int32) * held
+    first = first % shape.latents if held < shape.latents else first
+    scale = lambda width: _put(1 + 0.2 * draw(width), mesh, whole, "float32")
+    matrix = lambda s, spec: _put(draw(s) / np.sqrt(s[0]), mesh, spec)
+    B, R, heads = shape.rows - 1, shape.rows, shape.asked // (shape.nope + shape.rope)
+    slots = (_FIRST_SLOT + np.arange(N)[:, None] + 3 * np.arange(B)) % _SLOTS
+    places = np.pad(slots + _SLOTS * np.arange(B), ((0, 0), (0, R - B)), constant_values=-1)
+    places[:, 2] = -1
+    angles = draw((shape.rope // 2, R)) * 3
+    cos, sin = np.cos(angles), np.sin(angles)
+    turns = np.stack([np.tile(cos, (2, 1)), np.concatenate([-sin, sin])])
     layers = [
         dict(
-            answer=_put(draw((shape.rows, K)), mesh, PartitionSpec(None, axes)),
-            scales=[_put(1 + 0.2 * draw(D), mesh, whole, "float32") for _ in range(2)],
-            weights=[
-                _put(draw(s) / np.sqrt(s[0]), mesh, spec)
-                for s, spec in zip([(K, D), (D, 2, F), (F, D), (D, E)], specs, strict=True)
-            ],
+            answer=_put(draw((R, K)), mesh, PartitionSpec(None, axes)),
+            layer=Layer(
+                *map(matrix, [(K, D), (D, 2, F), (F, D)], specs),
+                scales=(scale(D), scale(D)),
+                factors=_FACTORS,
+                eps=_EPS,
+                of_answer=PartitionSpec(None, axes),
+                of_weights=tuple(specs),
+            ),
+            attention=Attention(
+                entry=matrix((D, E), last),
+                query=matrix((shape.query, N * heads, A // N // heads), last),
+                scales=(scale(shape.query), scale(max(N * held, shape.latents) * shape.latent)),
+                turns=_put(turns, mesh, whole, "float32"),
+                places=_put(places, mesh, own, "int32"),
+                first=_put(first, mesh, own, "int32"),
+                # Each device has rows of its own.
+                latents=_put(np.zeros((N * B, _SLOTS, held, shape.latent)), mesh, own),
+                k_rope=_put(np.zeros((N * B, _SLOTS, shape.rope)), mesh, own),
+                factors=_FACTORS[::-1],
+                eps=_EPS[::-1],
+                of_query=last,
+                of_latents=own,
+                of_k_rope=own,
+            ),
         )
-        for _ in range(_LAYERS)
+        for _ in range(num_layers)
     ]
-    x_RD = _put(draw((shape.rows, D)), mesh, whole)
+    x_RD = _put(draw((R, D)), mesh, whole)
+    return layers, x_RD
 
-    @jax.jit
+
+def step_of(mesh, shape: Shape):
+    """A function of what `layers_of` makes: (the stream, what follows) of each layer."""
+
     def step(layers, x_RD):
         exchange, found = Exchange(mesh, sharding.MODEL, *x_RD.shape), []
-        launch = AfterAttention(exchange, shape)
+        launch, (_, D) = AfterAttention(exchange, shape), x_RD.shape
         zeros = jnp.zeros((mesh.size, *x_RD.shape))
         how = dict(factor=1.0, eps=1e-6, dtype="bfloat16")
         x_DR = exchange(zeros, x_RD, jnp.ones(D), **how)[0].T
         for i, layer in enumerate(layers):
-            *others, entry = layer["weights"]
-            entry = entry if i + 1 < _LAYERS else None
-            how = dict(factors=_FACTORS, eps=_EPS, scales=tuple(layer["scales"]))
-            how |= dict(of_answer=PartitionSpec(None, axes), of_weights=tuple(specs))
-            x_DR, y = launch(layer["answer"], x_DR, Layer(*others, entry=entry, **how))
-            found.append((x_DR.T, y))
+            attention = layer["attention"] if i + 1 < len(layers) else None
+            x_DR, following = launch(layer["answer"], x_DR, layer["layer"], attention)
+            found.append((x_DR.T, following))
         return found
 
-    worst, want = [], np.asarray(x_RD, np.float64)
-    for i, (layer, (x, y)) in enumerate(zip(layers, step(layers, x_RD), strict=True)):
-        want, following = _expected(want, jax.tree.map(lambda x: np.asarray(x, np.float64), layer))
-        if i + 1 < _LAYERS:
-            parts = np.asarray(y, np.float64).reshape(mesh.size, -1, *y.shape[1:]).sum(1)
-            y = np.concatenate(parts, axis=-1)
-            following = following @ np.asarray(layer["weights"][3], np.float64)
-        for got, expected in ((x, want), (y, following)):
-            off = np.abs(np.asarray(got, np.float64) - expected).max() / np.abs(expected).max()
+    return jax.jit(step)
+
+
+def errors(mesh, shape: Shape) -> list[float]:
+    """The largest relative errors of the stream and of what follows each layer."""
+    layers, x_RD = layers_of(mesh, shape)
+    found, worst, want = step_of(mesh, shape)(layers, x_RD), [], np.asarray(x_RD, np.float64)
+    for i, (layer, (x, got)) in enumerate(zip(layers, found, strict=True)):
+        layer = jax.tree.map(lambda x: np.asarray(x, np.float64), layer)
+        want, following = _expected(want, layer["answer"], layer["layer"])
+        if i + 1 < len(layers):
+            following = _entered(following, layer["attention"], shape)
+        pairs = zip((x, *jax.tree.leaves(got)), (want, *jax.tree.leaves(following)), strict=True)
+        for y, expected in pairs:
+            off = np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
             worst.append(float(np.nan_to_num(off, nan=np.inf)))
     return worst
 
@@ -97,16 +139,47 @@ def _put(x, mesh, spec, dtype="bfloat16"):
     return jax.device_put(jnp.asarray(x, dtype), NamedSharding(mesh, spec))
 
 
-def _expected(x, layer):
-    def normed(x, i):
-        mean = np.mean(x**2, axis=-1, keepdims=True)
-        return x / np.sqrt(mean + _EPS[i]) * layer["scales"][i] * _FACTORS[i]
+def _normed(x, scale, factor, eps):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale * factor
 
-    out, widen, narrow, _ = layer["weights"]
-    x = x + layer["answer"] @ out
-    gate, up = np.moveaxis(np.tensordot(normed(x, 0), widen, 1), 1, 0)
-    x = x + (gate / (1 + np.exp(-gate)) * up) @ narrow
-    return x, normed(x, 1)
+
+def _expected(x, answer, layer):
+    """(the stream, its norm)."""
+    x = x + answer @ layer.out
+    normed = _normed(x, layer.scales[0], layer.factors[0], layer.eps[0])
+    gate, up = np.moveaxis(np.tensordot(normed, layer.widen, 1), 1, 0)
+    x = x + (gate / (1 + np.exp(-gate)) * up) @ layer.narrow
+    return x, _normed(x, layer.scales[1], layer.factors[1], layer.eps[1])
+
+
+def _entered(x, attention, shape: Shape):
+    """(queries but for their rotary parts, these, latents, rotary keys) of all devices."""
+    a, N, half = attention, len(attention.places), shape.rope // 2
+    cos, sin = a.turns.swapaxes(1, 2)
+    turned = lambda x, cos, sin: x * cos + np.roll(x, half, axis=-1) * sin
+    found, (B, held) = [], (len(a.latents) // N, a.latents.shape[2])
+    entries, queries = np.split(a.entry, N, axis=1), np.split(a.query, N, axis=1)
+    scales = a.scales[1].reshape(-1, shape.latent)
+    for d, (entry, query) in enumerate(zip(entries, queries, strict=True)):
+        q, c, k = np.split(x @ entry, [shape.query, shape.entry - shape.rope], axis=1)
+        first = int(a.first[d])
+        c = c.reshape(len(c), -1, shape.latent)
+        c = c[:, first : first + held] if c.shape[1] > held else c
+        c = _normed(c, scales[first : first + held], a.factors[1], a.eps[1])
+        latents, keys = (
+            np.zeros((B * _SLOTS, held, shape.latent)),
+            np.zeros((B * _SLOTS, shape.rope)),
+        )
+        kept = a.places[d] >= 0
+        places = a.places[d][kept].astype(int)
+        latents[places], keys[places] = c[kept], turned(k, cos, sin)[kept]
+        q = _normed(q, a.scales[0], a.factors[0], a.eps[0])
+        nope, rope = np.split(np.tensordot(q, query, 1), [shape.nope], axis=-1)
+        rope = turned(rope, cos[:, None], sin[:, None])
+        cache = latents.reshape(B, _SLOTS, held, -1), keys.reshape(B, _SLOTS, -1)
+        found.append((nope, rope, *cache))
+    axes = 1, 1, 0, 0
+    return [np.concatenate(x, axis) for x, axis in zip(zip(*found, strict=True), axes, strict=True)]
 
 
 def _ways():

@@ -174,7 +174,7 @@ class Decoder:
         summed = [p for block in form.layers for p in (block.attention.out, block.mlp.down)]
         add = Additions(self.mesh, stream, [form.embed, *summed])
         x, normed = add(None, form.embed(tokens_BT), form.layers[0].attention_norm)
-        rest = rest_of_layers(add, form.layers, cache.layers[0])
+        rest = rest_of_layers(add, form.layers, cache.layers, cache.lengths, positions_BT)
         x = rest.stream(x)
         next_norms = (*(block.attention_norm for block in form.layers[1:]), form.final_norm)
         for i, (layer, next_norm) in enumerate(zip(cache.layers, next_norms, strict=True)):

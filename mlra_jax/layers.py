@@ -308,17 +308,6 @@ def angles(positions_BT: jax.Array, width: int, base: float) -> tuple[jax.Array,
     return cos, sin
 
 
-class Entered(NamedTuple):
-    """An attention's input as what adds up to its products, float32 `[N, B, T, E]` of a device."""
-
-    summands: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The first two dimensions of the input."""
-        return self.summands.shape[1:3]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gated(gate: jax.Array, up: jax.Array, together: bool) -> jax.Array:
     """`silu(gate) * up`; its gradients are computed in float32 and have the arrays' dtype.

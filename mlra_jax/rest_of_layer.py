@@ -9,8 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlra_jax import sharding
+from mlra_jax.attention import sharded
+from mlra_jax.attention.base import Asked, Entries
 from mlra_jax.kernels import after_attention, exchange
-from mlra_jax.layers import Entered, RMSNorm, SummedProjection
+from mlra_jax.layers import RMSNorm, SummedProjection, angles
 
 
 class Additions:
@@ -56,10 +58,14 @@ class Additions:
 
 
 def rest_of_layers(
-    add: Additions, blocks: Sequence[nnx.Module], cache: dict[str, jax.Array]
+    add: Additions,
+    blocks: Sequence[nnx.Module],
+    caches: Sequence[Entries],
+    lengths_B: jax.Array,
+    positions_BT: jax.Array,
 ) -> "Apart | AtOnce":
-    """How the step of `add` does it for these blocks, which all have the sizes of the first and
-    caches like this one.
+    """How the step of `add` does it for these blocks, which all have the sizes of the first, and
+    their caches, whose rows fill so many slots.
 
     Called with a block's number, the stream, what its attention's `decode` returns, and the norm
     that follows, it returns the stream behind the block and what the next attention's `decode`
@@ -67,12 +73,12 @@ def rest_of_layers(
     """
     if add.exchange is None:
         return Apart(add, blocks)
-    shape = _shape(add, blocks[0], cache)
+    shape = _shape(add, blocks[0])
     weights = [blocks[0].attention.out, blocks[0].mlp.gate_up, blocks[0].mlp.down]
     dtypes = [add.stream.dtype, *(module.kernel[...].dtype for module in weights)]
     if after_attention.supports(add.mesh.devices.flat[0], shape, dtypes) is not None:
         return Apart(add, blocks)
-    return AtOnce(add, blocks, shape)
+    return AtOnce(add, blocks, caches, lengths_B, positions_BT, shape)
 
 
 class Apart:
@@ -93,55 +99,91 @@ class Apart:
 class AtOnce:
     """In one launch; attentions leave their output projection to it (`SummedProjection.later`)."""
 
-    def __init__(self, add: Additions, blocks: Sequence[nnx.Module], shape: after_attention.Shape):
-        self.add, self.blocks, self.reads = add, blocks, shape.entry > 0
+    def __init__(
+        self,
+        add: Additions,
+        blocks: Sequence[nnx.Module],
+        caches: Sequence[Entries],
+        lengths_B: jax.Array,
+        positions_BT: jax.Array,
+        shape: after_attention.Shape,
+    ):
+        self.add, self.blocks, self.caches = add, blocks, caches
         self.launch = after_attention.AfterAttention(add.exchange, shape)
         for block in blocks:
             block.attention.out.later = True
+        self.common = None
+        if shape.entry:
+            first = blocks[0].attention
+            cos, sin = (
+                x.reshape(shape.rows, -1).T
+                for x in angles(positions_BT, shape.rope, first.rope_base)
+            )
+            turns = jnp.stack([jnp.tile(cos, (2, 1)), jnp.concatenate([-sin, sin])])
+            places, first_latent = sharded.places(
+                lengths_B, *positions_BT.shape, first.kv_norm.blocks, caches[0], **first.of_cache
+            )
+            self.common = dict(turns=turns, places=places, first=first_latent)
 
     def stream(self, x_BTD: jax.Array) -> jax.Array:
         return x_BTD.reshape(-1, x_BTD.shape[-1]).T
 
     def __call__(self, i: int, x_DR, answer, next_norm: RMSNorm):
         block, (B, T, D) = self.blocks[i], self.add.stream.shape
-        entry = None
-        if self.reads and i + 1 < len(self.blocks):
-            entry = self.blocks[i + 1].attention.joined.kernel
         out, widen, narrow = block.attention.out, block.mlp.gate_up, block.mlp.down
         norms = block.mlp_norm, next_norm
         layer = after_attention.Layer(
             *(module.kernel[...] for module in (out, widen, narrow)),
-            entry=None if entry is None else entry[...],
-            scales=tuple(norm.scale[...] for norm in norms),
-            factors=tuple(norm.factor for norm in norms),
-            eps=tuple(norm.eps for norm in norms),
+            **_of_norms(norms),
             of_answer=sharding.spec("batch", "length", *out.axes),
             of_weights=(
                 sharding.spec(*out.axes),
                 sharding.spec(None, None, "mlp"),
                 sharding.spec("mlp"),
-                sharding.spec(None, "latent"),
             ),
         )
-        x_DR, following = self.launch(answer, x_DR, layer)
-        if entry is None:
-            return x_DR, following.reshape(B, T, D)
-        return x_DR, Entered(following.reshape(-1, B, T, following.shape[-1]))
+        if self.common is None or i + 1 == len(self.blocks):
+            x_DR, normed_RD = self.launch(answer, x_DR, layer, None)
+            return x_DR, normed_RD.reshape(B, T, D)
+        x_DR, following = self.launch(answer, x_DR, layer, self._attention(i + 1))
+        *queries, latents, k_rope = following
+        # So shaped, XLA finds that they are taken apart again.
+        q_BTHX = jnp.concatenate([x.reshape(B, T, *x.shape[1:]) for x in queries], axis=-1)
+        return x_DR, Asked(q_BTHX, dict(latents=latents, k_rope=k_rope))
+
+    def _attention(self, i: int) -> after_attention.Attention:
+        attention, cache = self.blocks[i].attention, self.caches[i]
+        query, axes = attention.q_up.kernel, attention.cache_axes
+        return after_attention.Attention(
+            entry=attention.joined.kernel[...],
+            query=query[...],
+            **_of_norms((attention.q_norm, attention.kv_norm)),
+            **self.common,
+            **cache,
+            of_query=sharding.spec(*query.get_metadata()["out_sharding"]),
+            of_latents=sharding.spec(*axes["latents"]),
+            of_k_rope=sharding.spec(*axes["k_rope"]),
+        )
 
 
-def _shape(add: Additions, block: nnx.Module, cache):
-    """Of the launch, with an entry where the next attention takes its products in summands."""
+def _of_norms(norms: tuple[RMSNorm, RMSNorm]) -> dict:
+    return dict(
+        scales=tuple(norm.scale[...] for norm in norms),
+        factors=tuple(norm.factor for norm in norms),
+        eps=tuple(norm.eps for norm in norms),
+    )
+
+
+def _shape(add: Additions, block: nnx.Module) -> after_attention.Shape:
+    """Of the launch, with the next attention where it serves that."""
     (B, T, D), mesh = add.stream.shape, add.mesh
     ways = sharding.size(mesh, sharding.MODEL)
     out, down = block.attention.out, block.mlp.down
     where = jax.NamedSharding(mesh, sharding.spec(*out.axes))
     *answer, _ = where.shard_shape(out.kernel[...].shape)
-    sizes = math.prod(answer), D, down.kernel[...].shape[0] // ways
-    joined = getattr(block.attention, "joined", None)
-    if joined is not None:
-        width = joined.kernel[...].shape[1] // ways
-        shape = after_attention.Shape(*sizes, width, B * T)
-        fits = width % after_attention.SLAB == 0
-        if fits and block.attention.takes_summands(cache, shape.products[3].shares):
+    sizes = math.prod(answer), D, down.kernel[...].shape[0] // ways, B * T
+    if (widths := block.attention.entry_widths()) is not None:
+        shape = after_attention.Shape(*sizes, **widths)
+        if shape.enters:
             return shape
-    return after_attention.Shape(*sizes, 0, B * T)
+    return after_attention.Shape(*sizes)

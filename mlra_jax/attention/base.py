@@ -8,7 +8,7 @@ import abc
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,26 @@ from mlra_jax.attention.blocks import in_blocks, of_keys, of_scores
 from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.kernels.chunk_attention import WIDEST, chunk_attention
 from mlra_jax.kernels.grouped_decode import grouped_decode
-from mlra_jax.layers import Entered, Exchanges, Projection, on_gpus, output_init, rotate
+from mlra_jax.layers import Exchanges, Projection, on_gpus, output_init, rotate
 
 Entries = dict[str, jax.Array]
 OVER = ("blocks", "cudnn")
 """How many tokens attend to a cache: plain JAX, a block of positions at a time; or cuDNN's fused
 attention, of GPUs, to the cache and to themselves."""
 Operands = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class Asked(NamedTuple):
+    """An attention's input in a decoding step as what is made of it: the queries `[B, T, H, K]`,
+    rotated, and the cache with the new tokens."""
+
+    queries: jax.Array
+    cache: Entries
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The first two dimensions of the input."""
+        return self.queries.shape[:2]
 
 
 class Attention(nnx.Module):
@@ -73,7 +86,7 @@ class Attention(nnx.Module):
 
     def decode(
         self,
-        x_BTD: jax.Array | Entered,
+        x_BTD: jax.Array | Asked,
         positions_BT: jax.Array,
         cache: Entries,
         lengths_B: jax.Array,
@@ -87,7 +100,10 @@ class Attention(nnx.Module):
         """
         rows = lengths_B.shape[0]
         of_cache = lambda tree: jax.tree.map(lambda x: x[:rows], tree)
-        y, q_BTHK, new, cache = self._enter(x_BTD, positions_BT, cache, lengths_B)
+        if isinstance(x_BTD, Asked):
+            y, (q_BTHK, cache), new = {}, x_BTD, {}
+        else:
+            y, q_BTHK, new, cache = self._enter(x_BTD, positions_BT, cache, lengths_B)
         o_BTHV, cache = sharded.decode_step(
             self._attend,
             self._ask(of_cache(q_BTHK)),
@@ -196,17 +212,14 @@ class Attention(nnx.Module):
         names = sorted(self.input_names(self.config), key=lambda name: name != "k_rope")
         return {name: self.exchanges.columns(getattr(self, name), x_BTD) for name in names}
 
-    def input_summands(self, x_BTD: jax.Array | Entered) -> jax.Array | None:
+    def input_summands(self, x_BTD: jax.Array) -> jax.Array | None:
         """`[N, B, T, E]`, which add up to what `reads` names, side by side, where that is all."""
         return None
 
-    def takes_summands(self, cache: Entries, num_summands: int) -> bool:
-        """Whether `decode` takes so many `input_summands` of a device (`Entered`) for its input."""
-        return False
-
-    def enters(self, cache: Entries, num_summands: int, width: int) -> bool:
-        """Whether so many summands of this width on a device enter by one kernel."""
-        return False
+    def entry_widths(self) -> dict[str, int] | None:
+        """What `kernels.after_attention.Shape` says of an attention on a device, where `decode`
+        takes what it has been `Asked`."""
+        return None
 
     @classmethod
     def input_names(cls, a: AttentionConfig) -> tuple[str, ...]:

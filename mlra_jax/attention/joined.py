@@ -20,7 +20,7 @@ from mlra_jax.attention.base import Attention
 from mlra_jax.attention.latent import LatentAttention
 from mlra_jax.attention.parted import part_columns, parted
 from mlra_jax.config import ModelConfig
-from mlra_jax.layers import Entered, Projection, SummedProjection, summands, weigh
+from mlra_jax.layers import Projection, SummedProjection, summands, weigh
 
 
 def is_parted(config: ModelConfig, mesh: Mesh) -> bool:
@@ -112,16 +112,13 @@ def mechanism_of(config: ModelConfig, mesh: Mesh) -> type[Attention]:
             return self._by_device(local, x_BTD, specs)
 
         def input_summands(self, x_BTD):
-            if isinstance(x_BTD, Entered):
-                return x_BTD.summands
             if tuple(kernels) != self.reads:
                 return None
             local = functools.partial(summands, num_in=1)
             return self._by_device(local, x_BTD, sharding.spec("latent", "batch", "length"))
 
-        def takes_summands(self, cache, num_summands):
-            all_reads = tuple(kernels) == self.reads
-            return all_reads and self.enters(cache, num_summands, sum(widths))
+        def entry_widths(self):
+            return self.asked_widths(sum(widths)) if tuple(kernels) == self.reads else None
 
         def _by_device(self, product, x_BTD, specs):
             return jax.shard_map(

@@ -6,6 +6,8 @@ decode step makes none of them. The up-projections are absorbed into the query a
 part of its key.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -116,8 +118,7 @@ class LatentAttention(FromLatents):
             (self.q_norm, self.kv_norm),
             cache,
             lengths_B,
-            cache_axes=self.cache_axes,
-            mesh=self.mesh,
+            **self.of_cache,
         )
         if entered is None:
             return super()._enter(x_BTD, positions_BT, cache, lengths_B)
@@ -127,9 +128,24 @@ class LatentAttention(FromLatents):
         q_BTHK = sharded.queries(q_BTQ, kernel[...], turned, **how, mesh=self.mesh)
         return {}, q_BTHK, {}, cache
 
-    def enters(self, cache, num_summands, width):
-        how = dict(cache_axes=self.cache_axes, mesh=self.mesh)
-        return sharded.enters(num_summands, width, self.q_norm, cache, **how)
+    @property
+    def of_cache(self):
+        """How the cache lies, as functions of `sharded` take it."""
+        return dict(cache_axes=self.cache_axes, mesh=self.mesh)
+
+    def asked_widths(self, width):
+        """`entry_widths` of an entry of this width."""
+        kernel, a = self.q_up.kernel, self.config
+        where = jax.NamedSharding(self.mesh, sharding.spec(*kernel.get_metadata()["out_sharding"]))
+        query, *queries = where.shard_shape(kernel[...].shape)
+        return dict(
+            entry=width,
+            query=query,
+            latent=a.latent_head_dim,
+            rope=a.rope_dim,
+            nope=self._fixed_width(),
+            asked=math.prod(queries),
+        )
 
     def _ask(self, q_BTHK):
         return self._ask_latents(q_BTHK)

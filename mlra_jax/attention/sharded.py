@@ -124,13 +124,10 @@ def enter(
     ):
         return None
     how = dict(factors=(q_norm.factor, kv_norm.factor), eps=q_norm.eps)
-    shares, tensor = (sharding.size(mesh, axes) for axes in (sharding.CONTEXT, sharding.TENSOR))
 
     def local(summands_NBTE, angles, scales, lengths_B, *kept):
         T, S = summands_NBTE.shape[2], kept[0].shape[1]
-        slots_BT = kv.slots(lengths_B, T, S, shares, jax.lax.axis_index(sharding.CONTEXT))
-        first = jax.lax.axis_index(sharding.TENSOR) * kv_norm.blocks // tensor
-        first = first.astype(jnp.int32)[None]
+        slots_BT, first = _own_slots(lengths_B, T, S, kv_norm.blocks, mesh)
         return between_products.enter(summands_NBTE, angles, scales, slots_BT, first, *kept, **how)
 
     rows, whole = sharding.spec("batch", "length"), jax.sharding.PartitionSpec()
@@ -148,6 +145,55 @@ def enter(
         check_vma=False,
     )(summands_NBTE, angles, [norm.scale[...] for norm in norms], lengths_B, *kept)
     return q_BTQ, dict(zip(names, kept, strict=True))
+
+
+def places(
+    lengths_B: jax.Array,
+    rows: int,
+    T: int,
+    num_latents: int,
+    cache: dict[str, jax.Array],
+    *,
+    cache_axes: dict[str, tuple[str | None, ...]],
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Where T new tokens of each row are kept, on every device.
+
+    Args:
+      lengths_B: int32, the slots that each row of the cache fills.
+      rows: at least B; those beyond B are kept nowhere.
+      num_latents: of the model.
+
+    Returns:
+      (int32 `[N, rows * T]`, for each device the number of each token's slot among all of its
+      cache, -1 where it keeps nothing; int32 `[N]`, the first latent of its cache).
+    """
+    where = jax.NamedSharding(mesh, sharding.spec(*cache_axes["latents"]))
+    B, S, *_ = where.shard_shape(cache["latents"].shape)
+
+    def local(lengths_B):
+        slots_BT, first = _own_slots(lengths_B, T, S, num_latents, mesh)
+        among_all_BT = jnp.arange(B, dtype=jnp.int32)[:, None] * S + slots_BT
+        kept_BT = jnp.where(slots_BT < S, among_all_BT, -1)
+        kept_BT = jnp.pad(kept_BT, ((0, rows - B), (0, 0)), constant_values=-1)
+        return kept_BT.reshape(1, -1), first
+
+    own = sharding.spec("latent")
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=sharding.spec("batch"),
+        out_specs=(own, own),
+        check_vma=False,
+    )(lengths_B)
+
+
+def _own_slots(lengths_B, T, S, num_latents, mesh):
+    """(slots of T new tokens in the S of the present device's cache, its first latent `[1]`)."""
+    shares, tensor = (sharding.size(mesh, axes) for axes in (sharding.CONTEXT, sharding.TENSOR))
+    slots_BT = kv.slots(lengths_B, T, S, shares, jax.lax.axis_index(sharding.CONTEXT))
+    first = jax.lax.axis_index(sharding.TENSOR) * num_latents // tensor
+    return slots_BT, first.astype(jnp.int32)[None]
 
 
 def queries(

@@ -1,4 +1,4 @@
-"""A layer of a decoding step from its attention's answer to the next attention's entry."""
+"""A layer of a decoding step from its attention's answer to what the next one asks its cache."""
 
 import dataclasses
 import functools
@@ -39,7 +39,6 @@ def supports(device: Any, shape: Shape, dtypes: Sequence[Any]) -> str | None:
         ("answer", shape.answer, SLAB),
         ("stream", shape.stream, 2 * SLAB),
         ("MLP", shape.mlp, 2 * SLAB),
-        ("entry", shape.entry, SLAB),
     ]:
         if width % step:
             return f"the width of the {name} on a device, {width}, is no multiple of {step}"
@@ -55,34 +54,95 @@ def supports(device: Any, shape: Shape, dtypes: Sequence[Any]) -> str | None:
     return None
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["entry", "query", "scales", "turns", "places", "first", "latents", "k_rope"],
+    meta_fields=["factors", "eps", "of_query", "of_latents", "of_k_rope"],
+)
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """The attention that follows, of latents.
+
+    Attributes:
+      entry, query: weights of what it makes of its input, `[D, E]`, each device's columns side by
+        side, and of its queries, `[Q, H, K + R]`.
+      scales: of the norms of the query's latent and of all latents; `factors` multiply them.
+      turns: float32 `[2, R, rows]`, cosines and sines of the rows' positions, for a rotary vector
+        and for it with its halves exchanged.
+      places: int32 `[N, rows]`, for each device the number of a row's slot in its cache, less than
+        0 where it keeps nothing.
+      first: int32 `[N]`, the first latent of each device's cache.
+      latents, k_rope: the cache, `[B, S, L, C]` and `[B, S, R]`.
+      of_query, of_latents, of_k_rope: how they are split.
+    """
+
+    entry: jax.Array
+    query: jax.Array
+    scales: tuple[jax.Array, jax.Array]
+    turns: jax.Array
+    places: jax.Array
+    first: jax.Array
+    latents: jax.Array
+    k_rope: jax.Array
+    factors: tuple[float, float]
+    eps: tuple[float, float]
+    of_query: PartitionSpec
+    of_latents: PartitionSpec
+    of_k_rope: PartitionSpec
+
+    def specs(self, own: PartitionSpec) -> "Attention":
+        """How its arrays are split, where `own` says that each device has one of its own."""
+        whole = PartitionSpec()
+        return dataclasses.replace(
+            self,
+            entry=PartitionSpec(None, *own),
+            query=self.of_query,
+            scales=(whole, whole),
+            turns=whole,
+            places=own,
+            first=own,
+            latents=self.of_latents,
+            k_rope=self.of_k_rope,
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["out", "widen", "narrow", "scales"],
+    meta_fields=["factors", "eps", "of_answer", "of_weights"],
+)
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What a layer has behind its attention, and its successor in front of it.
+    """What a layer has behind its attention.
 
     Attributes:
       out, widen, narrow: weights of the output projection `[..., D]` and of the MLP, `[D, 2, F]`
         and `[F, D]`.
-      entry: weights of the next attention, `[D, E]`, or None.
       scales: of the MLP's norm and of the next one; `factors` multiply them, `eps` are the norms'.
-      of_answer, of_weights: how the answer and the four weights are split.
+      of_answer, of_weights: how the answer and the three weights are split.
     """
 
     out: jax.Array
     widen: jax.Array
     narrow: jax.Array
-    entry: jax.Array | None
     scales: tuple[jax.Array, jax.Array]
     factors: tuple[float, float]
     eps: tuple[float, float]
     of_answer: PartitionSpec
     of_weights: tuple[PartitionSpec, ...]
 
+    def specs(self) -> "Layer":
+        """How its arrays are split."""
+        whole, (out, widen, narrow) = PartitionSpec(), self.of_weights
+        changes = dict(out=out, widen=widen, narrow=narrow, scales=(whole, whole))
+        return dataclasses.replace(self, **changes)
+
 
 class AfterAttention:
     """The layers of one decoding step, made while it is traced and called once for each.
 
     It exchanges by `exchange`, whose first exchange of the step is another's. All layers have
-    `shape`, but that the last has no entry.
+    `shape`, but that no attention follows the last.
     """
 
     def __init__(self, exchange: Exchange, shape: Shape):
@@ -93,8 +153,8 @@ class AfterAttention:
             self.board = jax.lax.with_sharding_constraint(board, there)
 
     def __call__(
-        self, answer: jax.Array, x_DR: jax.Array, layer: Layer
-    ) -> tuple[jax.Array, jax.Array]:
+        self, answer: jax.Array, x_DR: jax.Array, layer: Layer, attention: Attention | None
+    ) -> tuple[jax.Array, Any]:
         """The stream after the layer, and what follows.
 
         Args:
@@ -102,65 +162,98 @@ class AfterAttention:
           x_DR: the stream before, on every device, features first.
 
         Returns:
-          (the stream; its norm `[R, D]`, or with an entry float32 `[N, R, E]` of each device, which
-          add up to the product of that and the entry's weights).
+          (the stream; its norm `[R, D]`, or of the next attention its queries but for their rotary
+          parts `[R, H, K]`, these `[R, H, R]`, and its cache with the latents and rotary keys).
         """
         exchange = self.exchange
-        weights = [layer.out, layer.widen, layer.narrow]
-        weights += [] if layer.entry is None else [layer.entry]
-        split = layer.of_answer, layer.of_weights[: len(weights)]
-        how = dict(mesh=exchange.mesh, axes=exchange.axes, factors=layer.factors, eps=layer.eps)
-        arrays = answer, x_DR, layer.scales, weights
+        how = dict(mesh=exchange.mesh, axes=exchange.axes)
         if self.board is None:
-            return _in_plain(*arrays, split=split, **how)
+            return _in_plain(answer, x_DR, layer, attention, **how)
         turn = np.array([exchange.turn % INBOXES], np.int32)
         x_DR, following, exchange.inbox, self.board = _by_kernel(
-            *arrays, exchange.inbox, self.board, turn, split=split, shape=self.shape, **how
+            answer,
+            x_DR,
+            layer,
+            attention,
+            exchange.inbox,
+            self.board,
+            turn,
+            shape=self.shape,
+            **how,
         )
         exchange.turn += 2
         return x_DR, following
 
 
-def _flat(answer, x_DR, weights):
-    """The answer and the weights as matrices."""
-    D, R = x_DR.shape
-    out, widen, *rest = weights
-    return answer.reshape(R, -1), [out.reshape(-1, D), widen.reshape(D, -1), *rest]
-
-
-def _in_plain(answer, x_DR, scales, weights, *, split, mesh, axes, **how):
-    def local(answer, x_DR, scales, weights):
-        answer_RK, weights = _flat(answer, x_DR, weights)
-        return reference.after_attention(answer_RK, x_DR, scales, weights, axes=axes, **how)
-
+def _split(layer, attention, axes):
+    """How (answer, stream, layer, attention) and (stream, what follows) are split."""
     whole, own = PartitionSpec(), PartitionSpec(axes)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(split[0], whole, whole, list(split[1])),
-        out_specs=(whole, own if len(weights) > 3 else whole),
-        check_vma=False,
-    )(answer, x_DR, scales, weights)
+    if attention is None:
+        return (layer.of_answer, whole, layer.specs(), None), (whole, whole)
+    _, heads, columns = (*attention.of_query, None, None)[:3]
+    queries = PartitionSpec(None, heads, columns)
+    following = queries, queries, attention.of_latents, attention.of_k_rope
+    specs = layer.of_answer, whole, layer.specs(), attention.specs(own)
+    return specs, (whole, following)
+
+
+def _matrices(x, layer, attention):
+    """The answer and the weights as matrices."""
+    D, R = x[1].shape
+    weights = [layer.out.reshape(-1, D), layer.widen.reshape(D, -1), layer.narrow]
+    if attention is not None:
+        weights += [attention.entry, attention.query.reshape(len(attention.query), -1)]
+    return x[0].reshape(R, -1), weights
+
+
+def _in_plain(answer, x_DR, layer, attention, *, mesh, axes):
+    def local(answer, x_DR, layer, attention):
+        answer_RK, weights = _matrices((answer, x_DR), layer, attention)
+        how = dict(axes=axes, factors=layer.factors, eps=layer.eps)
+        x_DR, normed_RD = reference.after_attention(
+            answer_RK, x_DR, layer.scales, weights[:3], **how
+        )
+        if attention is None:
+            return x_DR, normed_RD
+        heads = attention.query.shape[1:]
+        return x_DR, reference.enter(normed_RD, weights[3:], attention, heads)
+
+    split, follows = _split(layer, attention, axes)
+    return jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=follows, check_vma=False)(
+        answer, x_DR, layer, attention
+    )
 
 
 # A function of its own in a program, so that all layers compile one.
-@functools.partial(jax.jit, static_argnames=("split", "mesh", "axes", "factors", "eps", "shape"))
+@functools.partial(jax.jit, static_argnames=("mesh", "axes", "shape"))
 @target.int32_indices
-def _by_kernel(answer, x_DR, scales, weights, inbox, board, turn, *, split, mesh, axes, **how):
-    def local(answer, x_DR, scales, weights, inbox_1, board_1, turn):
-        answer_RK, weights = _flat(answer, x_DR, weights)
+def _by_kernel(answer, x_DR, layer, attention, inbox, board, turn, *, mesh, axes, shape):
+    def local(answer, x_DR, layer, attention, inbox_1, board_1, turn):
+        answer_RK, weights = _matrices((answer, x_DR), layer, attention)
+        factors, eps, entering = layer.factors, layer.eps, ()
+        if attention is not None:
+            factors, eps = (*factors, *attention.factors), (*eps, *attention.eps)
+            a = attention
+            entering = *a.scales, a.turns, a.places[0], a.first, a.latents, a.k_rope
         inbox = inbox_1[0].reshape(*inbox_1.shape[1:3], -1)
-        arrays = answer_RK, x_DR, scales, weights, inbox, board_1[0], turn
+        arrays = answer_RK, x_DR, layer.scales, weights, inbox, board_1[0], turn, entering
+        how = dict(factors=factors, eps=eps, shape=shape)
         x_DR, following, inbox, board = mosaic_gpu.after_attention(
             *arrays, mesh=mesh, axes=axes, **how
         )
+        if attention is None:
+            (following,) = following
+        else:
+            queries = (x.reshape(len(x), shape.heads, -1) for x in following[:2])
+            following = *queries, *following[2:]
         return x_DR, following, inbox.reshape(inbox_1.shape), board[None]
 
     whole, own = PartitionSpec(), PartitionSpec(axes)
+    split, follows = _split(layer, attention, axes)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split[0], whole, whole, list(split[1]), own, own, whole),
-        out_specs=(whole, own if len(weights) > 3 else whole, own, own),
+        in_specs=(*split, own, own, whole),
+        out_specs=(*follows, own, own),
         check_vma=False,
-    )(answer, x_DR, scales, weights, inbox, board, turn)
+    )(answer, x_DR, layer, attention, inbox, board, turn)

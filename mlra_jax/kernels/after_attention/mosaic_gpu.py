@@ -1,16 +1,18 @@
-"""A layer from its attention's answer to the next one's entry, as one launch on Hopper GPUs.
+"""A layer from its attention's answer to what the next one asks its cache, on Hopper GPUs.
 
-Four products lie there, of a few rows with weights that are read once: the output projection, the
-MLP's two, and what the next attention makes of its input. As launches of their own, each begins to
-read its weights when the one before has ended, and memory is idle while devices wait for each
-other. Here one warpgroup of a CTA does nothing but copy the weights of its share of them all into a
-ring, as far ahead as the ring goes, and two multiply. Features are the rows of the products, so
-that a product is no wider than the batch.
+Five products lie there, of a few rows with weights that are read once: the output projection, the
+MLP's two, what the next attention makes of its input, and its queries of their latent. As launches
+of their own, each begins to read its weights when the one before has ended, and memory is idle
+while devices wait for each other. Here one warpgroup of a CTA does nothing but copy the weights of
+its share of them all into a ring, as far ahead as the ring goes, and two multiply. Features are the
+rows of the products, so that a product is no wider than the batch.
 
 Every product is cut into tiles of columns and into shares of what is contracted, one of each to a
 CTA. Between two products a few warpgroups have a block of 64 features each: they add up what all
 shares and devices have of it, do what the layer does there, and tell all CTAs. Where there is a
-norm, the product is of what is not divided yet; who adds it up divides by then.
+norm, the product is of what is not divided yet; who adds it up divides by then. Latents and rotary
+keys of the new tokens go into the cache, queries to device memory; the last layer's launch ends
+with its norm.
 
 CTAs hear of each other's numbers as devices do in `exchange.mosaic_gpu`: a word of the board, an
 array in device memory, is `EMPTY` until it is written, and who needs it reads until it is not. That
@@ -21,8 +23,8 @@ What was heard must be `EMPTY` again before the next launch tells it:
 
 - Parts that one warpgroup alone hears it empties at once.
 - The MLP's input has been heard by all when the second exchange begins: who tells a block of it
-  empties it then. All shares of a tile of the last product are heard by then, so all of `hidden`
-  was told, so all parts of the widened MLP were, behind their CTAs' share of the input.
+  empties it then. All shares of a tile of the MLP's second product are heard by then, so all of
+  `hidden` was told, so all parts of the widened MLP were, behind their CTAs' share of the input.
 - The rest the next launch empties when it begins, each CTA behind a fence before it tells its first
   part. `hidden` is the first of it that is told, and whoever tells it has heard of all those parts.
 
@@ -44,7 +46,7 @@ from jax.sharding import Mesh
 
 from mlra_jax.kernels import tiles
 from mlra_jax.kernels.after_attention.plan import CTAS, MULTIPLIERS, SLAB, STRIDE, Product, Shape
-from mlra_jax.kernels.after_attention.telling import empty, fence, hear, put, tell
+from mlra_jax.kernels.after_attention.telling import empty, fence, hear, tell, write_rows
 from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES, everyone
 from mlra_jax.kernels.rows import THREADS
 from mlra_jax.kernels.tiles import COLUMN, ROW, TILE, tall, wide
@@ -52,7 +54,7 @@ from mlra_jax.kernels.tiles import COLUMN, ROW, TILE, tall, wide
 _LINE = plgpu.Layout.WG_STRIDED((STRIDE,), vec_size=4)
 _WAITING = 96
 """Registers of a thread for what it waits for at a time."""
-AHEAD = 3, 1, 1, 2
+AHEAD = 3, 1, 1, 2, 2
 """Slabs of each product that a CTA waits for at a time. What CTAs tell each other would wait behind
 more."""
 
@@ -65,48 +67,51 @@ def after_attention(
     inbox: jax.Array,
     board: jax.Array,
     turn: jax.Array,
+    entering: Sequence[jax.Array] = (),
     *,
     mesh: Mesh,
     axes: tuple[str, ...],
-    factors: tuple[float, float],
-    eps: tuple[float, float],
+    factors: Sequence[float],
+    eps: Sequence[float],
     shape: Shape,
 ) -> tuple[jax.Array, ...]:
     """(the stream, what follows, the inboxes, the board) of one device.
 
-    What follows is the stream's norm, `[R, D]`, or float32 `[N, R, E]` that add up to the product
-    of that and the entry's weights.
+    What follows is the stream's norm, `[R, D]`; or of the next attention its queries but for their
+    rotary parts `[R, H * K]`, these `[R, H * R]`, and the cache with its latents and rotary keys.
 
     Args:
       answer_RK: bfloat16, what the output projection reads on this device.
       x_DR: bfloat16, the stream.
       scales: of the MLP's norm and of the next one, which multiply by them and by `factors`.
-      weights: bfloat16, `[K, D]`, `[D, 2 F]`, `[F, D]` and perhaps the entry's `[D, E]`.
+      weights: bfloat16, `[K, D]`, `[D, 2 F]`, `[F, D]`, and where an attention follows what it
+        makes of its input, `[D, E]`, and its queries of their latent, `[Q, A]`.
       inbox: int32 as of `exchange`.
       board: int32 `[Shape.board_size]`, from the launch before, or `EMPTY`; changed in place.
       turn: int32 `[1]`, the number of the first exchange in its step modulo `INBOXES`.
+      entering: where an attention follows: scales of the norms of the query's latent and of all
+        latents; cosines and sines of the rows' positions, float32 `[2, rope, R]`, for a vector and
+        for it with its halves exchanged; int32 `[R]`, the number of each row's slot in the cache,
+        less than 0 where nothing is kept; int32 `[1]`, the cache's first latent among all; the
+        cache's latents `[B, S, L, C]` and rotary keys `[B, S, rope]`, changed in place.
       axes: the mesh axes of more than one device.
-      eps: of the norms.
+      factors, eps: of the norms, in the order of their scales.
     """
     D, R = x_DR.shape
-    following = jax.ShapeDtypeStruct((R, D), x_DR.dtype)
-    if len(weights) > 3:
-        following = jax.ShapeDtypeStruct((shape.products[3].shares, R, shape.entry), jnp.float32)
+    widths = [shape.heads * n for n in (shape.nope, shape.rope)] if entering else [D]
+    following = [jax.ShapeDtypeStruct((R, n), x_DR.dtype) for n in widths]
+    names = ["answer", "x", "scale_mlp", "scale_next", "turn", "inbox", "board"]
+    if entering:
+        names += ["scale_query", "scale_latents", "turns", "places", "first", "latents", "k_rope"]
+    num_in = len(names) + len(weights)
 
     def body(*refs, **memory):
-        *before, stream, following = refs
-        answer, x, scale_mlp, scale_next, *weights, turn, inbox, board = before
+        before, (stream, *after) = refs[:num_in], refs[num_in:]
         arrays = types.SimpleNamespace(
-            answer=answer,
-            x=x,
-            scale_mlp=scale_mlp,
-            scale_next=scale_next,
-            weights=weights,
-            turn=turn,
-            inbox=inbox,
-            board=board,
+            **dict(zip(names, before, strict=False)),
+            weights=before[len(names) :],
             stream=stream,
-            following=following,
+            following=after,
         )
         me, devices = everyone(mesh, axes)
         cta = _Cta(
@@ -126,7 +131,7 @@ def after_attention(
     swizzled = functools.partial(tiles.swizzled, dtype=jnp.bfloat16)
     kernel = plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct((D, R), x_DR.dtype), following),
+        out_type=(jax.ShapeDtypeStruct((D, R), x_DR.dtype), *following),
         scratch_types=dict(
             ring=plgpu.RefUnion(
                 swizzled((shape.slots, SLAB, shape.tile)),
@@ -135,6 +140,7 @@ def after_attention(
             rows=swizzled((shape.memory // (R * SLAB * 2), R, SLAB)),
             scratch=plgpu.SMEM((MULTIPLIERS, tiles.REDUCTION), jnp.float32),
             inverse=plgpu.SMEM((R,), jnp.float32),
+            twice=plgpu.SMEM((MULTIPLIERS, 2 * SLAB, R), jnp.float32),
             full=plgpu.Barrier(num_barriers=shape.slots),
             empty=plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=shape.slots),
             answer=plgpu.Barrier(num_arrivals=shape.products[0].most),
@@ -154,7 +160,11 @@ def after_attention(
         ),
     )
     inbox_ref, board_ref = jax.new_ref(inbox), jax.new_ref(board)
-    stream, following = kernel(answer_RK, x_DR, *scales, *weights, turn, inbox_ref, board_ref)
+    *entering, latents, k_rope = entering or (None, None)
+    cache = [jax.new_ref(x) for x in (latents, k_rope) if x is not None]
+    arrays = answer_RK, x_DR, *scales, turn, inbox_ref, board_ref, *entering, *cache, *weights
+    stream, *following = kernel(*arrays)
+    following = (*following, *map(jax.freeze, cache))
     return stream, following, jax.freeze(inbox_ref), jax.freeze(board_ref)
 
 
@@ -163,8 +173,8 @@ class _Cta:
     """What the warpgroups of a CTA share; `a` are the arrays in device memory."""
 
     shape: Shape
-    factors: tuple[float, float]
-    eps: tuple[float, float]
+    factors: Sequence[float]
+    eps: Sequence[float]
     me: jax.Array
     devices: list
     index: jax.Array
@@ -179,8 +189,8 @@ class _Cta:
 
     @property
     def gated(self):
-        """The block of the MLP's features that the warpgroup gates, if there is one; those that had
-        no part in the product before come first."""
+        """The block of the MLP's features that the warpgroup gates, if there is one, and what of
+        the next attention it enters; those that had no part in the product before come first."""
         return (CTAS - 1 - self.index) * MULTIPLIERS + self.wg
 
     def slab(self, slot, product: Product):
@@ -252,11 +262,11 @@ def _copy(cta: _Cta) -> None:
 
 
 def _multiply(cta: _Cta) -> None:
-    out, widen, narrow, *entry = cta.shape.products[: len(cta.a.weights)]
+    out, widen, narrow, *attention = cta.shape.products[: len(cta.a.weights)]
     _empty_board(cta)
     plgpu.barrier_wait(cta.memory.answer)
     step = _product(cta, out, jnp.int32(0), "parts_out")
-    exchanges, last = cta.block < cta.shape.blocks, not entry
+    exchanges, last = cta.block < cta.shape.blocks, not attention
     pl.when(exchanges)(lambda: _enter_mlp(cta))
     _take(cta, widen, "entered_mlp")
     step = _product(cta, widen, step, "parts_widened")
@@ -264,9 +274,14 @@ def _multiply(cta: _Cta) -> None:
     _take(cta, narrow, "hidden")
     step = _product(cta, narrow, step, "parts_narrow")
     pl.when(exchanges)(lambda: _leave(cta) if last else _enter_next(cta))
-    if entry:
-        _take(cta, *entry, "entered_next")
-        _product_of_entry(cta, *entry, step)
+    if attention:
+        entry, asked = attention
+        _take(cta, entry, "entered_next")
+        step = _product_of_entry(cta, entry, step)
+        pl.when(cta.gated < cta.shape.entering)(lambda: _enter_attention(cta))
+        _take(cta, asked, "entered_query")
+        _product(cta, asked, step, "parts_asked")
+        pl.when(cta.block < cta.shape.asked // SLAB)(lambda: _ask(cta))
 
 
 def _product(cta: _Cta, product: Product, step, name: str):
@@ -309,8 +324,8 @@ def _multiplied(cta: _Cta, product: Product, step, columns):
     return pl.run_scoped(products, plgpu.ACC((columns.size, cta.shape.rows), jnp.float32))
 
 
-def _product_of_entry(cta: _Cta, product: Product, step) -> None:
-    """The CTA's share by one warpgroup; the other one finds what it is to be multiplied by."""
+def _product_of_entry(cta: _Cta, product: Product, step):
+    """As `_product`, by one warpgroup; the other one finds what it is to be multiplied by."""
     memory, (tile, share, _, count) = cta.memory, product.unit(cta.index)
 
     @pl.when((cta.wg > 0) & (count > 0))
@@ -319,12 +334,22 @@ def _product_of_entry(cta: _Cta, product: Product, step) -> None:
         plgpu.commit_smem()
         plgpu.barrier_arrive(memory.found)
 
+        def leave(i, _):
+            slot = lax.rem(step + i, cta.shape.slots)
+            plgpu.barrier_wait(memory.full.at[slot])
+            plgpu.barrier_arrive(memory.empty.at[slot])
+
+        lax.fori_loop(0, count, leave, None)
+
     @pl.when((cta.wg == 0) & (count > 0))
     def _multiply():
         acc, _ = _multiplied(cta, product, step, pl.ds(0, SLAB))
         plgpu.barrier_wait(memory.found)
         inverse = plgpu.load(memory.inverse, layout=COLUMN)
-        put(acc * tall(inverse, acc), cta.a.following.at[share], tile * SLAB, product.columns)
+        tell(acc * tall(inverse, acc), cta.told("parts_entered", share, tile * SLAB))
+
+    _meet(cta)
+    return step + count
 
 
 # --- What lies between them ---
@@ -376,12 +401,12 @@ def _enter_mlp(cta: _Cta) -> None:
     x = (tiles.load(a.x.at[at], TILE) + _exchanged(cta, "parts_out", 0)).astype(a.x.dtype)
     # Half a layer on, in the place of what it was: no other warpgroup reads it.
     tiles.store(a.stream.at[at], x)
-    _tell_scaled(cta, x, a.scale_mlp, cta.factors[0], "mlp")
+    _tell_scaled(cta, x, a.scale_mlp, cta.factors[0], "mlp", cta.block)
 
 
 def _enter_next(cta: _Cta) -> None:
     """Tells a block of what the next attention enters, likewise."""
-    _tell_scaled(cta, _after(cta), cta.a.scale_next, cta.factors[1], "next")
+    _tell_scaled(cta, _after(cta), cta.a.scale_next, cta.factors[1], "next", cta.block)
 
 
 def _after(cta: _Cta):
@@ -395,28 +420,31 @@ def _after(cta: _Cta):
     return x
 
 
-def _tell_scaled(cta: _Cta, x, scale_ref, factor: float, name: str) -> None:
-    scale = tiles.load(scale_ref.at[_slab(cta.block)], ROW) * factor
+def _tell_scaled(cta: _Cta, x, scale_ref, factor: float, name: str, block) -> None:
+    scale = tiles.load(scale_ref.at[_slab(block)], ROW) * factor
     x = x.astype(jnp.float32)
     scaled = (x * wide(scale, x)).astype(jnp.bfloat16).astype(jnp.float32)
-    tell(scaled, cta.told(f"entered_{name}", cta.block * SLAB))
-    _tell_squares(cta, x, f"squares_{name}")
+    tell(scaled, cta.told(f"entered_{name}", block * SLAB))
+    _tell_squares(cta, x, f"squares_{name}", block)
 
 
-def _tell_squares(cta: _Cta, x, name: str) -> None:
-    squares = tiles.over_rows("add", x * x, cta.memory.scratch.at[cta.wg])
-    tell(squares, cta.told(name, cta.block, count=1))
+def _tell_squares(cta: _Cta, x, name: str, block) -> None:
+    tell(_squares(cta, x), cta.told(name, block, count=1))
+
+
+def _squares(cta: _Cta, x):
+    return tiles.over_rows("add", x * x, cta.memory.scratch.at[cta.wg])
 
 
 def _inverse_of(cta: _Cta, name: str, eps: float):
     """What each row is to be multiplied by, from its sums of squares."""
-    shape = cta.shape
+    (blocks,) = cta.shape.board[name]
     squares = [
-        cta.hear([cta.told(name, begin)], limit=shape.blocks - begin)[0]
-        for begin in range(0, shape.blocks, SLAB)
+        cta.hear([cta.told(name, begin)], limit=blocks - begin)[0]
+        for begin in range(0, blocks, SLAB)
     ]
     total = tiles.over_rows("add", _sum(squares), cta.memory.scratch.at[cta.wg])
-    return lax.rsqrt(total / shape.stream + eps)
+    return lax.rsqrt(total / (blocks * SLAB) + eps)
 
 
 def _gate(cta: _Cta) -> None:
@@ -435,17 +463,92 @@ def _gate(cta: _Cta) -> None:
 
 def _leave(cta: _Cta) -> None:
     """Writes a block of the last layer's stream and of its norm."""
-    a, memory, at = cta.a, cta.memory, _slab(cta.block)
+    a, at = cta.a, _slab(cta.block)
     x = _after(cta).astype(jnp.float32)
-    _tell_squares(cta, x, "squares_next")
+    _tell_squares(cta, x, "squares_next", cta.block)
     x = x * tall(_inverse_of(cta, "squares_next", cta.eps[1]), x)
     x = x * wide(tiles.load(a.scale_next.at[at], ROW) * cta.factors[1], x)
+    _write(cta, x, a.following[0].at[:, at])
+
+
+def _write(cta: _Cta, x, ref) -> None:
+    """Writes a block of features to `[R, 64]`."""
     # Both warpgroups are done with these rows.
-    staging = memory.rows.at[cta.wg]
+    staging = cta.memory.rows.at[cta.wg]
     staging.transpose((1, 0))[...] = x.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, a.following.at[:, at])
+    plgpu.copy_smem_to_gmem(staging, ref)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _enter_attention(cta: _Cta) -> None:
+    """Tells a block of the query's latent, or puts a latent or the rotary key into the cache."""
+    shape, a, number = cta.shape, cta.a, cta.gated
+    of_query = shape.query // SLAB
+    latent = number - of_query
+
+    @pl.when(number < of_query)
+    def _query():
+        x = _heard(cta, "parts_entered", number)
+        _tell_scaled(cta, x, a.scale_query, cta.factors[2], "query", number)
+
+    @pl.when((latent >= 0) & (latent < shape.latents))
+    def _latent():
+        C, held = shape.latent, a.latents.shape[2]
+        xs = [
+            _heard(cta, "parts_entered", (shape.query + latent * C) // SLAB + i)
+            for i in range(C // SLAB)
+        ]
+        inverse = lax.rsqrt(_sum([_squares(cta, x) for x in xs]) / C + cta.eps[3])
+        # The entry has either the cache's latents or all.
+        own = shape.latents == held
+        among_all, kept = (latent + a.first[0], latent) if own else (latent, latent - a.first[0])
+
+        @pl.when((kept >= 0) & (kept < held))
+        def _keep():
+            for i, x in enumerate(xs):
+                scale_ref = a.scale_latents.at[_slab(among_all * (C // SLAB) + i)]
+                scale = tiles.load(scale_ref, ROW) * cta.factors[3]
+                x = x * tall(inverse, x) * wide(scale, x)
+                write_rows(x, a.latents, a.places, kept * C + i * SLAB, held * C)
+
+    @pl.when(latent == shape.latents)
+    def _rotary():
+        x = _heard(cta, "parts_entered", (shape.entry - shape.rope) // SLAB)
+        write_rows(_turned(cta, x), a.k_rope, a.places, 0, shape.rope)
+
+
+def _ask(cta: _Cta) -> None:
+    """Writes a block of the next attention's queries."""
+    shape, (nope, rope) = cta.shape, cta.a.following
+    each = (shape.nope + shape.rope) // SLAB
+    head, piece = lax.div(cta.block, each), lax.rem(cta.block, each)
+    inverse = _inverse_of(cta, "squares_query", cta.eps[2])
+    x = _heard(cta, "parts_asked", cta.block)
+    x = x * tall(inverse, x)
+    turns = piece == each - 1
+    pl.when(turns)(lambda: _write(cta, _turned(cta, x), rope.at[:, _slab(head)]))
+    fixed = _slab(head * (each - 1) + piece)
+    pl.when(jnp.logical_not(turns))(lambda: _write(cta, x, nope.at[:, fixed]))
+
+
+def _heard(cta: _Cta, name: str, block):
+    """What a block's parts add up to, which no other warpgroup hears."""
+    refs = _parts(cta, name, block)
+    x = _sum(cta.hear(refs))
+    _empty_blocks(cta, refs)
+    return x
+
+
+def _turned(cta: _Cta, x):
+    """A rotary vector at each row's position."""
+    cos, sin = (tiles.load(cta.a.turns.at[k], TILE) for k in (0, 1))
+    twice = cta.memory.twice.at[cta.wg]
+    # Beside itself, each half has the other one behind it.
+    for start in (0, SLAB):
+        tiles.store(twice.at[pl.ds(start, SLAB)], x)
+    plgpu.commit_smem()
+    return x * cos + tiles.load(twice.at[pl.ds(SLAB // 2, SLAB)], TILE) * sin
 
 
 def _take(cta: _Cta, product: Product, name: str) -> None:

@@ -13,12 +13,14 @@ SLAB = 64
 CTAS = 132
 """As many as an H100 or H200 has multiprocessors."""
 RING_BYTES = 192 << 10
-ROWS_BYTES = 32 << 10
-"""Of shared memory for the batch's rows, beside the ring."""
+ROWS_BYTES = 24 << 10
+"""Of shared memory for the batch's rows, beside the ring and what warpgroups reduce through."""
 MULTIPLIERS = 2
 """Warpgroups of a CTA that multiply."""
 STRIDE = 512
 """Words that a warpgroup empties at a time."""
+_WIDEST_LATENT = 128
+"""One warpgroup takes a latent, one block after the other. With wider ones it was slower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +66,21 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes on one device: widths of the answer, of the stream, of the MLP, and of the next
-    attention's entry, 0 if the launch has none; rows."""
+    """Sizes on one device: widths of the answer, of the stream and of the MLP; rows; and of the
+    next attention, 0 if the launch ends in front of it, widths of what it makes of its input
+    (`entry`), of its query's latent, of a latent, of its rotary key, of a query beside that, and of
+    all its queries."""
 
     answer: int
     stream: int
     mlp: int
-    entry: int
     rows: int
+    entry: int = 0
+    query: int = 0
+    latent: int = 0
+    rope: int = 0
+    nope: int = 0
+    asked: int = 0
 
     @property
     def tile(self) -> int:
@@ -81,7 +90,44 @@ class Shape:
     def products(self) -> tuple[Product, ...]:
         sizes = (self.answer, self.stream), (self.stream, 2 * self.mlp), (self.mlp, self.stream)
         products = [Product(*size, self.tile) for size in sizes]
-        return (*products, *[Product(self.stream, self.entry, SLAB, self.tile)] * bool(self.entry))
+        if self.entry:
+            products += [
+                Product(self.stream, self.entry, SLAB, self.tile),
+                Product(self.query, self.asked, self.tile),
+            ]
+        return tuple(products)
+
+    @property
+    def heads(self) -> int:
+        """Of the next attention's queries."""
+        return self.asked // (self.nope + self.rope)
+
+    @property
+    def latents(self) -> int:
+        """In the entry."""
+        return (self.entry - self.query - self.rope) // self.latent
+
+    @property
+    def enters(self) -> bool:
+        """Whether a launch serves these widths of the next attention."""
+        slabs = self.entry, self.query, self.latent, self.nope
+        most = CTAS * MULTIPLIERS
+        return (
+            self.entry > 0
+            and self.rope == SLAB
+            and not any(width % SLAB for width in slabs)
+            and self.latent <= _WIDEST_LATENT
+            and (self.entry - self.query - self.rope) % self.latent == 0
+            and self.asked % self.tile == 0
+            and all(product.tiles <= CTAS for product in self.products)
+            and max(self.entering, self.asked // SLAB) <= most
+        )
+
+    @property
+    def entering(self) -> int:
+        """Warpgroups that enter: one for each block of the query's latent, for each latent, and for
+        the rotary key."""
+        return self.query // SLAB + self.latents + 1
 
     @property
     def blocks(self) -> int:
@@ -101,17 +147,21 @@ class Shape:
     def board(self) -> dict[str, tuple[int, ...]]:
         """What CTAs tell each other, words by row of the batch. From `hidden` on the next launch
         empties it."""
-        shares = [product.shares for product in self.products]
-        return dict(
-            parts_out=(shares[0], self.stream),
-            parts_widened=(shares[1], 2 * self.mlp),
-            parts_narrow=(shares[2], self.stream),
+        names = "out", "widened", "narrow", "entered", "asked"
+        parts = {
+            f"parts_{name}": (product.shares, product.columns)
+            for name, product in zip(names, self.products, strict=False)
+        }
+        board = parts | dict(
             entered_mlp=(self.stream,),
             squares_mlp=(self.blocks,),
             hidden=(self.mlp,),
             entered_next=(self.stream,),
             squares_next=(self.blocks,),
         )
+        if self.entry:
+            board |= dict(entered_query=(self.query,), squares_query=(self.query // SLAB,))
+        return board
 
     def places(self) -> dict[str, int]:
         """Where on the board each begins; `end` is where the last one ends."""

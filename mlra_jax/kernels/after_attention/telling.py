@@ -41,23 +41,38 @@ def tell(value, ref) -> None:
     write(value, ref)
 
 
-def put(value, ref, column, columns: int) -> None:
-    """Writes features by rows where rows of so many columns are, from a column on."""
+def write_rows(value, ref, places, start: jax.Array, width: int) -> None:
+    """Writes features by rows to where a row of so many numbers has its place, from `start` on.
 
-    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
-    def write(ctx, value, ref, column):
-        index, count = ir.IndexType.get(), value.layout.vector_length
-        column = arith.index_cast(index, column.registers.flat[0])
-        places = value.layout.thread_idxs(value.shape)
-        for (feature, row), numbers in zip(places, value.registers.flat, strict=True):
-            held = vector.bitcast(words.kind(count), numbers)
-            rows = [arith.addi(row, arith.constant(index, i)) for i in range(count)]
-            ats = [_offset((row, arith.addi(feature, column)), (None, columns)) for row in rows]
-            for i, pointer in enumerate(words.pointers(ref, ats)):
-                one = vector.broadcast(words.kind(1), vector.extract(held, [], [i]))
-                words.write(pointer, one)
+    Args:
+      ref: whole rows in device memory, of which `places` (int32) has the number for each row of the
+        batch, or less than 0: that row is dropped.
+    """
 
-    write(value, ref, jnp.int32(column))
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()))
+    )
+    def write(ctx, value, ref, places, start):
+        index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
+        element = ir.MemRefType(ref.type).element_type
+        base, of_places = mgpu.utils.memref_ptr(ref), mgpu.utils.memref_ptr(places)
+        start = arith.index_cast(index, start.registers.flat[0])
+        count = value.layout.vector_length
+        spots = value.layout.thread_idxs(value.shape)
+        for (feature, row), numbers in zip(spots, value.registers.flat, strict=True):
+            for i in range(count):
+                own = arith.addi(row, arith.constant(index, i))
+                at = arith.index_cast(ir.IntegerType.get_signless(64), own)
+                place = llvm.load(i32, mgpu.utils.getelementptr(of_places, [at], i32))
+                kept = arith.cmpi(arith.CmpIPredicate.sge, place, arith.constant(i32, 0))
+                with mgpu.when(kept):
+                    line = arith.muli(arith.index_cast(index, place), arith.constant(index, width))
+                    offset = arith.addi(line, arith.addi(start, feature))
+                    offset = arith.index_cast(ir.IntegerType.get_signless(64), offset)
+                    pointer = mgpu.utils.getelementptr(base, [offset], element)
+                    llvm.store(vector.extract(numbers, [], [i]), pointer)
+
+    write(value.astype(ref.dtype), ref, places, jnp.int32(start))
 
 
 def empty(ref, layout, shape) -> None:
