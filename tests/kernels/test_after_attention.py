@@ -300,7 +300,15 @@ def test_places_of_tokens():
 
 @pytest.mark.parametrize(
     ("name", "tensor", "context", "queries"),
-    [("mlra_4", 4, 1, 1), ("gla_2", 2, 2, 1), ("gqa", 2, 1, 1), ("mla", 1, 2, 5)],
+    [
+        ("mlra_4", 4, 1, 1),
+        ("gla_2", 2, 2, 1),
+        ("mla", 1, 2, 5),
+        ("gqa", 2, 1, 1),
+        ("mlra_2_base", 2, 1, 1),
+        ("mlra_2_gated", 2, 1, 1),
+        ("gqla", 2, 1, 1),
+    ],
 )
 def test_steps_by_it_are_whole_passes(name, tensor, context, queries, monkeypatch):
     """In plain JAX, as other devices compute it, with what follows in models of latents."""
@@ -311,6 +319,6 @@ def test_steps_by_it_are_whole_passes(name, tensor, context, queries, monkeypatc
     monkeypatch.setattr(reference, "enter", follow)
     monkeypatch.setattr(reference, "after_attention", mock.Mock(wraps=reference.after_attention))
     how = dict(num_layers=2, queries=queries)
-    assert decoding_error(tiny.ATTENTIONS[name], tensor, context, **how) < 1e-5
+    assert decoding_error(tiny.ALL[name], tensor, context, **how) < 1e-5
     assert reference.after_attention.call_count
-    assert bool(follow.call_count) == (name != "gqa")
+    assert bool(follow.call_count) == (name not in ("gqa", "mlra_2_base", "mlra_2_gated"))

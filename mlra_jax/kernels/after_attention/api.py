@@ -197,18 +197,18 @@ def _split(layer, attention, axes):
     return specs, (whole, following)
 
 
-def _matrices(x, layer, attention):
+def _matrices(answer, x_DR, layer, attention):
     """The answer and the weights as matrices."""
-    D, R = x[1].shape
+    D, R = x_DR.shape
     weights = [layer.out.reshape(-1, D), layer.widen.reshape(D, -1), layer.narrow]
     if attention is not None:
         weights += [attention.entry, attention.query.reshape(len(attention.query), -1)]
-    return x[0].reshape(R, -1), weights
+    return answer.reshape(R, -1), weights
 
 
 def _in_plain(answer, x_DR, layer, attention, *, mesh, axes):
     def local(answer, x_DR, layer, attention):
-        answer_RK, weights = _matrices((answer, x_DR), layer, attention)
+        answer_RK, weights = _matrices(answer, x_DR, layer, attention)
         how = dict(axes=axes, factors=layer.factors, eps=layer.eps)
         x_DR, normed_RD = reference.after_attention(
             answer_RK, x_DR, layer.scales, weights[:3], **how
@@ -229,7 +229,7 @@ def _in_plain(answer, x_DR, layer, attention, *, mesh, axes):
 @target.int32_indices
 def _by_kernel(answer, x_DR, layer, attention, inbox, board, turn, *, mesh, axes, shape):
     def local(answer, x_DR, layer, attention, inbox_1, board_1, turn):
-        answer_RK, weights = _matrices((answer, x_DR), layer, attention)
+        answer_RK, weights = _matrices(answer, x_DR, layer, attention)
         factors, eps, entering = layer.factors, layer.eps, ()
         if attention is not None:
             factors, eps = (*factors, *attention.factors), (*eps, *attention.eps)
