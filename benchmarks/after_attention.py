@@ -38,7 +38,7 @@ _LAYERS, _TURNS, _TOKENS_PER_CALL = 3, 3, 8
 _FACTORS, _EPS = (1.0, 1.25), (1e-6, 1e-5)
 _SLOTS, _FIRST_SLOT = 40, 11
 _SHAPES = {
-    name: Shape(**dict(zip(Shape.__dataclass_fields__, sizes, strict=True)))
+    name: Shape(*sizes)
     for name, sizes in {
         "D 256": (256, 256, 128, 8, 256, 128, 64, 64, 64, 256),
         "D 384": (192, 384, 256, 8, 384, 192, 64, 64, 128, 384),
@@ -51,7 +51,7 @@ _SHAPES = {
 def layers_of(mesh, shape: Shape, num_layers: int = _LAYERS):
     """(as many layers of random numbers, each followed by an attention; the stream)."""
     axes, N, D = tuple(a for a in sharding.MODEL if mesh.shape[a] > 1), mesh.size, shape.stream
-    K, F, E, A = (n * N for n in (shape.answer, shape.mlp, shape.entry, shape.asked))
+    K, F, E = (n * N for n in (shape.answer, shape.mlp, shape.entry))
     draw, whole, own = np.random.default_rng().standard_normal, PartitionSpec(), PartitionSpec(axes)
     specs = [PartitionSpec(*s) for s in ((axes,), (None, None, axes), (axes,))]
     last = PartitionSpec(None, axes)
@@ -60,7 +60,7 @@ def layers_of(mesh, shape: Shape, num_layers: int = _LAYERS):
     first = first % shape.latents if held < shape.latents else first
     scale = lambda width: _put(1 + 0.2 * draw(width), mesh, whole, "float32")
     matrix = lambda s, spec: _put(draw(s) / np.sqrt(s[0]), mesh, spec)
-    B, R, heads = shape.rows - 1, shape.rows, shape.asked // (shape.nope + shape.rope)
+    B, R = shape.rows - 1, shape.rows
     slots = (_FIRST_SLOT + np.arange(N)[:, None] + 3 * np.arange(B)) % _SLOTS
     places = np.pad(slots + _SLOTS * np.arange(B), ((0, 0), (0, R - B)), constant_values=-1)
     places[:, 2] = -1
@@ -80,7 +80,7 @@ def layers_of(mesh, shape: Shape, num_layers: int = _LAYERS):
             ),
             attention=Attention(
                 entry=matrix((D, E), last),
-                query=matrix((shape.query, N * heads, A // N // heads), last),
+                query=matrix((shape.query, N * shape.heads, shape.nope + shape.rope), last),
                 scales=(scale(shape.query), scale(max(N * held, shape.latents) * shape.latent)),
                 turns=_put(turns, mesh, whole, "float32"),
                 places=_put(places, mesh, own, "int32"),

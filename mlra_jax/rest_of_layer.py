@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mlra_jax import sharding
 from mlra_jax.attention import sharded
 from mlra_jax.attention.base import Asked, Entries
-from mlra_jax.kernels import after_attention, exchange
+from mlra_jax.kernels import after_attention, between_products, exchange
 from mlra_jax.layers import RMSNorm, SummedProjection, angles
 
 
@@ -115,11 +115,8 @@ class AtOnce:
         self.common = None
         if shape.entry:
             first = blocks[0].attention
-            cos, sin = (
-                x.reshape(shape.rows, -1).T
-                for x in angles(positions_BT, shape.rope, first.rope_base)
-            )
-            turns = jnp.stack([jnp.tile(cos, (2, 1)), jnp.concatenate([-sin, sin])])
+            turned = angles(positions_BT, shape.rope, first.rope_base)
+            turns = between_products.turning(turned).swapaxes(1, 2)
             places, first_latent = sharded.places(
                 lengths_B, *positions_BT.shape, first.kv_norm.blocks, caches[0], **first.of_cache
             )

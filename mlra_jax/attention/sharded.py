@@ -71,28 +71,6 @@ def _by_head(local: Callable[..., jax.Array], mesh: Mesh, *arrays: jax.Array) ->
     )
 
 
-_ENTERED = "latents", "k_rope"
-
-
-def enters(
-    num_summands: int,
-    width: int,
-    q_norm: RMSNorm,
-    cache: dict[str, jax.Array],
-    *,
-    cache_axes: dict[str, tuple[str | None, ...]],
-    mesh: Mesh,
-) -> bool:
-    """Whether `enter` serves so many summands of this width on a device."""
-
-    def local_shape(name):
-        where = jax.NamedSharding(mesh, sharding.spec(*cache_axes[name]))
-        return where.shard_shape(cache[name].shape)
-
-    shapes = map(local_shape, _ENTERED)
-    return between_products.enters(num_summands, width, q_norm.width, *shapes)
-
-
 def enter(
     summands_NBTE: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
@@ -115,13 +93,15 @@ def enter(
     Returns:
       (the query's latent normed, `[B, T, Q]`; the cache), or None where no kernel serves.
     """
-    names, (q_norm, kv_norm) = _ENTERED, norms
+    if summands_NBTE is None:
+        return None
+    names, (q_norm, kv_norm) = ("latents", "k_rope"), norms
     kept, cached = [cache[n] for n in names], [sharding.spec(*cache_axes[n]) for n in names]
-    ways = sharding.size(mesh, sharding.MODEL)
-    of_cache = dict(cache_axes=cache_axes, mesh=mesh)
-    if summands_NBTE is None or not enters(
-        len(summands_NBTE) // ways, summands_NBTE.shape[-1], q_norm, cache, **of_cache
-    ):
+    where = (jax.NamedSharding(mesh, spec) for spec in cached)
+    shapes = [at.shard_shape(x.shape) for at, x in zip(where, kept, strict=True)]
+    N, *_, E = summands_NBTE.shape
+    summands_each = N // sharding.size(mesh, sharding.MODEL)
+    if not between_products.enters(summands_each, E, q_norm.width, *shapes):
         return None
     how = dict(factors=(q_norm.factor, kv_norm.factor), eps=q_norm.eps)
 

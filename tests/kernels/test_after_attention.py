@@ -224,7 +224,7 @@ def exported(function, *structs):
     return export.export(function, platforms=["cuda"], disabled_checks=safe)(*structs).mlir_module()
 
 
-@pytest.mark.parametrize(("sizes", "shape"), [(dict(tensor=4), WIDE), (dict(context=2), SHAPES[2])])
+@pytest.mark.parametrize(("sizes", "shape"), [(dict(tensor=4), WIDE), (dict(context=2), SMALL)])
 def test_launches_of_a_step_share_inboxes_and_board(sizes, shape, on_hopper):
     mesh, shape = make_mesh(**sizes), dataclasses.replace(shape, rows=8)
     structs = jax.tree.map(

@@ -230,17 +230,15 @@ def _in_plain(answer, x_DR, layer, attention, *, mesh, axes):
 def _by_kernel(answer, x_DR, layer, attention, inbox, board, turn, *, mesh, axes, shape):
     def local(answer, x_DR, layer, attention, inbox_1, board_1, turn):
         answer_RK, weights = _matrices(answer, x_DR, layer, attention)
-        factors, eps, entering = layer.factors, layer.eps, ()
+        factors, eps, entering, cache = layer.factors, layer.eps, (), ()
         if attention is not None:
-            factors, eps = (*factors, *attention.factors), (*eps, *attention.eps)
             a = attention
-            entering = *a.scales, a.turns, a.places[0], a.first, a.latents, a.k_rope
+            factors, eps = (*factors, *a.factors), (*eps, *a.eps)
+            entering, cache = (*a.scales, a.turns, a.places[0], a.first), (a.latents, a.k_rope)
         inbox = inbox_1[0].reshape(*inbox_1.shape[1:3], -1)
-        arrays = answer_RK, x_DR, layer.scales, weights, inbox, board_1[0], turn, entering
-        how = dict(factors=factors, eps=eps, shape=shape)
-        x_DR, following, inbox, board = mosaic_gpu.after_attention(
-            *arrays, mesh=mesh, axes=axes, **how
-        )
+        arrays = answer_RK, x_DR, layer.scales, weights, inbox, board_1[0], turn, entering, cache
+        how = dict(mesh=mesh, axes=axes, factors=factors, eps=eps, shape=shape)
+        x_DR, following, inbox, board = mosaic_gpu.after_attention(*arrays, **how)
         if attention is None:
             (following,) = following
         else:

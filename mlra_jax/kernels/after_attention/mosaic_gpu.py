@@ -68,6 +68,7 @@ def after_attention(
     board: jax.Array,
     turn: jax.Array,
     entering: Sequence[jax.Array] = (),
+    cache: Sequence[jax.Array] = (),
     *,
     mesh: Mesh,
     axes: tuple[str, ...],
@@ -92,8 +93,8 @@ def after_attention(
       entering: where an attention follows: scales of the norms of the query's latent and of all
         latents; cosines and sines of the rows' positions, float32 `[2, rope, R]`, for a vector and
         for it with its halves exchanged; int32 `[R]`, the number of each row's slot in the cache,
-        less than 0 where nothing is kept; int32 `[1]`, the cache's first latent among all; the
-        cache's latents `[B, S, L, C]` and rotary keys `[B, S, rope]`, changed in place.
+        less than 0 where nothing is kept; int32 `[1]`, the cache's first latent among all.
+      cache: likewise, its latents `[B, S, L, C]` and rotary keys `[B, S, rope]`, changed in place.
       axes: the mesh axes of more than one device.
       factors, eps: of the norms, in the order of their scales.
     """
@@ -160,11 +161,10 @@ def after_attention(
         ),
     )
     inbox_ref, board_ref = jax.new_ref(inbox), jax.new_ref(board)
-    *entering, latents, k_rope = entering or (None, None)
-    cache = [jax.new_ref(x) for x in (latents, k_rope) if x is not None]
-    arrays = answer_RK, x_DR, *scales, turn, inbox_ref, board_ref, *entering, *cache, *weights
+    cache_refs = [jax.new_ref(x) for x in cache]
+    arrays = answer_RK, x_DR, *scales, turn, inbox_ref, board_ref, *entering, *cache_refs, *weights
     stream, *following = kernel(*arrays)
-    following = (*following, *map(jax.freeze, cache))
+    following = (*following, *map(jax.freeze, cache_refs))
     return stream, following, jax.freeze(inbox_ref), jax.freeze(board_ref)
 
 

@@ -7,7 +7,8 @@ from mlra_jax.kernels.between_products.mosaic_gpu import (
     summands,
     sums,
     turn,
+    turning,
     turns,
 )
 
-__all__ = ["enter", "enters", "sum_and_norm", "summands", "sums", "turn", "turns"]
+__all__ = ["enter", "enters", "sum_and_norm", "summands", "sums", "turn", "turning", "turns"]

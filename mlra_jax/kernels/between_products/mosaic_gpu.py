@@ -61,7 +61,7 @@ def _added_up(N: int, summands_ref, token, start, width: int, lying) -> jax.Arra
     return functools.reduce(jnp.add, parts)
 
 
-def _turns(angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def turning(angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """`[2, B * T, R]`: what a vector is multiplied by, and what it is with its halves exchanged."""
     cos, sin = (x.reshape(-1, x.shape[-1]) for x in angles)
     return jnp.stack([jnp.tile(cos, 2), jnp.concatenate([-sin, sin], axis=-1)])
@@ -177,7 +177,7 @@ def enter(
     (N, rows, T, E), (B, S, L, C), R = summands_NBTE.shape, latents_BSLC.shape, k_rope_BSR.shape[-1]
     (Q,), (all_latents,) = (scale.shape for scale in scales)
     own = Q + all_latents + R > E
-    arrays = summands_NBTE.reshape(N, rows * T, E), _turns(angles), *scales
+    arrays = summands_NBTE.reshape(N, rows * T, E), turning(angles), *scales
     added_up = functools.partial(_added_up, N)
 
     def body(
@@ -272,5 +272,5 @@ def turn(
         grid=(tokens, H),
         grid_names=("token", "head"),
         scratch_types=[plgpu.SMEM((2 * rope,), jnp.float32)],
-    )(summands_NBTHK.reshape(N, tokens, H * K), _turns(angles))
+    )(summands_NBTHK.reshape(N, tokens, H * K), turning(angles))
     return tuple(x.reshape(*rows, H, -1) for x in made)

@@ -17,6 +17,11 @@ def add(
     """As `mosaic_gpu.add`, within `shard_map`, without inboxes; the norm in float32."""
     total_RD = lax.all_gather(summands_NRD.sum(0), axes).sum(0)
     x_RD = (x_RD.astype(jnp.float32) + total_RD).astype(x_RD.dtype)
-    wide_RD = x_RD.astype(jnp.float32)
-    normed_RD = wide_RD * lax.rsqrt(jnp.mean(wide_RD**2, axis=-1, keepdims=True) + eps)
-    return x_RD, normed_RD * (scale_D.astype(jnp.float32) * factor)
+    return x_RD, normed(x_RD, scale_D, factor, eps)
+
+
+def normed(x: jax.Array, scale: jax.Array, factor: float, eps: float) -> jax.Array:
+    """RMSNorm of the last dimension, in float32."""
+    x = x.astype(jnp.float32)
+    x *= lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
+    return x * (scale.astype(jnp.float32) * factor)
