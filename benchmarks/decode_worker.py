@@ -10,7 +10,6 @@ ended. Each message is one line of JSON on stdout: `{"compiled": ...}` for each 
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import threading
 import time
@@ -134,18 +133,21 @@ def measure(decoder: Decoder, step: Step, read: float, profiled: bool) -> dict:
                 _, tokens, cache = step.program(decoder, cache, tokens, settings, np.int32(n))
         return tokens
 
-    jax.block_until_ready(run(4))
-    seconds = []
-    for _ in range(_RUNS):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append((time.perf_counter() - began) / steps)
+    # As `generate` does, the next tokens are asked for before these are there.
+    asked, ended = run(4), []
+    for _ in range(_RUNS + 1):
+        following = run()
+        jax.block_until_ready(asked)
+        ended.append(time.perf_counter())
+        asked = following
+    jax.block_until_ready(asked)
+    seconds = np.diff(ended) / steps
     share = step.context / shapes.capacity
     held = bytes_per_device(decoder.weights) + share * bytes_per_device(shapes.layers)
-    milliseconds = 1e3 * statistics.median(seconds)
+    milliseconds = 1e3 * float(np.median(seconds))
     row = dict(
         milliseconds=milliseconds,
-        spread=[1e3 * min(seconds), 1e3 * max(seconds)],
+        spread=[1e3 * float(seconds.min()), 1e3 * float(seconds.max())],
         floor=1e3 * held / read,
         ratio=milliseconds * read / held / 1e3,
         read=read,
