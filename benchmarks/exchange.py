@@ -2,8 +2,9 @@
 
     python -m benchmarks.exchange [--rows=8,128] [--width=3072] [--repeats=60] [--tiny]
 
-Right: steps of seven exchanges of random numbers, beside float64 and to the last bit the same on
-all devices, while some are kept busy for a random time in front of each. What it costs: a chain of
+Right: steps of seven exchanges of random numbers and of what is gathered in the end, beside float64
+and to the last bit the same on all devices, while some are kept busy for a random time in front of
+each. What it costs: a chain of
 products, each with weights of its own, with exchanges, less the same of each device alone with
 residual and norm by XLA; beside it XLA's all-reduce, residual and norm.
 """
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import trange
 
 from benchmarks.timing import seconds
@@ -40,8 +41,9 @@ def _put(x, mesh: Mesh, spec):
     return jax.device_put(x, NamedSharding(mesh, spec))
 
 
-def _step(mesh: Mesh, parts_NRD, x_RD, scale_D, busy_EN):
-    """Exchanges one after the other; each device's next part is the normed rows times a number."""
+def _step(mesh: Mesh, parts_NRD, x_RD, scale_D, columns_RV, busy_EN):
+    """Exchanges one after the other; each device's next part is the normed rows times a number.
+    Then the columns are gathered."""
 
     def delay(part_1RD, square, times_N):
         product = lambda _, square: (square @ square) / len(square)
@@ -49,37 +51,39 @@ def _step(mesh: Mesh, parts_NRD, x_RD, scale_D, busy_EN):
         return part_1RD + 0 * square[0, 0].astype(jnp.float32)
 
     delayed = _each(delay, mesh, (_SPLIT, _WHOLE, _WHOLE), _SPLIT)
-    exchanged = Exchange(mesh, sharding.MODEL, *x_RD.shape)
+    exchanged = Exchange(mesh, sharding.MODEL, *x_RD.shape, gathered=columns_RV.shape[1])
     for k in range(_EXCHANGES):
         parts_NRD = delayed(parts_NRD, jnp.ones((1024, 1024), jnp.bfloat16), busy_EN[k])
         x_RD, normed_RD = exchanged(parts_NRD, x_RD, scale_D, factor=1.0, eps=_EPS, dtype="float32")
         parts_NRD = normed_RD * _factors(mesh.size).astype(jnp.float32)
-    return x_RD, normed_RD
+    whole = exchanged.gather(columns_RV)
+    return x_RD, normed_RD, lax.with_sharding_constraint(whole, NamedSharding(mesh, _WHOLE))
 
 
 def _factors(devices: int):
     return 0.3 * np.arange(1, devices + 1)[:, None, None]
 
 
-def _expected(parts_NRD, x_RD, scale_D):
+def _expected(parts_NRD, x_RD, scale_D, columns_RV):
     for _ in range(_EXCHANGES):
         x_RD = x_RD + parts_NRD.sum(0)
         normed_RD = x_RD / np.sqrt(np.mean(x_RD**2, axis=-1, keepdims=True) + _EPS) * scale_D
         parts_NRD = normed_RD * _factors(len(parts_NRD))
-    return x_RD, normed_RD
+    return x_RD, normed_RD, columns_RV
 
 
 def error(mesh: Mesh, rows: int, width: int, repeats: int) -> float:
     """The largest relative Frobenius error of so many steps; infinite where devices differ."""
     rng, worst = np.random.default_rng(), 0.0
     step = jax.jit(functools.partial(_step, mesh))
+    # As many as are gathered by the kernel, an uneven number of its CTAs'.
+    columns = 4 * mesh.size * min(787, 2**17 // (rows * mesh.size))
+    specs = _SPLIT, _WHOLE, _WHOLE, PartitionSpec(None, *_SPLIT)
     for _ in trange(repeats, desc=f"{rows} rows right?", file=sys.stderr):
-        shapes = (mesh.size, rows, width), (rows, width), (width,)
+        shapes = (mesh.size, rows, width), (rows, width), (width,), (rows, columns)
         arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
         busy_EN = rng.integers(0, 40, (_EXCHANGES, mesh.size)) * rng.integers(0, 2, (_EXCHANGES, 1))
-        placed = [
-            _put(x, mesh, spec) for x, spec in zip(arrays, (_SPLIT, _WHOLE, _WHOLE), strict=True)
-        ]
+        placed = [_put(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True)]
         got = step(*placed, _put(busy_EN.astype(np.int32), mesh, _WHOLE))
         want = _expected(*(x.astype(np.float64) for x in arrays))
         for y, expected in zip(got, want, strict=True):

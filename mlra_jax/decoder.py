@@ -172,7 +172,7 @@ class Decoder:
         positions_BT, tokens_BT = (jnp.pad(x, beyond) for x in (positions_BT, tokens_BT))
         stream = jax.eval_shape(form.embed, tokens_BT)
         summed = [p for block in form.layers for p in (block.attention.out, block.mlp.down)]
-        add = Additions(self.mesh, stream, [form.embed, *summed])
+        add = Additions(self.mesh, stream, [form.embed, *summed], self.config.vocab_size)
         x, normed = add(None, form.embed(tokens_BT), form.layers[0].attention_norm)
         rest = rest_of_layers(add, form.layers, cache.layers, cache.lengths, positions_BT)
         x = rest.stream(x)
@@ -183,7 +183,7 @@ class Decoder:
             x, normed = rest(i, x, y, next_norm)
             layers.append(layer)
         cache = kv.Cache(tuple(layers), cache.lengths + T)
-        return form.embed.logits(normed)[:B], cache
+        return add.whole(form.embed.logits(normed))[:B], cache
 
     def _rows(self, batch: int, queries: int) -> int:
         """Rows that a step computes: of fewer, XLA makes reductions on GPUs, not products."""

@@ -26,7 +26,13 @@ class Additions:
       exchange: of the step, or None.
     """
 
-    def __init__(self, mesh: Mesh, stream: jax.ShapeDtypeStruct, summed: Iterable[nnx.Module]):
+    def __init__(
+        self,
+        mesh: Mesh,
+        stream: jax.ShapeDtypeStruct,
+        summed: Iterable[nnx.Module],
+        vocabulary: int = 0,
+    ):
         self.mesh, self.stream, self.exchange = mesh, stream, None
         B, T, D = stream.shape
         if mesh.size == 1:
@@ -35,7 +41,7 @@ class Additions:
         elif exchange.supports(mesh, sharding.MODEL, B * T, D) is None:
             for module in summed:
                 module.apart = True
-            self.exchange = exchange.Exchange(mesh, sharding.MODEL, B * T, D)
+            self.exchange = exchange.Exchange(mesh, sharding.MODEL, B * T, D, vocabulary)
 
     def __call__(self, x_BTD, y, norm: RMSNorm) -> tuple[jax.Array, jax.Array]:
         if self.exchange is not None:
@@ -47,6 +53,13 @@ class Additions:
         x_BTD = y if x_BTD is None else x_BTD + y
         x_BTD = sharding.constrain(x_BTD, self.mesh, "batch", "length", None)
         return x_BTD, norm(x_BTD)
+
+    def whole(self, logits_BTV: jax.Array) -> jax.Array:
+        """The step's logits on every device, where a kernel brings them there."""
+        if self.exchange is None:
+            return logits_BTV
+        rows_RV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+        return self.exchange.gather(rows_RV).reshape(logits_BTV.shape)
 
     def _exchanged(self, x_BTD, y_NBTD, norm):
         B, T, D = self.stream.shape
@@ -73,7 +86,7 @@ def rest_of_layers(
     """
     if add.exchange is None:
         return Apart(add, blocks)
-    shape = _shape(add, blocks[0])
+    shape = _shape(add, blocks[0], caches[0])
     weights = [blocks[0].attention.out, blocks[0].mlp.gate_up, blocks[0].mlp.down]
     dtypes = [add.stream.dtype, *(module.kernel[...].dtype for module in weights)]
     if after_attention.supports(add.mesh.devices.flat[0], shape, dtypes) is not None:
@@ -112,6 +125,7 @@ class AtOnce:
         self.launch = after_attention.AfterAttention(add.exchange, shape)
         for block in blocks:
             block.attention.out.later = True
+            block.attention.in_parts = shape.in_parts
         self.common = None
         if shape.entry:
             first = blocks[0].attention
@@ -132,7 +146,9 @@ class AtOnce:
         layer = after_attention.Layer(
             *(module.kernel[...] for module in (out, widen, narrow)),
             **_of_norms(norms),
-            of_answer=sharding.spec("batch", "length", *out.axes),
+            of_answer=None
+            if block.attention.in_parts
+            else sharding.spec("batch", "length", *out.axes),
             of_weights=(
                 sharding.spec(*out.axes),
                 sharding.spec(None, None, "mlp"),
@@ -171,7 +187,7 @@ def _of_norms(norms: tuple[RMSNorm, RMSNorm]) -> dict:
     )
 
 
-def _shape(add: Additions, block: nnx.Module) -> after_attention.Shape:
+def _shape(add: Additions, block: nnx.Module, cache: Entries) -> after_attention.Shape:
     """Of the launch, with the next attention where it serves that."""
     (B, T, D), mesh = add.stream.shape, add.mesh
     ways = sharding.size(mesh, sharding.MODEL)
@@ -179,8 +195,9 @@ def _shape(add: Additions, block: nnx.Module) -> after_attention.Shape:
     where = jax.NamedSharding(mesh, sharding.spec(*out.axes))
     *answer, _ = where.shard_shape(out.kernel[...].shape)
     sizes = math.prod(answer), D, down.kernel[...].shape[0] // ways, B * T
+    in_parts = T == 1 and block.attention.leaves_parts(cache)
     if (widths := block.attention.entry_widths()) is not None:
-        shape = after_attention.Shape(*sizes, **widths)
+        shape = after_attention.Shape(*sizes, **widths, in_parts=in_parts)
         if shape.enters:
             return shape
-    return after_attention.Shape(*sizes)
+    return after_attention.Shape(*sizes, in_parts=in_parts)

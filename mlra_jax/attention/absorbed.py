@@ -17,6 +17,7 @@ from mlra_jax.attention.from_latents import branch_factor
 from mlra_jax.attention.latent import LatentAttention, absorbs, per_head
 from mlra_jax.attention.parted import part_columns, parted
 from mlra_jax.config import LatentConfig
+from mlra_jax.kernels.absorbed_decode import Problem, leaves_parts
 from mlra_jax.layers import einsum
 
 
@@ -44,6 +45,30 @@ def absorbed(mechanism: type[LatentAttention]) -> type[LatentAttention]:
 
         def _fixed_width(self):
             return self.config.latent_head_dim
+
+        def leaves_parts(self, cache):
+            a, mesh, q_up = self.config, self.mesh, self.q_up.kernel
+            device = mesh.devices.flat[0]
+
+            def held(x, axes):
+                return jax.NamedSharding(mesh, sharding.spec(*axes)).shard_shape(x.shape)
+
+            _, heads, _ = held(q_up[...], q_up.get_metadata()["out_sharding"])
+            B, S, L, C = held(cache["latents"], self.cache_axes["latents"])
+            problem = Problem(
+                device_kind=device.device_kind,
+                batch=B,
+                queries=1,
+                latents=L,
+                heads=heads // L,
+                groups=min(a.groups, L),
+                width=C,
+                rope=a.rope_dim,
+                cache=S,
+                dtype=cache["latents"].dtype.name,
+            )
+            whole = sharding.size(mesh, sharding.CONTEXT) == 1
+            return whole and leaves_parts(device, problem)
 
         def _ask_latents(self, q_BTPX):
             return tuple(jnp.split(q_BTPX, [self._fixed_width()], axis=-1))

@@ -52,6 +52,8 @@ class Attention(nnx.Module):
     """Logical axes of what is cached, by name, beginning with "batch" and "cache_length"."""
     exchanges = Exchanges()
     """Of activations between devices; a block in training sets others for a call."""
+    in_parts = False
+    """Whether `decode` leaves its answer in each device's parts, for `kernels.after_attention`."""
     rotated: ClassVar[str] = "k_rope"
     """What is cached that turns with the position, in its last `config.rope_dim` values."""
 
@@ -96,7 +98,8 @@ class Attention(nnx.Module):
         Rows of `x` beyond those of the cache are computed and mean nothing.
 
         Returns:
-          what `out` makes of the heads' results (`SummedProjection`), and the cache.
+          what `out` makes of the heads' results (`SummedProjection`), or their parts where they
+          stay `in_parts`, and the cache.
         """
         rows = lengths_B.shape[0]
         of_cache = lambda tree: jax.tree.map(lambda x: x[:rows], tree)
@@ -112,7 +115,10 @@ class Attention(nnx.Module):
             lengths_B,
             cache_axes=self.cache_axes,
             mesh=self.mesh,
+            in_parts=self.in_parts,
         )
+        if self.in_parts:
+            return o_BTHV, cache
         o_BTHV = self._answer(of_cache(y), o_BTHV)
         if rows == 1:
             # Read by the product as often as it needs it, where a pad would be an array.
@@ -220,6 +226,10 @@ class Attention(nnx.Module):
         """What `kernels.after_attention.Shape` says of an attention on a device, where `decode`
         takes what it has been `Asked`."""
         return None
+
+    def leaves_parts(self, cache: Entries) -> bool:
+        """Whether the answer to one token of each row may stay `in_parts`."""
+        return False
 
     @classmethod
     def input_names(cls, a: AttentionConfig) -> tuple[str, ...]:

@@ -170,14 +170,18 @@ class LatentAttention(FromLatents):
         q_BTLHC, q_rope_BTLHR = map(by_latent, queries)
         # Latents of the same group share their heads' rotary queries.
         groups = min(self.config.groups, num_latents)
-        z_BTLHC, lse_BTLH = absorbed_decode(
+        found = absorbed_decode(
             q_BTLHC,
             q_rope_BTLHR[:, :, :groups],
             cache["latents"],
             cache["k_rope"],
             lengths_BT,
             scale=self.scale,
+            in_parts=self.in_parts,
         )
+        if self.in_parts:
+            return found, None
+        z_BTLHC, lse_BTLH = found
         return z_BTLHC.reshape(queries[0].shape), lse_BTLH.reshape(B, T, -1)
 
     def _ask_chunk(self, q_BTHK):

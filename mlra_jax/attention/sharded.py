@@ -221,7 +221,8 @@ def decode_step(
     mesh: Mesh,
     within: Attend | None = None,
     weights: tuple[jax.Array, ...] = (),
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    in_parts: bool = False,
+) -> tuple[Any, dict[str, jax.Array]]:
     """Writes `new` into each row's next slots and attends to the cache, on every device.
 
     Args:
@@ -236,9 +237,11 @@ def decode_step(
         causal attention of the new tokens to themselves; `attend` is then asked for what came
         before them only. Without it `attend` sees them in the cache.
       weights: what attention needs besides, split by head in the first dimension.
+      in_parts: whether `attend` gives, instead of o, a tree of what each device has for itself.
 
     Returns:
-      `[B, T, H, V]`, or a tuple of them, split by head over the mesh, and the cache.
+      `[B, T, H, V]`, or a tuple of them, split by head over the mesh, and the cache. Of what each
+      device has for itself the first dimension counts the devices.
     """
     # A device attends for all heads of its `tensor` share, whatever its `context` share.
     asked = sharding.spec("batch", "length", "cache_latent", None)
@@ -265,7 +268,11 @@ def decode_step(
         if shares > 1:
             over_shares = functools.partial(merge, axis_name=sharding.CONTEXT, dim=2)
             o_BThV = jax.tree.map(over_shares, o_BThV, lse_BTh)
+        if in_parts:
+            o_BThV = jax.tree.map(lambda x: x[None], o_BThV)
         return o_BThV, cache
+
+    by_head = sharding.spec("batch", "length", "heads", "head_dim")
 
     return jax.shard_map(
         local,
@@ -277,6 +284,6 @@ def decode_step(
             sharding.spec("batch"),
             *(sharding.spec("cache_latent", None, None) for _ in weights),
         ),
-        out_specs=(sharding.spec("batch", "length", "heads", "head_dim"), cached),
+        out_specs=(sharding.spec("latent") if in_parts else by_head, cached),
         check_vma=False,
     )(queries, new, cache, lengths_B, *weights)

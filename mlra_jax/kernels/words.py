@@ -31,6 +31,19 @@ def pointers(ref, offsets):
         yield mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(32))
 
 
+def joint(halves):
+    """64 bits of two numbers of 32, low and high, that all threads have."""
+    i64 = ir.IntegerType.get_signless(64)
+    low, high = (x.registers.flat[0] for x in halves)
+    high = arith.shli(arith.extui(i64, high), arith.constant(i64, 32))
+    return arith.ori(high, arith.extui(i64, low))
+
+
+def beyond(pointer, halves):
+    """So many bytes behind a pointer."""
+    return mgpu.utils.getelementptr(pointer, [joint(halves)], ir.IntegerType.get_signless(8))
+
+
 def send(pointer, numbers) -> None:
     """Writes a vector of float32 for whom waits for it."""
     held = vector.bitcast(kind(ir.VectorType(numbers.type).shape[0]), numbers)

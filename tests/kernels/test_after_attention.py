@@ -1,6 +1,7 @@
 """A layer behind its attention in one launch. No GPU here: its numbers in plain JAX, how CTAs share
 the work, that it lowers, and that decoding steps take it where it serves."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -32,7 +33,11 @@ MLRA_4 = dict(entry=1216, query=1024, latent=128, rope=64, nope=128, asked=4608)
 PAPER = Shape(answer=3072, stream=3072, mlp=2560, rows=8, **MLRA_4)
 SMALL = Shape(192, 384, 256, 16, entry=384, query=192, latent=64, rope=64, nope=128, asked=384)
 WIDE = Shape(1088, 2048, 1408, 8, entry=1600, query=1024, latent=512, rope=64, nope=64, asked=2048)
+# MLRA-4's answer on four devices, and one wider than the stream.
+IN_PARTS = dataclasses.replace(PAPER, in_parts=True)
+WIDE_IN_PARTS = Shape(answer=640, stream=256, mlp=256, rows=8, in_parts=True)
 SHAPES = [PAPER, Shape(answer=3072, stream=3072, mlp=2560, rows=8), SMALL, WIDE]
+SHAPES += [IN_PARTS, WIDE_IN_PARTS]
 
 
 def arguments(ways, *, R=5, K=6, D=8, F=10, dtype="float32"):
@@ -111,7 +116,9 @@ def test_places_on_the_board_are_apart(shape):
     after_others = ["hidden", "entered_next", "squares_next", "entered_query", "squares_query"]
     assert list(shape.board)[-len(heard_by_many) :] == heard_by_many
     assert heard_by_many[:2] == ["entered_mlp", "squares_mlp"]
-    assert heard_by_many[2:] == after_others[: 5 if shape.entry else 3]
+    # Whoever exchanges a block of the stream empties the answer.
+    answer = ["answer"] if shape.in_parts else []
+    assert heard_by_many[2:] == answer + after_others[: 5 if shape.entry else 3]
     emptied = places["hidden"] + shape.emptied * shape.emptying
     assert words <= emptied <= shape.board_size - plan.SLAB * shape.rows
 
@@ -143,7 +150,9 @@ def test_nothing_is_told_before_it_is_emptied_or_emptied_before_it_is_heard(shap
         hidden[g] = set().union(*(entered[b] for *_, blocks in heard for b in blocks))
         widened[g] = {(t, s) for t, s, _ in heard}
     everyone = {(t, s) for t, s, _ in taken_by(out)}
-    assert len(everyone) * plan.MULTIPLIERS == shape.emptying
+    assert len(everyone) == shape.emptying
+    # They are the first CTAs, of which each empties a piece.
+    assert all(copies > 0 for *_, copies in list(units(out))[: shape.emptying])
     assert all(before == everyone for before in hidden.values())
     for b in range(shape.blocks):
         taken = {g for t, _, blocks in taken_by(narrow) if t == tile_of(narrow, b) for g in blocks}
@@ -246,14 +255,17 @@ def test_launches_of_a_step_share_inboxes_and_board(sizes, shape, on_hopper):
 # --- In decoding steps ---
 
 
+def structs(model, sizes, batch, layers=2):
+    """(a decoder of few layers, tokens, a cache)."""
+    mesh = make_mesh(**sizes)
+    config = dataclasses.replace(model_config(model), num_layers=layers, vocab_size=512)
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=sharding.named(mesh))
+    return abstract_decoder(config, mesh), tokens, abstract_cache(config, mesh, batch, 1024)
+
+
 def launches(model, sizes, batch):
     """(the shape, whether an attention follows) of each launch in a step of two layers."""
-    mesh = make_mesh(**sizes)
-    config = dataclasses.replace(model_config(model), num_layers=2, vocab_size=512)
-    decoder = abstract_decoder(config, mesh)
-    cache = abstract_cache(config, mesh, batch, 1024)
-    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=sharding.named(mesh))
-    made = []
+    arguments, made = structs(model, sizes, batch), []
 
     def after(self, answer, x_DR, layer, attention, call=after_attention.AfterAttention.__call__):
         made.append((self.shape, attention is not None))
@@ -263,27 +275,46 @@ def launches(model, sizes, batch):
         patch.setattr(api.AfterAttention, "__call__", after)
         patch.setattr(sharding, "platform", lambda mesh: "gpu")
         patch.setattr(exchange, "supports", lambda *_: None)
-        jax.eval_shape(lambda d, t, c: d.step(t, c), decoder, tokens, cache)
+        jax.eval_shape(lambda d, t, c: d.step(t, c), *arguments)
     return made
 
 
 @pytest.mark.parametrize(
-    ("model", "sizes", "batch", "entries"),
+    ("model", "sizes", "batch", "entries", "in_parts"),
     [
-        ("mlra_4", dict(tensor=4), 1, [True, False]),
-        ("gla_4", dict(tensor=2, context=2), 8, [True, False]),
-        ("mla", dict(context=4), 8, [False, False]),
-        ("gqa", dict(tensor=4), 8, [False, False]),
-        ("mlra_4", dict(tensor=4), 9, []),
-        ("mlra_4", dict(tensor=2), 8, [True, False]),
-        ("mha", dict(), 8, []),
+        ("mlra_4", dict(tensor=4), 1, [True, False], True),
+        ("gla_4", dict(tensor=4), 8, [False, False], True),
+        ("gla_4", dict(tensor=2, context=2), 8, [True, False], False),
+        ("mla", dict(context=4), 8, [False, False], False),
+        ("gqa", dict(tensor=4), 8, [False, False], False),
+        ("mlra_4", dict(tensor=4), 9, [], False),
+        ("mlra_4", dict(tensor=2), 8, [True, False], False),
+        ("mha", dict(), 8, [], False),
     ],
 )
-def test_steps_take_it_where_it_serves(model, sizes, batch, entries, on_hopper):
+def test_steps_take_it_where_it_serves(model, sizes, batch, entries, in_parts, on_hopper):
     found = launches(model, sizes, batch)
     assert [entered for _, entered in found] == entries
+    assert {shape.in_parts for shape, _ in found} <= {in_parts}
     if model == "mlra_4" and sizes["tensor"] == 4 and entries:
-        assert {shape for shape, _ in found} == {PAPER}
+        assert {shape for shape, _ in found} == {IN_PARTS}
+
+
+def test_a_layer_of_mlra_4_on_four_devices_is_two_launches(on_hopper, monkeypatch):
+    """But for the first. Only the step's first and last ask XLA where other devices' memory is."""
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    monkeypatch.setattr(exchange, "supports", lambda *_: None)
+    decoder, tokens, cache = structs("mlra_4", dict(tensor=4), 3, layers=5)
+    text = exported(jax.jit(lambda d, t, c: d.step(t, c)), decoder, tokens, cache)
+    functions = dict(re.findall(r"func.func private @(\w+)(.*?)\n  }", text, re.DOTALL))
+    kernels = {name: body.count("@mosaic_gpu_v2(") for name, body in functions.items()}
+    called = collections.Counter(re.findall(r"call @(\w+)\(", text))
+    of_layers = {name: count for name, count in called.items() if kernels.get(name) and count > 1}
+    assert sorted(of_layers.values()) == [4, 5] and of_layers["absorbed_decode"] == 5
+    assert all(kernels[name] == 1 for name in of_layers)
+    far = [name for name, body in functions.items() if "collective_metadata = true" in body]
+    assert far == ["_by_kernel", "_gathered"]
+    assert "all_gather" not in text and "all_reduce" not in text
 
 
 def test_places_of_tokens():

@@ -72,10 +72,53 @@ def test_only_the_first_exchange_of_a_step_has_a_barrier(sizes, width, monkeypat
         for name, kernel in zip(kernels[::2], kernels[1::2], strict=True)
     }
     assert [barriers[name] for name, _ in calls] == [True] + [False] * 4
-    for kernel in kernels[1::2]:
+    for name, kernel in zip(kernels[::2], kernels[1::2], strict=True):
         assert "uses_xla_collective_metadata = true" in kernel
-        assert "output_tuple_indices = [2], operand_index = 4" in kernel
+        # The first tells besides how far it is to the others' inboxes.
+        output = 3 if barriers[name] else 2
+        assert f"output_tuple_indices = [{output}], operand_index = 4" in kernel
     assert "all_reduce" not in text and "all_gather" not in text
+
+
+def gathered(mesh, rows, width, x_RV, *arrays):
+    """The end of a step of one exchange."""
+    exchanged = exchange.Exchange(mesh, sharding.MODEL, rows, width, gathered=x_RV.shape[1])
+    stream = exchanged(*arrays, factor=1.5, eps=EPS, dtype="bfloat16")
+    return stream, exchanged.gather(x_RV)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "by_kernel"),
+    [(8, 1600, True), (3, 512, True), (8, 1608, False), (328, 1600, False)],
+)
+def test_logits_are_gathered_by_an_inbox_that_the_barrier_says_is_empty(
+    rows, columns, by_kernel, monkeypatch
+):
+    """On Hopper GPUs, where columns divide and are not too many."""
+    monkeypatch.setattr(target, "is_hopper", lambda device: True)
+    mesh = make_mesh(tensor=4)
+    arrays = np.zeros((rows, columns), "f4"), *arguments(mesh.size, rows, 256, "f4")
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    function = jax.jit(functools.partial(gathered, mesh, rows, 256))
+    safe = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    text = export.export(function, platforms=["cuda"], disabled_checks=safe)(*structs).mlir_module()
+    kernels = text.split("func.func private @")[1:]
+    [first] = [kernel for kernel in kernels if kernel.startswith("_by_kernel")]
+    assert "skip_device_barrier = false" in first
+    # It is an argument of the first exchange, so that it is emptied before that.
+    [call] = re.findall(r"@mosaic_gpu_v2\((.*?)\)", first)
+    assert len(call.split(",")) == 5 + by_kernel
+    last = [kernel for kernel in kernels if kernel.startswith("_gathered")]
+    assert len(last) == by_kernel
+    assert all("skip_device_barrier = true" in kernel for kernel in last)
+
+
+def test_gathers_what_all_devices_have():
+    mesh = make_mesh(tensor=2, context=2)
+    x = np.random.default_rng(0).standard_normal((5, 24)).astype("f4")
+    arrays = arguments(mesh.size, 5, 40, "f4")
+    _, got = jax.jit(functools.partial(gathered, mesh, 5, 40))(x, *arrays)
+    np.testing.assert_array_equal(got, x)
 
 
 def hopper(process=0):

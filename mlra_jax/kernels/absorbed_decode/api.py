@@ -31,7 +31,8 @@ def absorbed_decode(
     scale: float,
     implementation: str | None = None,
     config: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    in_parts: bool = False,
+) -> Any:
     """Attends from absorbed queries to a cache of latents, which are keys and values at once.
 
     Score = scale * (q . c + q_rope . k_rope), value = c, one softmax per query, latent and head
@@ -60,10 +61,11 @@ def absorbed_decode(
         mesh inside shard_map, otherwise JAX's default backend), else, with one logged line, the
         reference.
       config: the implementation's Config; default: the measured one, else its heuristic.
+      in_parts: leave the answer in parts, where `leaves_parts` says that it can be.
 
     Returns:
       out_BTLHC in the dtype of the queries, and lse_BTLH float32, the natural logarithm of the
-      softmax denominator. A query that sees nothing gets 0 and -inf.
+      softmax denominator. A query that sees nothing gets 0 and -inf. Or `mosaic_gpu.Parts`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, an unknown implementation, or one asked
@@ -89,6 +91,8 @@ def absorbed_decode(
     else:
         kernel = _backend(name).absorbed_decode
         config = _config(name, problem) if config is None else config
+    if in_parts:
+        kernel = functools.partial(kernel, in_parts=True)
     return kernel(
         q_BTLHC,
         q_rope_BTGHR,
@@ -99,6 +103,13 @@ def absorbed_decode(
         scale=float(scale),
         config=config,
     )
+
+
+def leaves_parts(device: Any, problem: Problem) -> bool:
+    """Whether the answer may stay in parts, which `kernels.after_attention` joins."""
+    if _choose(None, device, problem) != "mosaic_gpu":
+        return False
+    return _backend("mosaic_gpu").leaves_parts(problem)
 
 
 def has_kernel(q_BTLHC: Any, q_rope_BTGHR: Any, latents_BSLC: Any) -> bool:

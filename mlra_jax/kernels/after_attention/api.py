@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mlra_jax.kernels import target
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu import Parts
 from mlra_jax.kernels.after_attention import mosaic_gpu, plan, reference
 from mlra_jax.kernels.after_attention.plan import SLAB, Shape
 from mlra_jax.kernels.exchange import Exchange
@@ -119,7 +120,7 @@ class Layer:
       out, widen, narrow: weights of the output projection `[..., D]` and of the MLP, `[D, 2, F]`
         and `[F, D]`.
       scales: of the MLP's norm and of the next one; `factors` multiply them, `eps` are the norms'.
-      of_answer, of_weights: how the answer and the three weights are split.
+      of_answer, of_weights: how the answer, if it is not in parts, and the weights are split.
     """
 
     out: jax.Array
@@ -128,7 +129,7 @@ class Layer:
     scales: tuple[jax.Array, jax.Array]
     factors: tuple[float, float]
     eps: tuple[float, float]
-    of_answer: PartitionSpec
+    of_answer: PartitionSpec | None
     of_weights: tuple[PartitionSpec, ...]
 
     def specs(self) -> "Layer":
@@ -158,7 +159,7 @@ class AfterAttention:
         """The stream after the layer, and what follows.
 
         Args:
-          answer: `[B, T, ...]`, what the output projection reads.
+          answer: `[B, T, ...]`, what the output projection reads, or each device's `Parts` of it.
           x_DR: the stream before, on every device, features first.
 
         Returns:
@@ -176,6 +177,7 @@ class AfterAttention:
             layer,
             attention,
             exchange.inbox,
+            exchange.far,
             self.board,
             turn,
             shape=self.shape,
@@ -188,21 +190,24 @@ class AfterAttention:
 def _split(layer, attention, axes):
     """How (answer, stream, layer, attention) and (stream, what follows) are split."""
     whole, own = PartitionSpec(), PartitionSpec(axes)
+    of_answer = own if layer.of_answer is None else layer.of_answer
     if attention is None:
-        return (layer.of_answer, whole, layer.specs(), None), (whole, whole)
+        return (of_answer, whole, layer.specs(), None), (whole, whole)
     _, heads, columns = (*attention.of_query, None, None)[:3]
     queries = PartitionSpec(None, heads, columns)
     following = queries, queries, attention.of_latents, attention.of_k_rope
-    specs = layer.of_answer, whole, layer.specs(), attention.specs(own)
+    specs = of_answer, whole, layer.specs(), attention.specs(own)
     return specs, (whole, following)
 
 
 def _matrices(answer, x_DR, layer, attention):
-    """The answer and the weights as matrices."""
+    """The answer, if it is not in parts, and the weights as matrices."""
     D, R = x_DR.shape
     weights = [layer.out.reshape(-1, D), layer.widen.reshape(D, -1), layer.narrow]
     if attention is not None:
         weights += [attention.entry, attention.query.reshape(len(attention.query), -1)]
+    if isinstance(answer, Parts):
+        return jax.tree.map(lambda x: x[0], answer), weights
     return answer.reshape(R, -1), weights
 
 
@@ -227,17 +232,18 @@ def _in_plain(answer, x_DR, layer, attention, *, mesh, axes):
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("mesh", "axes", "shape"))
 @target.int32_indices
-def _by_kernel(answer, x_DR, layer, attention, inbox, board, turn, *, mesh, axes, shape):
-    def local(answer, x_DR, layer, attention, inbox_1, board_1, turn):
-        answer_RK, weights = _matrices(answer, x_DR, layer, attention)
+def _by_kernel(answer, x_DR, layer, attention, inbox, far, board, turn, *, mesh, axes, shape):
+    def local(answer, x_DR, layer, attention, inbox_1, far_1, board_1, turn):
+        answer, weights = _matrices(answer, x_DR, layer, attention)
         factors, eps, entering, cache = layer.factors, layer.eps, (), ()
         if attention is not None:
             a = attention
             factors, eps = (*factors, *a.factors), (*eps, *a.eps)
             entering, cache = (*a.scales, a.turns, a.places[0], a.first), (a.latents, a.k_rope)
         inbox = inbox_1[0].reshape(*inbox_1.shape[1:3], -1)
-        arrays = answer_RK, x_DR, layer.scales, weights, inbox, board_1[0], turn, entering, cache
-        how = dict(mesh=mesh, axes=axes, factors=factors, eps=eps, shape=shape)
+        ours = inbox, far_1[0], board_1[0], turn
+        arrays = answer, x_DR, layer.scales, weights, *ours, entering, cache
+        how = dict(devices=mesh.size, factors=factors, eps=eps, shape=shape)
         x_DR, following, inbox, board = mosaic_gpu.after_attention(*arrays, **how)
         if attention is None:
             (following,) = following
@@ -251,7 +257,7 @@ def _by_kernel(answer, x_DR, layer, attention, inbox, board, turn, *, mesh, axes
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(*split, own, own, whole),
+        in_specs=(*split, own, own, own, whole),
         out_specs=(*follows, own, own),
         check_vma=False,
-    )(answer, x_DR, layer, attention, inbox, board, turn)
+    )(answer, x_DR, layer, attention, inbox, far, board, turn)

@@ -22,10 +22,12 @@ be two more. Devices exchange parts twice, by the inboxes and the rules of that 
 What was heard must be `EMPTY` again before the next launch tells it:
 
 - Parts that one warpgroup alone hears it empties at once.
-- The MLP's input has been heard by all when the second exchange begins: who tells a block of it
-  empties it then. All shares of a tile of the MLP's second product are heard by then, so all of
-  `hidden` was told, so all parts of the widened MLP were, behind their CTAs' share of the input.
-- The rest the next launch empties when it begins, each CTA behind a fence before it tells its first
+- The MLP's input and the answer have been heard by all when the second exchange ends: who
+  exchanges a block empties one of each then. All shares of a tile of the MLP's second product are
+  heard by then, so all of `hidden` was told, so all parts of the widened MLP were, behind their
+  CTAs' share of the input, of which each block was told behind all shares of a tile of the first
+  product, and these behind their CTAs' share of the answer.
+- The rest the next launch empties when it begins, each CTA with a fence before it tells its first
   part. `hidden` is the first of it that is told, and whoever tells it has heard of all those parts.
 
 All CTAs wait for all, so that they must run at once: one on each multiprocessor.
@@ -42,36 +44,48 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import Mesh
 
 from mlra_jax.kernels import tiles
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu import Parts
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu.join import join_lines, normalised
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import LANES
+from mlra_jax.kernels.absorbed_decode.mosaic_gpu.schedule import Bounds, parts_of
 from mlra_jax.kernels.after_attention.plan import CTAS, MULTIPLIERS, SLAB, STRIDE, Product, Shape
-from mlra_jax.kernels.after_attention.telling import empty, fence, hear, tell, write_rows
-from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES, everyone
+from mlra_jax.kernels.after_attention.telling import (
+    empty,
+    fence,
+    hear,
+    tell,
+    tell_line,
+    write_rows,
+)
+from mlra_jax.kernels.exchange.mosaic_gpu import INBOXES, far_from, own_number, require_at
 from mlra_jax.kernels.rows import THREADS
 from mlra_jax.kernels.tiles import COLUMN, ROW, TILE, tall, wide
 
 _LINE = plgpu.Layout.WG_STRIDED((STRIDE,), vec_size=4)
 _WAITING = 96
 """Registers of a thread for what it waits for at a time."""
+_AT_ONCE = 33
+"""Parts of a line that a warpgroup waits for at a time, at most."""
 AHEAD = 3, 1, 1, 2, 2
 """Slabs of each product that a CTA waits for at a time. What CTAs tell each other would wait behind
 more."""
 
 
 def after_attention(
-    answer_RK: jax.Array,
+    answer: jax.Array | Parts,
     x_DR: jax.Array,
     scales: tuple[jax.Array, jax.Array],
     weights: Sequence[jax.Array],
     inbox: jax.Array,
+    far: jax.Array,
     board: jax.Array,
     turn: jax.Array,
     entering: Sequence[jax.Array] = (),
     cache: Sequence[jax.Array] = (),
     *,
-    mesh: Mesh,
-    axes: tuple[str, ...],
+    devices: int,
     factors: Sequence[float],
     eps: Sequence[float],
     shape: Shape,
@@ -82,12 +96,12 @@ def after_attention(
     rotary parts `[R, H * K]`, these `[R, H * R]`, and the cache with its latents and rotary keys.
 
     Args:
-      answer_RK: bfloat16, what the output projection reads on this device.
+      answer: bfloat16 `[R, K]`, what the output projection reads on this device, or its parts.
       x_DR: bfloat16, the stream.
       scales: of the MLP's norm and of the next one, which multiply by them and by `factors`.
       weights: bfloat16, `[K, D]`, `[D, 2 F]`, `[F, D]`, and where an attention follows what it
         makes of its input, `[D, E]`, and its queries of their latent, `[Q, A]`.
-      inbox: int32 as of `exchange`.
+      inbox, far: int32 as of `exchange`.
       board: int32 `[Shape.board_size]`, from the launch before, or `EMPTY`; changed in place.
       turn: int32 `[1]`, the number of the first exchange in its step modulo `INBOXES`.
       entering: where an attention follows: scales of the norms of the query's latent and of all
@@ -95,13 +109,16 @@ def after_attention(
         for it with its halves exchanged; int32 `[R]`, the number of each row's slot in the cache,
         less than 0 where nothing is kept; int32 `[1]`, the cache's first latent among all.
       cache: likewise, its latents `[B, S, L, C]` and rotary keys `[B, S, rope]`, changed in place.
-      axes: the mesh axes of more than one device.
       factors, eps: of the norms, in the order of their scales.
     """
     D, R = x_DR.shape
     widths = [shape.heads * n for n in (shape.nope, shape.rope)] if entering else [D]
     following = [jax.ShapeDtypeStruct((R, n), x_DR.dtype) for n in widths]
-    names = ["answer", "x", "scale_mlp", "scale_next", "turn", "inbox", "board"]
+    in_parts = isinstance(answer, Parts)
+    answers = (answer.parts, answer.lses, *answer.bounds) if in_parts else (answer,)
+    names = ["parts", "lses", "lengths", "starts", "table"] if in_parts else ["answer"]
+    names = names[: len(answers)]
+    names += ["x", "scale_mlp", "scale_next", "turn", "far", "inbox", "board"]
     if entering:
         names += ["scale_query", "scale_latents", "turns", "places", "first", "latents", "k_rope"]
     num_in = len(names) + len(weights)
@@ -114,16 +131,15 @@ def after_attention(
             stream=stream,
             following=after,
         )
-        me, devices = everyone(mesh, axes)
         cta = _Cta(
             shape=shape,
             factors=factors,
             eps=eps,
-            me=me,
             devices=devices,
             index=lax.axis_index("cta"),
             wg=lax.axis_index("wg"),
             a=arrays,
+            parts=answer.shape if in_parts else None,
             memory=types.SimpleNamespace(**memory),
         )
         pl.when(cta.wg == MULTIPLIERS)(functools.partial(_copy, cta))
@@ -145,6 +161,7 @@ def after_attention(
             full=plgpu.Barrier(num_barriers=shape.slots),
             empty=plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=shape.slots),
             answer=plgpu.Barrier(num_arrivals=shape.products[0].most),
+            emptied=plgpu.Barrier(),
             ready=plgpu.Barrier(num_arrivals=MULTIPLIERS),
             found=plgpu.Barrier(),
         ),
@@ -162,7 +179,8 @@ def after_attention(
     )
     inbox_ref, board_ref = jax.new_ref(inbox), jax.new_ref(board)
     cache_refs = [jax.new_ref(x) for x in cache]
-    arrays = answer_RK, x_DR, *scales, turn, inbox_ref, board_ref, *entering, *cache_refs, *weights
+    ours = turn, far, inbox_ref, board_ref
+    arrays = *answers, x_DR, *scales, *ours, *entering, *cache_refs, *weights
     stream, *following = kernel(*arrays)
     following = (*following, *map(jax.freeze, cache_refs))
     return stream, following, jax.freeze(inbox_ref), jax.freeze(board_ref)
@@ -170,17 +188,25 @@ def after_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Cta:
-    """What the warpgroups of a CTA share; `a` are the arrays in device memory."""
+    """What the warpgroups of a CTA share.
+
+    Attributes:
+      a: the arrays in device memory.
+      parts: the sizes of the attention, if it left its answer in parts.
+      far, me: how far it is to all devices' inboxes, of which one is this device's.
+    """
 
     shape: Shape
     factors: Sequence[float]
     eps: Sequence[float]
-    me: jax.Array
-    devices: list
+    devices: int
     index: jax.Array
     wg: jax.Array
     a: Any
+    parts: Any
     memory: Any
+    far: Sequence = ()
+    me: Any = None
 
     @property
     def block(self):
@@ -202,12 +228,8 @@ class _Cta:
 
     def inbox(self, turn, sender, block):
         turn = lax.rem(self.a.turn[0] + turn, INBOXES)
-        return self.a.inbox.at[turn, sender, _words_of(block * SLAB, SLAB, self.shape.rows)]
-
-    def inbox_of(self, device, turn, block):
-        ref = plgpu.remote_ref(self.a.inbox, device) if len(self.devices) > 1 else self.a.inbox
-        turn = lax.rem(self.a.turn[0] + turn, INBOXES)
-        return ref.at[turn, self.me, _words_of(block * SLAB, SLAB, self.shape.rows)]
+        words = pl.ds(block * SLAB * self.shape.rows, SLAB * self.shape.rows)
+        return self.a.inbox.at[turn, sender, words]
 
     def told(self, name: str, *place, count: int = SLAB):
         """A place on the board, of `count` numbers of each row."""
@@ -218,10 +240,6 @@ class _Cta:
         return self.a.board.at[pl.ds(start, count * self.shape.rows)]
 
 
-def _words_of(feature, count: int, rows: int):
-    return pl.ds(feature * rows, count * rows)
-
-
 def _slab(i, count: int = SLAB):
     return pl.ds(pl.multiple_of(i * SLAB, SLAB), count)
 
@@ -230,11 +248,12 @@ def _slab(i, count: int = SLAB):
 
 
 def _copy(cta: _Cta) -> None:
-    """Asks for the answer and for the weights, slab by slab."""
+    """Asks for the answer and for the weights, slab by slab; empties the board meanwhile."""
     shape, memory = cta.shape, cta.memory
+    _empty_board(cta)
     out = shape.products[0]
     _, _, first, _ = out.unit(cta.index)
-    for i in range(out.most):
+    for i in range(0 if shape.in_parts else out.most):
         block = _slab(jnp.minimum(first + i, out.contracted // SLAB - 1))
         plgpu.copy_gmem_to_smem(cta.a.answer.at[:, block], memory.rows.at[i], memory.answer)
 
@@ -253,6 +272,13 @@ def _copy(cta: _Cta) -> None:
             pl.when(step >= shape.slots)(lambda: plgpu.barrier_wait(memory.empty.at[slot]))
             source = ref.at[_slab(first + i * product.blocks, product.depth), columns]
             plgpu.copy_gmem_to_smem(source, cta.slab(slot, product), memory.full.at[slot])
+
+            # What the CTA tells from now on is there after that.
+            @pl.when(step == 0)
+            def _emptied():
+                fence()
+                plgpu.barrier_arrive(memory.emptied)
+
             return step + 1, jnp.maximum(arrived, due)
 
         step, arrived = lax.fori_loop(0, count, copy, (step, arrived))
@@ -263,8 +289,16 @@ def _copy(cta: _Cta) -> None:
 
 def _multiply(cta: _Cta) -> None:
     out, widen, narrow, *attention = cta.shape.products[: len(cta.a.weights)]
-    _empty_board(cta)
-    plgpu.barrier_wait(cta.memory.answer)
+    # Read now, while nothing waits for them.
+    far, here = far_from(cta.a.far, cta.devices)
+    require_at(cta.a.inbox, here)
+    cta = dataclasses.replace(cta, far=far, me=own_number(far))
+    if cta.shape.in_parts:
+        _join(cta)
+        _take(cta, out, "answer")
+    else:
+        plgpu.barrier_wait(cta.memory.answer)
+    pl.when(cta.index < cta.shape.emptying)(lambda: plgpu.barrier_wait(cta.memory.emptied))
     step = _product(cta, out, jnp.int32(0), "parts_out")
     exchanges, last = cta.block < cta.shape.blocks, not attention
     pl.when(exchanges)(lambda: _enter_mlp(cta))
@@ -356,20 +390,39 @@ def _product_of_entry(cta: _Cta, product: Product, step):
 
 
 def _empty_board(cta: _Cta) -> None:
-    """Empties a warpgroup's piece of what the launch before has left.
-
-    It ends with a fence: what the CTA puts out from now on is there after that.
-    """
+    """Empties the CTA's piece of what the launch before has left."""
     shape = cta.shape
-    place = cta.index * MULTIPLIERS + cta.wg
 
-    @pl.when(place < shape.emptying)
+    @pl.when(cta.index < shape.emptying)
     def _():
-        start = shape.places()["hidden"] + place * shape.emptied
+        start = shape.places()["hidden"] + cta.index * shape.emptied
         for offset in range(0, shape.emptied, STRIDE):
             empty(cta.a.board.at[pl.ds(start + offset, STRIDE)], _LINE, (STRIDE,))
 
-    fence()
+
+def _join(cta: _Cta) -> None:
+    """Tells the answer, a warpgroup a head's line of a row at a time, and 0 in rows without any."""
+    of, rows, a = cta.parts, cta.shape.rows, cta.a
+    bounds = Bounds(a.lengths, a.starts, getattr(a, "table", None))
+    lines = cta.shape.answer // LANES * rows
+    at_once = min(of.team if of.config.stripes else 2 * of.parts_at_once, _AT_ONCE)
+
+    def some(i, _):
+        number = cta.block + i * (CTAS * MULTIPLIERS)
+        line, row = lax.div(number, rows), lax.rem(number, rows)
+        latent, head = lax.div(line, of.problem.heads), lax.rem(line, of.problem.heads)
+        unit, stream = lax.div(latent, of.config.shared), lax.rem(latent, of.config.shared)
+
+        @pl.when(number < lines)
+        def _():
+            there = row < of.problem.batch
+            first, count = parts_of(of, bounds, jnp.where(there, row, 0), unit)
+            parts = first, jnp.where(there, count, 0), at_once
+            [(acc, _, total)] = join_lines(a.parts, a.lses, [(stream, head, 0)], *parts)
+            y = normalised(acc, total).astype(jnp.bfloat16).astype(jnp.float32)
+            tell_line(y, cta.told("answer", line * LANES, count=LANES), row, rows)
+
+    lax.fori_loop(0, -(-lines // (CTAS * MULTIPLIERS)), some, None)
 
 
 def _parts(cta: _Cta, name: str, block):
@@ -384,11 +437,11 @@ def _empty_blocks(cta: _Cta, refs) -> None:
 
 def _exchanged(cta: _Cta, name: str, turn: int):
     """What a block of all devices' parts adds up to; empties the inbox of the exchange before."""
-    devices = range(len(cta.devices))
+    devices = range(cta.devices)
     refs = _parts(cta, name, cta.block)
     part = _sum(cta.hear(refs))
-    for device in cta.devices:
-        tell(part, cta.inbox_of(device, turn, cta.block))
+    for device in devices:
+        tell(part, cta.inbox(turn, cta.me, cta.block), cta.far[device])
     _empty_blocks(cta, refs)
     _empty_blocks(cta, [cta.inbox(turn + INBOXES - 1, n, cta.block) for n in devices])
     return _sum(cta.hear([cta.inbox(turn, n, cta.block) for n in devices]))
@@ -414,6 +467,12 @@ def _after(cta: _Cta):
     stream = cta.a.stream.at[_slab(cta.block)]
     added = _exchanged(cta, "parts_narrow", 1)
     _empty_blocks(cta, [cta.told("entered_mlp", cta.block * SLAB)])
+    for i in range(0, cta.shape.answer // SLAB if cta.shape.in_parts else 0, cta.shape.blocks):
+
+        @pl.when(i + cta.block < cta.shape.answer // SLAB)
+        def _empty_answer(block=i + cta.block):
+            _empty_blocks(cta, [cta.told("answer", block * SLAB)])
+
     empty(cta.told("squares_mlp", cta.block, count=1), COLUMN, (cta.shape.rows,))
     x = (tiles.load(stream, TILE) + added).astype(cta.a.stream.dtype)
     tiles.store(stream, x)

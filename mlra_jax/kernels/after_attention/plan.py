@@ -69,7 +69,7 @@ class Shape:
     """Sizes on one device: widths of the answer, of the stream and of the MLP; rows; and of the
     next attention, 0 if the launch ends in front of it, widths of what it makes of its input
     (`entry`), of its query's latent, of a latent, of its rotary key, of a query beside that, and of
-    all its queries."""
+    all its queries. `in_parts` where the attention before leaves its answer in parts."""
 
     answer: int
     stream: int
@@ -81,6 +81,7 @@ class Shape:
     rope: int = 0
     nope: int = 0
     asked: int = 0
+    in_parts: bool = False
 
     @property
     def tile(self) -> int:
@@ -155,6 +156,7 @@ class Shape:
         board = parts | dict(
             entered_mlp=(self.stream,),
             squares_mlp=(self.blocks,),
+            **(dict(answer=(self.answer,)) if self.in_parts else {}),
             hidden=(self.mlp,),
             entered_next=(self.stream,),
             squares_next=(self.blocks,),
@@ -172,15 +174,15 @@ class Shape:
 
     @property
     def board_size(self) -> int:
-        """Words, so many that each warpgroup with a part in the first product empties as many."""
+        """Words, so many that each CTA with a part in the first product empties as many."""
         emptied = self.emptied * self.emptying
         # Squares are read as blocks, whose ends mean nothing.
         return self.places()["hidden"] + emptied + SLAB * self.rows
 
     @property
     def emptying(self) -> int:
-        """Warpgroups that empty when a launch begins: those with a part in the first product."""
-        return self.products[0].tiles * self.products[0].shares * MULTIPLIERS
+        """CTAs that empty when a launch begins: those with a part in the first product."""
+        return self.products[0].tiles * self.products[0].shares
 
     @property
     def emptied(self) -> int:

@@ -13,7 +13,11 @@ from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from mlra_jax.kernels import words
 from mlra_jax.kernels.after_attention.plan import SLAB
+from mlra_jax.kernels.rows import THREADS
 from mlra_jax.kernels.tiles import COLUMN, TILE
+
+LINE = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
+"""A number of each thread."""
 
 
 def _pointers(ref, layout, shape):
@@ -28,17 +32,36 @@ def _offset(indices, shape):
     return offset
 
 
-def tell(value, ref) -> None:
-    """Writes float32 where it is waited for, perhaps on another device."""
-    layout = TILE if value.ndim == 2 else COLUMN
+def tell(value, ref, far: tuple[jax.Array, jax.Array] | None = None) -> None:
+    """Writes float32 where it is waited for, or on another device so `far` away, in bytes."""
+    layout, number = TILE if value.ndim == 2 else COLUMN, plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
-    def write(ctx, value, ref):
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()) + (number,) * len(far or ()))
+    def write(ctx, value, ref, *far):
         pointers = _pointers(ref, value.layout, value.shape)
         for pointer, numbers in zip(pointers, value.registers.flat, strict=True):
-            words.send(pointer, numbers)
+            words.send(words.beyond(pointer, far) if far else pointer, numbers)
 
-    write(value, ref)
+    write(value, ref, *(far or ()))
+
+
+def tell_line(value, ref, row: jax.Array, rows: int) -> None:
+    """Writes float32 of one row of the batch, one number of a thread, into features by rows."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(LINE, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+    )
+    def write(ctx, value, ref, row):
+        index = ir.IndexType.get()
+        row = arith.index_cast(index, row.registers.flat[0])
+        spots = [
+            arith.addi(arith.muli(feature, arith.constant(index, rows)), row)
+            for (feature,) in value.layout.thread_idxs(value.shape)
+        ]
+        for pointer, number in zip(words.pointers(ref, spots), value.registers.flat, strict=True):
+            words.send(pointer, number)
+
+    write(value, ref, row)
 
 
 def write_rows(value, ref, places, start: jax.Array, width: int) -> None:

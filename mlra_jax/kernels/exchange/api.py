@@ -43,16 +43,32 @@ class Exchange:
     All devices of `mesh` take part, over those of `axis_names` that it has more than one of. On
     Hopper GPUs each device has inboxes, which the others write into (see `mosaic_gpu`); on others
     JAX gathers the parts.
+
+    Attributes:
+      inbox: of all devices, int32 `[N, ...]`; None where JAX gathers.
+      far: int32 `[N, N + 1, 2]` once the first exchange is made, as of `mosaic_gpu.add`. Launches
+        that write others' inboxes by it spare XLA a copy of their addresses for each launch.
+
+    Args:
+      gathered: columns that `gather` will be asked for, 0 if it will not.
     """
 
-    def __init__(self, mesh: Mesh, axis_names: Sequence[str], rows: int, width: int):
+    def __init__(
+        self, mesh: Mesh, axis_names: Sequence[str], rows: int, width: int, gathered: int = 0
+    ):
         self.mesh, self.axes = mesh, tuple(a for a in axis_names if mesh.shape[a] > 1)
-        self.turn, self.inbox = 0, None
+        self.turn, self.inbox, self.far, self.gather_inbox = 0, None, None, None
+        N = mesh.size
         if target.is_hopper(mesh.devices.flat[0]):
-            shape = (mesh.size, *mosaic_gpu.inbox_shape(mesh.size, rows, width))
-            inbox = jnp.full(shape, EMPTY, jnp.int32)
-            there = jax.NamedSharding(mesh, PartitionSpec(self.axes))
-            self.inbox = jax.lax.with_sharding_constraint(inbox, there)
+            self.inbox = self._emptied(mosaic_gpu.inbox_shape(N, rows, width))
+            if gathered and gathered % (4 * N) == 0 and rows * gathered <= _MOST_NUMBERS:
+                self.gather_inbox = self._emptied((N, rows, gathered // N))
+
+    def _emptied(self, shape: tuple[int, ...]) -> jax.Array:
+        """Of each device."""
+        there = jax.NamedSharding(self.mesh, PartitionSpec(self.axes))
+        words = jnp.full((self.mesh.size, *shape), EMPTY, jnp.int32)
+        return jax.lax.with_sharding_constraint(words, there)
 
     def __call__(
         self,
@@ -79,11 +95,25 @@ class Exchange:
         if self.inbox is None:
             return _in_plain(summands_NRD, x_RD, scale_D, **how)
         turn = np.array([self.turn % mosaic_gpu.INBOXES], np.int32)
-        x_RD, normed_RD, self.inbox = _by_kernel(
-            summands_NRD, x_RD, scale_D, self.inbox, turn, first=self.turn == 0, **how
+        first = self.turn == 0
+        emptied = [self.gather_inbox] if first and self.gather_inbox is not None else []
+        x_RD, normed_RD, self.inbox, *others = _by_kernel(
+            summands_NRD, x_RD, scale_D, self.inbox, turn, *emptied, first=first, **how
         )
+        if first:
+            self.far, *emptied = others
+            [self.gather_inbox] = emptied or [None]
         self.turn += 1
         return x_RD, normed_RD
+
+    def gather(self, x_RV: jax.Array) -> jax.Array:
+        """The float32 rows whole on every device, their columns split over them; once in a step.
+
+        As it is where no kernel serves.
+        """
+        if self.gather_inbox is None:
+            return x_RV
+        return _gathered(x_RV, self.gather_inbox, mesh=self.mesh, axes=self.axes)
 
 
 def _in_plain(summands_NRD, x_RD, scale_D, *, mesh, axes, dtype, **how):
@@ -100,17 +130,33 @@ def _in_plain(summands_NRD, x_RD, scale_D, *, mesh, axes, dtype, **how):
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("mesh", "axes", "factor", "eps", "dtype", "first"))
 @target.int32_indices
-def _by_kernel(summands_NRD, x_RD, scale_D, inbox, turn, *, mesh, axes, **how):
-    def local(summands_NRD, x_RD, scale_D, inbox_1, turn):
-        arrays = summands_NRD, x_RD, scale_D, inbox_1[0], turn
-        x_RD, normed_RD, inbox = mosaic_gpu.add(*arrays, mesh=mesh, axes=axes, **how)
-        return x_RD, normed_RD, inbox[None]
+def _by_kernel(summands_NRD, x_RD, scale_D, inbox, turn, *emptied, mesh, axes, first, **how):
+    def local(summands_NRD, x_RD, scale_D, inbox_1, turn, *emptied):
+        arrays = summands_NRD, x_RD, scale_D, inbox_1[0], turn, *(x[0] for x in emptied)
+        x_RD, normed_RD, *own = mosaic_gpu.add(*arrays, mesh=mesh, axes=axes, first=first, **how)
+        return x_RD, normed_RD, *(x[None] for x in own)
 
     split, whole = PartitionSpec(axes), PartitionSpec()
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, whole, whole, split, whole),
-        out_specs=(whole, whole, split),
+        in_specs=(split, whole, whole, split, whole, *(split for _ in emptied)),
+        out_specs=(whole, whole, split, *(split for _ in emptied), *([split] if first else [])),
         check_vma=False,
-    )(summands_NRD, x_RD, scale_D, inbox, turn)
+    )(summands_NRD, x_RD, scale_D, inbox, turn, *emptied)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "axes"))
+@target.int32_indices
+def _gathered(x_RV, gather_inbox, *, mesh, axes):
+    def local(x_RV, inbox_1):
+        return mosaic_gpu.gather(x_RV, inbox_1[0], mesh=mesh, axes=axes)[0]
+
+    split = PartitionSpec(axes)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, axes), split),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(x_RV, gather_inbox)

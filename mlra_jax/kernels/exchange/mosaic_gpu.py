@@ -13,6 +13,13 @@ of a step but the first, as devices share nothing but inboxes, and these need no
   the inbox is empty by then.
 - All inboxes are emptied when a step begins; the barrier in front of its first exchange says that
   all devices have done so. After its last nothing more arrives.
+
+A step ends with logits, of which every device has some of the vocabulary. They are gathered
+likewise (`gather`), once a step, by an inbox of their own that is emptied when a step begins.
+
+For each launch that asks XLA for other devices' addresses it copies them to the device, 4 us in
+front of every program. `kernels.after_attention` does not ask: it adds how `far` others' inboxes
+are, which the first exchange of a step finds, to the address of this device's.
 """
 
 import functools
@@ -22,14 +29,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from mlra_jax.kernels import words
-from mlra_jax.kernels.rows import layout, normed
+from mlra_jax.kernels.rows import THREADS, layout, normed
 
 INBOXES = 3
+_TOGETHER = 4
+"""Words of a thread where devices gather."""
 WIDEST = 8192
 """Beyond, a row does not fit the registers of the one warpgroup that takes it."""
 
@@ -45,34 +57,42 @@ def add(
     scale_D: jax.Array,
     inbox: jax.Array,
     turn: jax.Array,
-    *,
+    *emptied: jax.Array,
     mesh: Mesh,
     axes: tuple[str, ...],
     factor: float,
     eps: float,
     dtype: jnp.dtype,
     first: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(the stream, its norm in `dtype`, the inboxes) of one device, within `shard_map`.
+) -> tuple[jax.Array, ...]:
+    """(the stream, its norm in `dtype`, the inboxes, `emptied`) of one device, within `shard_map`.
+
+    Of the first exchange, too, before `emptied`: how far it is to each device's inboxes, in bytes
+    from this one's, and then where these are; int32 `[devices + 1, 2]`, halves of 64 bits.
 
     Args:
       summands_NRD: float32, which add up to this device's part.
       x_RD: the stream; scale_D: of the norm, which multiplies by it and by `factor`.
       inbox: int32 of `inbox_shape`, from the exchange before; changed in place.
       turn: int32 `[1]`, the number of this exchange in its step modulo `INBOXES`.
+      emptied: what else must be emptied before other devices go on, for the first exchange.
       axes: the mesh axes of more than one device.
       first: whether it is the first of its step, before which inboxes are new.
     """
     N, R, D = summands_NRD.shape
     lying = layout(D)
 
-    def body(summands_ref, x_ref, scale_ref, turn_ref, inbox_ref, out_ref, normed_ref):
+    def body(summands_ref, x_ref, scale_ref, turn_ref, inbox_ref, *others):
+        out_ref, normed_ref, *far_ref = others[len(emptied) :]
         row, turn = lax.axis_index("row"), turn_ref[0]
         me, devices = everyone(mesh, axes)
         load = functools.partial(plgpu.load, layout=lying)
         part_D = sum(load(summands_ref.at[n, row]) for n in range(N))
-        for device in devices:
-            _send(part_D, plgpu.remote_ref(inbox_ref, device).at[turn, me, row], lying)
+        inboxes = [plgpu.remote_ref(inbox_ref, device) for device in devices]
+        for remote in inboxes:
+            _send(part_D, remote.at[turn, me, row], lying)
+        if first:
+            pl.when(row == 0)(lambda: _measure(far_ref[0], inbox_ref, inboxes))
         x_D = load(x_ref.at[row]).astype(jnp.float32)
         scale_D = load(scale_ref).astype(jnp.float32) * factor
         before = lax.rem(turn + jnp.int32(INBOXES - 1), jnp.int32(INBOXES))
@@ -89,6 +109,7 @@ def add(
         out_type=(
             jax.ShapeDtypeStruct((R, D), x_RD.dtype),
             jax.ShapeDtypeStruct((R, D), dtype),
+            *([jax.ShapeDtypeStruct((mesh.size + 1, 2), jnp.int32)] if first else []),
         ),
         grid=(R,),
         grid_names=("row",),
@@ -97,9 +118,129 @@ def add(
             lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=not first
         ),
     )
+    refs = [jax.new_ref(x) for x in (inbox, *emptied)]
+    x_RD, normed_RD, *far = kernel(summands_NRD, x_RD, scale_D, turn, *refs)
+    inbox, *emptied = map(jax.freeze, refs)
+    return x_RD, normed_RD, inbox, *far, *emptied
+
+
+def gather(
+    x_RV: jax.Array, inbox: jax.Array, *, mesh: Mesh, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """(what all devices have beside each other, `inbox`) of one device, within `shard_map`.
+
+    Args:
+      x_RV: float32, this device's columns, of which 4 divide the number.
+      inbox: int32 `[devices, R, V]`, `EMPTY` on all devices since the step's first exchange.
+    """
+    (R, V), N = x_RV.shape, mesh.size
+
+    def body(x_ref, inbox_ref, out_ref):
+        me, devices = everyone(mesh, axes)
+        remote = [plgpu.remote_ref(inbox_ref, device) for device in devices]
+        _pass_on(lax.axis_index("cta"), me, x_ref, inbox_ref, out_ref, remote)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((R, N * V), jnp.float32),
+        grid=(-(-R * V // (THREADS * _TOGETHER)),),
+        grid_names=("cta",),
+        kernel_name="gather",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=True
+        ),
+    )
     inbox_ref = jax.new_ref(inbox)
-    x_RD, normed_RD = kernel(summands_NRD, x_RD, scale_D, turn, inbox_ref)
-    return x_RD, normed_RD, jax.freeze(inbox_ref)
+    return kernel(x_RV, inbox_ref), jax.freeze(inbox_ref)
+
+
+def _pass_on(cta, me, x_ref, inbox_ref, out_ref, remote) -> None:
+    """Sends `_TOGETHER` numbers of each thread to all devices, and writes what they all sent."""
+    number, N = plgpu.Layout.WG_SPLAT(()), len(remote)
+
+    @plgpu.inline_mgpu(arg_types=(number, number) + (plgpu.RefType(),) * (3 + N))
+    def send_and_receive(ctx, cta, me, x, inbox, out, *remote):
+        i64, constant = ir.IntegerType.get_signless(64), functools.partial(arith.constant, _i32())
+        (R, V), f32 = ir.MemRefType(x.type).shape, ir.F32Type.get()
+
+        def at(ref, offset):
+            base = mgpu.utils.memref_ptr(ref)
+            return mgpu.utils.getelementptr(base, [arith.extui(i64, offset)], f32)
+
+        cta, me = (x.registers.flat[0] for x in (cta, me))
+        thread = arith.addi(arith.muli(cta, constant(THREADS)), mgpu.thread_idx())
+        place = arith.muli(thread, constant(_TOGETHER))
+        there = arith.cmpi(arith.CmpIPredicate.ult, place, constant(R * V))
+        place = arith.minui(place, constant(R * V - _TOGETHER))
+        with mgpu.when(there):
+            held = llvm.load(ir.VectorType.get((_TOGETHER,), f32), at(x, place))
+            mine = arith.addi(arith.muli(me, constant(R * V)), place)
+            for ref in remote:
+                words.send(at(ref, mine), held)
+        row, column = arith.divui(place, constant(V)), arith.remui(place, constant(V))
+        sent = [at(inbox, arith.addi(place, constant(n * R * V))) for n in range(N)]
+        received = words.receive(sent, _TOGETHER, [there] * N)
+        for n, held in enumerate(received):
+            with mgpu.when(there):
+                line = arith.muli(row, constant(N * V))
+                llvm.store(held, at(out, arith.addi(line, arith.addi(column, constant(n * V)))))
+
+    send_and_receive(cta, me, x_ref, inbox_ref, out_ref, *remote)
+
+
+# --- Other devices' inboxes without their addresses ---
+
+
+def _measure(far_ref, inbox_ref, inboxes) -> None:
+    """Writes how far it is to each of the inboxes, and where this device's is."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (2 + len(inboxes)))
+    def measure(ctx, far, here, *inboxes):
+        i64, number = ir.IntegerType.get_signless(64), functools.partial(arith.constant, _i32())
+        address = lambda ref: llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+        own = address(here)
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            found = [arith.subi(address(ref), own) for ref in inboxes]
+            for n, value in enumerate((*found, own)):
+                place = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(far), [number(n)], i64)
+                llvm.store(value, place)
+
+    measure(far_ref, inbox_ref, *inboxes)
+
+
+def far_from(far_ref, devices: int):
+    """(how far it is to each device's inboxes, where this one's are), each in halves."""
+    *ways, here = ((far_ref[n, 0], far_ref[n, 1]) for n in range(devices + 1))
+    return ways, here
+
+
+def own_number(ways) -> jax.Array:
+    """This device's among those of `far_from`."""
+    return sum(jnp.where((low | high) == 0, n, 0) for n, (low, high) in enumerate(ways))
+
+
+def require_at(inbox_ref, here) -> None:
+    """Stops the program with an error of the device if the inboxes are elsewhere.
+
+    XLA leaves them where they are, as they are changed in place: `far` counts on that.
+    """
+    number = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), number, number))
+    def require(ctx, ref, *halves):
+        i64, void = ir.IntegerType.get_signless(64), ir.Type.parse("!llvm.void")
+        found = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, found, words.joint(halves))):
+            llvm.inline_asm(void, [], "trap;", "", has_side_effects=True)
+
+    require(inbox_ref, *here)
+
+
+# --- Rows ---
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
 
 
 def everyone(mesh: Mesh, axes: tuple[str, ...]) -> tuple[jax.Array, list[dict[str, jax.Array]]]:

@@ -68,18 +68,28 @@ from mlra_jax.kernels import target
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu import join, schedule, walk
 from mlra_jax.kernels.absorbed_decode.mosaic_gpu.plan import (
     Config,
+    Parts,
     Shape,
     candidates,
     heuristic,
+    leaves_parts,
     supports,
 )
 from mlra_jax.kernels.absorbed_decode.problem import Problem
 
-__all__ = ["Config", "absorbed_decode", "candidates", "heuristic", "supports"]
+__all__ = [
+    "Config",
+    "Parts",
+    "absorbed_decode",
+    "candidates",
+    "heuristic",
+    "leaves_parts",
+    "supports",
+]
 
 
 # A function of its own in a program, so that all layers compile one.
-@functools.partial(jax.jit, static_argnames=("scale", "config"))
+@functools.partial(jax.jit, static_argnames=("scale", "config", "in_parts"))
 @target.int32_indices
 def absorbed_decode(
     q_BTLHC: jax.Array | None,
@@ -91,14 +101,16 @@ def absorbed_decode(
     *,
     scale: float,
     config: Config,
-) -> tuple[jax.Array, jax.Array]:
+    in_parts: bool = False,
+) -> tuple[jax.Array, jax.Array] | Parts:
     """Softmax attention over the latents; arguments as `api.absorbed_decode` normalises them.
 
     The cache must be finite wherever a tile may reach (up to `Config.block` positions beyond the
     length): hidden scores are replaced, but hidden values are multiplied by a weight of zero.
 
     Returns:
-      out_BTLHC in the dtype of the queries, and lse_BTLH in float32 (natural logarithm).
+      out_BTLHC in the dtype of the queries, and lse_BTLH in float32 (natural logarithm), or what
+      the second launch would make them of.
     """
     B, T, _, H, _ = q_rope_BTGHR.shape
     S, L, C = latents_BSLC.shape[1:]
@@ -116,6 +128,8 @@ def absorbed_decode(
     queries = [as_rows(q) for q in (q_BTLHC, q_rope_BTGHR) if q is not None]
     cache = latents_BSLC.reshape(B, S, L * C), k_rope.reshape(B, S, -1)
     parts, lses = walk.launch(shape, float(scale))(*queries, *cache, *bounds)
+    if in_parts:
+        return Parts(parts, lses, bounds, shape)
     out_BLRC, lse_BLR = join.launch(shape)(parts, lses, *bounds)
     out_BTLHC = jnp.swapaxes(out_BLRC[..., :C].reshape(B, L, T, H, C), 1, 2)
     lse_BTLH = jnp.swapaxes(lse_BLR.reshape(B, L, T, H), 1, 2)

@@ -8,7 +8,7 @@ of some rows (`_of_shares`).
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -104,7 +104,6 @@ def _of_teams(shape: Shape):
 def _of_shares(shape: Shape):
     chunks, rows, at_once = shape.lines, shape.config.join_rows, shape.parts_at_once
     groups = plan.cdiv(shape.stream_rows, rows)
-    lanes = plgpu.Layout.WG_STRIDED((plan.LANES,), 1)
 
     def body(part_ref, lses_ref, lengths_ref, starts_ref, *refs):
         bounds = Bounds(lengths_ref, starts_ref, refs[0] if shape.problem.batch > 1 else None)
@@ -113,45 +112,67 @@ def _of_shares(shape: Shape):
         group, index = lax.rem(index, groups), lax.div(index, groups)
         stream, unit = lax.rem(index, shape.streams), lax.div(index, shape.streams)
         batch_row, unit_in_row = lax.div(unit, shape.units), lax.rem(unit, shape.units)
-        cta, count = schedule.parts_of(shape, bounds, batch_row, unit_in_row)
-        first = cta + unit
+        first, count = schedule.parts_of(shape, bounds, batch_row, unit_in_row)
         own = [jnp.minimum(group * rows + r, shape.stream_rows - 1) for r in range(rows)]
         if shape.config.overlap:
             # What was read so far is older than the first launch; the parts are not.
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
 
-        def some_parts(i, carry):
-            base = i * at_once
-            parts = [first + jnp.minimum(base + k, count - 1) for k in range(at_once)]
-            lses = [[lses_ref[stream, row, part] for part in parts] for row in own]
-            values = [
-                [plgpu.load(part_ref.at[stream, row, chunk, part], layout=lanes) for part in parts]
-                for row in own
-            ]
-            after = []
-            for (acc, top, total), lse, value in zip(carry, lses, values, strict=True):
-                lse = [jnp.where(base + k < count, x, -jnp.inf) for k, x in enumerate(lse)]
-                new_top = functools.reduce(jnp.maximum, lse, top)
-                fade = jnp.exp2(top - new_top)
-                acc, total = acc * fade, total * fade
-                for k in range(at_once):
-                    weight = jnp.exp2(lse[k] - new_top)
-                    acc = acc + value[k].astype(jnp.float32) * weight
-                    total = total + weight
-                after.append((acc, new_top, total))
-            return after
-
-        nothing = plgpu.layout_cast(jnp.zeros((plan.LANES,), jnp.float32), lanes)
-        carry = [(nothing, jnp.float32(LOWEST), jnp.float32(0)) for _ in range(rows)]
-        carry = lax.fori_loop(0, schedule.cdiv(count, at_once), some_parts, carry)
-        for r, state in enumerate(carry):
+        lines = [(stream, row, chunk) for row in own]
+        states = join_lines(part_ref, lses_ref, lines, first, count, at_once)
+        for r, state in enumerate(states):
             place = _Place(batch_row, unit_in_row, stream, group * rows + r, chunk)
             pl.when(group * rows + r < shape.stream_rows)(
                 functools.partial(_store, shape, refs[-2:], place, *state)
             )
 
     return _kernel(shape, body, shape.problem.batch * shape.units * shape.streams * groups * chunks)
+
+
+def join_lines(part_ref, lses_ref, lines: Sequence, first, count, at_once: int) -> list:
+    """Joins parts of lines by one warpgroup, so many of each at once.
+
+    Args:
+      part_ref, lses_ref: what `walk.launch` returns.
+      lines: (stream, row, line of the row) of each.
+      first, count: which of the parts, of all lines.
+
+    Returns:
+      for each line (the weighted sum, float32 [128], of a thread one number; the base-2 LSE whose
+      weight is 1 in it; the sum of weights).
+    """
+    lanes = plgpu.Layout.WG_STRIDED((plan.LANES,), 1)
+
+    def some_parts(i, carry):
+        base = i * at_once
+        parts = [first + jnp.minimum(base + k, count - 1) for k in range(at_once)]
+        lses = [[lses_ref[stream, row, part] for part in parts] for stream, row, _ in lines]
+        values = [
+            [plgpu.load(part_ref.at[stream, row, chunk, part], layout=lanes) for part in parts]
+            for stream, row, chunk in lines
+        ]
+        after = []
+        for (acc, top, total), lse, value in zip(carry, lses, values, strict=True):
+            lse = [jnp.where(base + k < count, x, -jnp.inf) for k, x in enumerate(lse)]
+            new_top = functools.reduce(jnp.maximum, lse, top)
+            fade = jnp.exp2(top - new_top)
+            acc, total = acc * fade, total * fade
+            for k in range(at_once):
+                weight = jnp.exp2(lse[k] - new_top)
+                acc = acc + value[k].astype(jnp.float32) * weight
+                total = total + weight
+            after.append((acc, new_top, total))
+        return after
+
+    nothing = plgpu.layout_cast(jnp.zeros((plan.LANES,), jnp.float32), lanes)
+    carry = [(nothing, jnp.float32(LOWEST), jnp.float32(0)) for _ in lines]
+    return lax.fori_loop(0, schedule.cdiv(count, at_once), some_parts, carry)
+
+
+def normalised(acc, total):
+    """A line of results; 0 where a row sees nothing."""
+    return acc * (1.0 / jnp.where(total > 0, total, 1.0))
 
 
 def _store(shape: Shape, refs, place: _Place, acc, top, total) -> None:
@@ -167,15 +188,13 @@ def _store(shape: Shape, refs, place: _Place, acc, top, total) -> None:
 
     @pl.when(row < shape.problem.queries * shape.problem.heads)
     def _store_row():
-        saw_any = total > 0
-        scaled = acc * (1.0 / jnp.where(saw_any, total, 1.0))
         columns = at(chunk * plan.LANES, plan.LANES, plan.LANES)
-        out_ref[batch_row, latent, row, columns] = scaled.astype(shape.dtype)
+        out_ref[batch_row, latent, row, columns] = normalised(acc, total).astype(shape.dtype)
 
         @pl.when(chunk == 0)
         def _store_lse():
             lse = (top + jnp.log2(total)) * math.log(2)
-            lse_ref[batch_row, latent, row] = jnp.where(saw_any, lse, -jnp.inf)
+            lse_ref[batch_row, latent, row] = jnp.where(total > 0, lse, -jnp.inf)
 
 
 def _kernel(shape: Shape, body: Callable, tasks: int, warpgroups: int = 1, **scratch):

@@ -1,8 +1,10 @@
 """What the Hopper kernel serves, the sizes that follow from a problem, and the settings to take."""
 
 import dataclasses
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 
 from mlra_jax.kernels.absorbed_decode.problem import Problem
@@ -192,6 +194,26 @@ class Shape:
         return streams * self.stream_rows + beyond
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["parts", "lses", "bounds"],
+    meta_fields=["shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """An answer that is not joined yet.
+
+    Attributes:
+      parts, lses: what the first launch returns.
+      bounds: what it was told of the cache, `schedule.Bounds`.
+    """
+
+    parts: jax.Array
+    lses: jax.Array
+    bounds: tuple[jax.Array, ...]
+    shape: Shape
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -237,6 +259,11 @@ def supports(problem: Problem) -> str | None:
     if _with_most_stages(Config(), problem) is None:
         return f"latents of {problem.width} + {problem.rope} do not fit shared memory"
     return None
+
+
+def leaves_parts(problem: Problem) -> bool:
+    """Whether `kernels.after_attention` joins the parts of such an answer: one line a head."""
+    return problem.queries == 1 and problem.width == LANES and problem.heads <= ROWS
 
 
 def heuristic(problem: Problem) -> Config:

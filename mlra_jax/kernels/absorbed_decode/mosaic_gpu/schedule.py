@@ -54,8 +54,14 @@ class Bounds:
 
     def begin(self, batch_row):
         """Where the first tile of a batch row begins."""
-        start = self.starts[batch_row]
-        return start - lax.rem(start, jnp.int32(plan.ALIGN))
+        if self.table is not None:
+            # Beside what has been read of it: the starts are far away, in device memory.
+            return self.table[self.lengths.shape[0] + 1 + batch_row]
+        return _aligned(self.starts[batch_row])
+
+
+def _aligned(start):
+    return start - lax.rem(start, jnp.full_like(start, plan.ALIGN))
 
 
 def at(start, size: int, multiple: int = plan.ALIGN):
@@ -69,12 +75,13 @@ def cdiv(a, b):
 
 def tile_count(start, end, block: int):
     """Tiles that cover [start, end); the first begins at `start` rounded down to the alignment."""
-    begin = start - lax.rem(start, jnp.full_like(start, plan.ALIGN))
+    begin = _aligned(start)
     return jnp.where(end > start, lax.div(end - begin + block - 1, jnp.full_like(end, block)), 0)
 
 
 def table(shape: Shape, lengths_BT: jax.Array, starts_B: jax.Array) -> jax.Array:
-    """For batches: before which tile each row begins, then the row that each CTA begins with."""
+    """For batches: before which tile each row begins, where in the cache each row's first tile
+    does, then the row that each CTA begins with."""
     batch, ctas = shape.problem.batch, shape.config.ctas
     lengths_BT, starts_B = lengths_BT.astype(jnp.int32), starts_B.astype(jnp.int32)
     count_B = tile_count(starts_B, lengths_BT.max(axis=1), shape.config.block)
@@ -83,7 +90,7 @@ def table(shape: Shape, lengths_BT: jax.Array, starts_B: jax.Array) -> jax.Array
     share = jnp.maximum(cdiv(begin[-1] * shape.units, ctas), 1)
     first = jnp.arange(ctas, dtype=jnp.int32) * share
     row_of_cta = (begin[1:] * shape.units <= first[:, None]).sum(axis=1)
-    return jnp.concatenate([begin, row_of_cta]).astype(jnp.int32)
+    return jnp.concatenate([begin, _aligned(starts_B), row_of_cta]).astype(jnp.int32)
 
 
 def numbering(shape: Shape, bounds: Bounds):
@@ -176,7 +183,7 @@ class Share(NamedTuple):
 
     def first(self) -> Visit:
         table = self.bounds.table
-        row = jnp.int32(0) if table is None else table[self.shape.problem.batch + 1 + self.cta]
+        row = jnp.int32(0) if table is None else table[2 * self.shape.problem.batch + 1 + self.cta]
         return self._from(row, jnp.int32(0), jnp.int32(0))
 
     def following(self, visit: Visit) -> Visit:
@@ -211,10 +218,12 @@ class Share(NamedTuple):
 
 
 def parts_of(shape: Shape, bounds: Bounds, batch_row, unit_in_row):
-    """(first, count) of a unit's parts, where tiles are not in stripes."""
+    """(first, count) of a unit's parts."""
+    if shape.config.stripes:
+        return unit_in_row * shape.team, jnp.int32(shape.team)
     _, share, span = numbering(shape, bounds)
     begin, count = span(batch_row)
     begin = begin + unit_in_row * count
     cta = lax.div(begin, share)
     parts = jnp.where(count > 0, lax.div(begin + count - 1, share) - cta + 1, 0)
-    return cta, parts
+    return cta + batch_row * shape.units + unit_in_row, parts
