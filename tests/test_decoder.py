@@ -131,7 +131,9 @@ def test_other_settings_and_lengths_compile_nothing():
     prompts = [[1, 2, 3], [4, 5]]
     settings = dict(max_new_tokens=4, cache_length=24)
     mlra_jax.generate(model, prompts, **settings)
-    # Where a row has top_k or top_p the draw sorts: one more program, of the draw alone.
+    # Where a row is not greedy there are random numbers, where one has top_k or top_p the draw
+    # sorts: two more programs, of the draw alone.
+    mlra_jax.generate(model, prompts, **settings, temperature=0.5)
     mlra_jax.generate(model, prompts, **settings, temperature=0.5, top_p=0.5)
     parts = (programs.prefill, programs.step, programs.draw)
     programs_of = lambda: [part._cache_size() for part in parts]

@@ -185,3 +185,18 @@ def test_a_small_temperature_takes_the_likeliest(temperature):
 def test_seeds_outside_their_range_are_refused(seed):
     with pytest.raises(ValueError, match=r"seed=.* must be a whole number in \[0, 2\*\*32\)"):
         draws(Sampling(1.0), seed, 2)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "random"),
+    [
+        (Sampling(), False),
+        (Sampling(temperature=1e-39, top_k=2), False),
+        ([Sampling(), Sampling(temperature=0.5)], True),
+    ],
+)
+def test_random_numbers_are_made_for_rows_that_draw(sampling, random):
+    made = jax.make_jaxpr(lambda x, rows: sample(x, rows, 0, 6))(
+        jnp.zeros((2, 7)), draws(sampling, 0, 2)
+    )
+    assert ("random_bits" in str(made)) == random

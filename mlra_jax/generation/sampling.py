@@ -42,11 +42,12 @@ class Sampling:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["temperature", "top_k", "top_p", "stop", "keys"],
-    meta_fields=["narrow"],
+    meta_fields=["drawn", "narrow"],
 )
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """The settings of every row as arrays `[B]`: other values are no other program."""
+    """The settings of every row as arrays `[B]`: other values are no other program, but for what
+    no row needs."""
 
     temperature: jax.Array | np.ndarray
     top_k: jax.Array | np.ndarray
@@ -55,6 +56,8 @@ class Draws:
     """The token that ends a row, -1 where none does."""
     keys: jax.Array
     """Random keys; draw `n` of row `b` is made with `fold_in(keys[b], n)`."""
+    drawn: bool
+    """Some row is not greedy; where all are, there are no random numbers."""
     narrow: bool
     """Some row has `top_k` or `top_p`; where none has, nothing is sorted."""
 
@@ -90,6 +93,7 @@ def draws(
         top_p=column("top_p", np.float32),
         stop=np.full(rows, -1 if stop_token is None else stop_token, np.int32),
         keys=keys_B,
+        drawn=not all(s.greedy for s in sampling),
         narrow=any(not s.greedy and (s.top_k > 0 or s.top_p < 1) for s in sampling),
     )
 
@@ -103,6 +107,8 @@ def sample(logits_BV: jax.Array, draws: Draws, step: jax.Array, num_tokens: int)
     V = logits_BV.shape[1]
     logits_BV = jnp.where(jnp.arange(V) < num_tokens, logits_BV, -jnp.inf)
     greedy_B = jnp.argmax(logits_BV, axis=-1)
+    if not draws.drawn:
+        return greedy_B.astype(jnp.int32)
     warm_B = draws.temperature > 0
     # From the largest on down, so that a small temperature makes no two of them infinite.
     heated_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
