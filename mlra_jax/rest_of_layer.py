@@ -31,7 +31,7 @@ class Additions:
         mesh: Mesh,
         stream: jax.ShapeDtypeStruct,
         summed: Iterable[nnx.Module],
-        vocabulary: int = 0,
+        vocabulary: int,
     ):
         self.mesh, self.stream, self.exchange = mesh, stream, None
         B, T, D = stream.shape
@@ -146,9 +146,7 @@ class AtOnce:
         layer = after_attention.Layer(
             *(module.kernel[...] for module in (out, widen, narrow)),
             **_of_norms(norms),
-            of_answer=None
-            if block.attention.in_parts
-            else sharding.spec("batch", "length", *out.axes),
+            of_answer=sharding.spec("batch", "length", *out.axes),
             of_weights=(
                 sharding.spec(*out.axes),
                 sharding.spec(None, None, "mlp"),
@@ -192,8 +190,7 @@ def _shape(add: Additions, block: nnx.Module, cache: Entries) -> after_attention
     (B, T, D), mesh = add.stream.shape, add.mesh
     ways = sharding.size(mesh, sharding.MODEL)
     out, down = block.attention.out, block.mlp.down
-    where = jax.NamedSharding(mesh, sharding.spec(*out.axes))
-    *answer, _ = where.shard_shape(out.kernel[...].shape)
+    *answer, _ = sharding.named(mesh, *out.axes).shard_shape(out.kernel[...].shape)
     sizes = math.prod(answer), D, down.kernel[...].shape[0] // ways, B * T
     in_parts = T == 1 and block.attention.leaves_parts(cache)
     if (widths := block.attention.entry_widths()) is not None:

@@ -47,28 +47,23 @@ def absorbed(mechanism: type[LatentAttention]) -> type[LatentAttention]:
             return self.config.latent_head_dim
 
         def leaves_parts(self, cache):
-            a, mesh, q_up = self.config, self.mesh, self.q_up.kernel
-            device = mesh.devices.flat[0]
-
-            def held(x, axes):
-                return jax.NamedSharding(mesh, sharding.spec(*axes)).shard_shape(x.shape)
-
-            _, heads, _ = held(q_up[...], q_up.get_metadata()["out_sharding"])
-            B, S, L, C = held(cache["latents"], self.cache_axes["latents"])
+            a, mesh, latents = self.config, self.mesh, cache["latents"]
+            where = sharding.named(mesh, *self.cache_axes["latents"])
+            B, S, L, C = where.shard_shape(latents.shape)
             problem = Problem(
-                device_kind=device.device_kind,
+                device_kind=mesh.devices.flat[0].device_kind,
                 batch=B,
                 queries=1,
                 latents=L,
-                heads=heads // L,
+                heads=a.branches * a.num_heads // latents.shape[2],
                 groups=min(a.groups, L),
                 width=C,
                 rope=a.rope_dim,
                 cache=S,
-                dtype=cache["latents"].dtype.name,
+                dtype=latents.dtype.name,
             )
             whole = sharding.size(mesh, sharding.CONTEXT) == 1
-            return whole and leaves_parts(device, problem)
+            return whole and leaves_parts(mesh.devices.flat[0], problem)
 
         def _ask_latents(self, q_BTPX):
             return tuple(jnp.split(q_BTPX, [self._fixed_width()], axis=-1))

@@ -136,7 +136,7 @@ class LatentAttention(FromLatents):
     def asked_widths(self, width):
         """`entry_widths` of an entry of this width."""
         kernel, a = self.q_up.kernel, self.config
-        where = jax.NamedSharding(self.mesh, sharding.spec(*kernel.get_metadata()["out_sharding"]))
+        where = sharding.named(self.mesh, *kernel.get_metadata()["out_sharding"])
         query, *queries = where.shard_shape(kernel[...].shape)
         return dict(
             entry=width,

@@ -97,8 +97,7 @@ def enter(
         return None
     names, (q_norm, kv_norm) = ("latents", "k_rope"), norms
     kept, cached = [cache[n] for n in names], [sharding.spec(*cache_axes[n]) for n in names]
-    where = (jax.NamedSharding(mesh, spec) for spec in cached)
-    shapes = [at.shard_shape(x.shape) for at, x in zip(where, kept, strict=True)]
+    shapes = [sharding.named(mesh, *cache_axes[n]).shard_shape(cache[n].shape) for n in names]
     N, *_, E = summands_NBTE.shape
     summands_each = N // sharding.size(mesh, sharding.MODEL)
     if not between_products.enters(summands_each, E, q_norm.width, *shapes):
@@ -148,7 +147,7 @@ def places(
       (int32 `[N, rows * T]`, for each device the number of each token's slot among all of its
       cache, -1 where it keeps nothing; int32 `[N]`, the first latent of its cache).
     """
-    where = jax.NamedSharding(mesh, sharding.spec(*cache_axes["latents"]))
+    where = sharding.named(mesh, *cache_axes["latents"])
     B, S, *_ = where.shard_shape(cache["latents"].shape)
 
     def local(lengths_B):
@@ -273,7 +272,6 @@ def decode_step(
         return o_BThV, cache
 
     by_head = sharding.spec("batch", "length", "heads", "head_dim")
-
     return jax.shard_map(
         local,
         mesh=mesh,

@@ -129,7 +129,7 @@ class Layer:
     scales: tuple[jax.Array, jax.Array]
     factors: tuple[float, float]
     eps: tuple[float, float]
-    of_answer: PartitionSpec | None
+    of_answer: PartitionSpec
     of_weights: tuple[PartitionSpec, ...]
 
     def specs(self) -> "Layer":
@@ -187,10 +187,10 @@ class AfterAttention:
         return x_DR, following
 
 
-def _split(layer, attention, axes):
+def _split(answer, layer, attention, axes):
     """How (answer, stream, layer, attention) and (stream, what follows) are split."""
     whole, own = PartitionSpec(), PartitionSpec(axes)
-    of_answer = own if layer.of_answer is None else layer.of_answer
+    of_answer = own if isinstance(answer, Parts) else layer.of_answer
     if attention is None:
         return (of_answer, whole, layer.specs(), None), (whole, whole)
     _, heads, columns = (*attention.of_query, None, None)[:3]
@@ -223,7 +223,7 @@ def _in_plain(answer, x_DR, layer, attention, *, mesh, axes):
         heads = attention.query.shape[1:]
         return x_DR, reference.enter(normed_RD, weights[3:], attention, heads)
 
-    split, follows = _split(layer, attention, axes)
+    split, follows = _split(answer, layer, attention, axes)
     return jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=follows, check_vma=False)(
         answer, x_DR, layer, attention
     )
@@ -253,7 +253,7 @@ def _by_kernel(answer, x_DR, layer, attention, inbox, far, board, turn, *, mesh,
         return x_DR, following, inbox.reshape(inbox_1.shape), board[None]
 
     whole, own = PartitionSpec(), PartitionSpec(axes)
-    split, follows = _split(layer, attention, axes)
+    split, follows = _split(answer, layer, attention, axes)
     return jax.shard_map(
         local,
         mesh=mesh,

@@ -114,10 +114,10 @@ def after_attention(
     D, R = x_DR.shape
     widths = [shape.heads * n for n in (shape.nope, shape.rope)] if entering else [D]
     following = [jax.ShapeDtypeStruct((R, n), x_DR.dtype) for n in widths]
-    in_parts = isinstance(answer, Parts)
-    answers = (answer.parts, answer.lses, *answer.bounds) if in_parts else (answer,)
-    names = ["parts", "lses", "lengths", "starts", "table"] if in_parts else ["answer"]
-    names = names[: len(answers)]
+    answers, names = (answer,), ["answer"]
+    if shape.in_parts:
+        answers = answer.parts, answer.lses, *answer.bounds
+        names = ["parts", "lses", "lengths", "starts", "table"][: len(answers)]
     names += ["x", "scale_mlp", "scale_next", "turn", "far", "inbox", "board"]
     if entering:
         names += ["scale_query", "scale_latents", "turns", "places", "first", "latents", "k_rope"]
@@ -139,7 +139,7 @@ def after_attention(
             index=lax.axis_index("cta"),
             wg=lax.axis_index("wg"),
             a=arrays,
-            parts=answer.shape if in_parts else None,
+            parts=answer.shape if shape.in_parts else None,
             memory=types.SimpleNamespace(**memory),
         )
         pl.when(cta.wg == MULTIPLIERS)(functools.partial(_copy, cta))
