@@ -301,7 +301,7 @@ def test_steps_take_it_where_it_serves(model, sizes, batch, entries, in_parts, o
 
 
 def test_a_layer_of_mlra_4_on_four_devices_is_two_launches(on_hopper, monkeypatch):
-    """But for the first. Only the step's first and last ask XLA where other devices' memory is."""
+    """But for the first. Only the step's first exchange asks XLA where other devices' memory is."""
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(exchange, "supports", lambda *_: None)
     decoder, tokens, cache = structs("mlra_4", dict(tensor=4), 3, layers=5)
@@ -313,7 +313,7 @@ def test_a_layer_of_mlra_4_on_four_devices_is_two_launches(on_hopper, monkeypatc
     assert sorted(of_layers.values()) == [4, 5] and of_layers["absorbed_decode"] == 5
     assert all(kernels[name] == 1 for name in of_layers)
     far = [name for name, body in functions.items() if "collective_metadata = true" in body]
-    assert far == ["_by_kernel", "_gathered"]
+    assert far == ["_by_kernel"]
     assert "all_gather" not in text and "all_reduce" not in text
 
 

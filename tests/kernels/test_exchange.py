@@ -105,12 +105,12 @@ def test_logits_are_gathered_by_an_inbox_that_the_barrier_says_is_empty(
     kernels = text.split("func.func private @")[1:]
     [first] = [kernel for kernel in kernels if kernel.startswith("_by_kernel")]
     assert "skip_device_barrier = false" in first
-    # It is an argument of the first exchange, so that it is emptied before that.
-    [call] = re.findall(r"@mosaic_gpu_v2\((.*?)\)", first)
-    assert len(call.split(",")) == 5 + by_kernel
+    # Its place is behind the inboxes, so that it is emptied with them.
+    words = 3 * 4 * rows * 256 + rows * columns * by_kernel
+    assert f"tensor<4x{words}xi32>" in first
     last = [kernel for kernel in kernels if kernel.startswith("_gathered")]
     assert len(last) == by_kernel
-    assert all("skip_device_barrier = true" in kernel for kernel in last)
+    assert all("uses_xla_collective_metadata = false" in kernel for kernel in last)
 
 
 def test_gathers_what_all_devices_have():

@@ -240,8 +240,7 @@ def _by_kernel(answer, x_DR, layer, attention, inbox, far, board, turn, *, mesh,
             a = attention
             factors, eps = (*factors, *a.factors), (*eps, *a.eps)
             entering, cache = (*a.scales, a.turns, a.places[0], a.first), (a.latents, a.k_rope)
-        inbox = inbox_1[0].reshape(*inbox_1.shape[1:3], -1)
-        ours = inbox, far_1[0], board_1[0], turn
+        ours = inbox_1[0], far_1[0], board_1[0], turn
         arrays = answer, x_DR, layer.scales, weights, *ours, entering, cache
         how = dict(devices=mesh.size, factors=factors, eps=eps, shape=shape)
         x_DR, following, inbox, board = mosaic_gpu.after_attention(*arrays, **how)
@@ -250,7 +249,7 @@ def _by_kernel(answer, x_DR, layer, attention, inbox, far, board, turn, *, mesh,
         else:
             queries = (x.reshape(len(x), shape.heads, -1) for x in following[:2])
             following = *queries, *following[2:]
-        return x_DR, following, inbox.reshape(inbox_1.shape), board[None]
+        return x_DR, following, inbox[None], board[None]
 
     whole, own = PartitionSpec(), PartitionSpec(axes)
     split, follows = _split(answer, layer, attention, axes)

@@ -228,8 +228,8 @@ class _Cta:
 
     def inbox(self, turn, sender, block):
         turn = lax.rem(self.a.turn[0] + turn, INBOXES)
-        words = pl.ds(block * SLAB * self.shape.rows, SLAB * self.shape.rows)
-        return self.a.inbox.at[turn, sender, words]
+        start = (turn * self.devices + sender) * self.shape.stream + block * SLAB
+        return self.a.inbox.at[pl.ds(start * self.shape.rows, SLAB * self.shape.rows)]
 
     def told(self, name: str, *place, count: int = SLAB):
         """A place on the board, of `count` numbers of each row."""

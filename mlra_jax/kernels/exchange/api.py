@@ -57,18 +57,14 @@ class Exchange:
         self, mesh: Mesh, axis_names: Sequence[str], rows: int, width: int, gathered: int = 0
     ):
         self.mesh, self.axes = mesh, tuple(a for a in axis_names if mesh.shape[a] > 1)
-        self.turn, self.inbox, self.far, self.gather_inbox = 0, None, None, None
-        N = mesh.size
+        self.turn, self.inbox, self.far = 0, None, None
+        served = gathered % (4 * mesh.size) == 0 and rows * gathered <= _MOST_NUMBERS
+        self.gathered = gathered if served else 0
         if target.is_hopper(mesh.devices.flat[0]):
-            self.inbox = self._emptied(mosaic_gpu.inbox_shape(N, rows, width))
-            if gathered and gathered % (4 * N) == 0 and rows * gathered <= _MOST_NUMBERS:
-                self.gather_inbox = self._emptied((N, rows, gathered // N))
-
-    def _emptied(self, shape: tuple[int, ...]) -> jax.Array:
-        """Of each device."""
-        there = jax.NamedSharding(self.mesh, PartitionSpec(self.axes))
-        words = jnp.full((self.mesh.size, *shape), EMPTY, jnp.int32)
-        return jax.lax.with_sharding_constraint(words, there)
+            count = mosaic_gpu.inbox_words(mesh.size, rows, width, self.gathered)
+            there = jax.NamedSharding(mesh, PartitionSpec(self.axes))
+            inbox = jnp.full((mesh.size, count), EMPTY, jnp.int32)
+            self.inbox = jax.lax.with_sharding_constraint(inbox, there)
 
     def __call__(
         self,
@@ -95,14 +91,11 @@ class Exchange:
         if self.inbox is None:
             return _in_plain(summands_NRD, x_RD, scale_D, **how)
         turn = np.array([self.turn % mosaic_gpu.INBOXES], np.int32)
-        first = self.turn == 0
-        emptied = [self.gather_inbox] if first and self.gather_inbox is not None else []
-        x_RD, normed_RD, self.inbox, *others = _by_kernel(
-            summands_NRD, x_RD, scale_D, self.inbox, turn, *emptied, first=first, **how
+        x_RD, normed_RD, self.inbox, *far = _by_kernel(
+            summands_NRD, x_RD, scale_D, self.inbox, turn, first=self.turn == 0, **how
         )
-        if first:
-            self.far, *emptied = others
-            [self.gather_inbox] = emptied or [None]
+        if far:
+            [self.far] = far
         self.turn += 1
         return x_RD, normed_RD
 
@@ -111,9 +104,9 @@ class Exchange:
 
         As it is where no kernel serves.
         """
-        if self.gather_inbox is None:
+        if self.inbox is None or not self.gathered:
             return x_RV
-        return _gathered(x_RV, self.gather_inbox, mesh=self.mesh, axes=self.axes)
+        return _gathered(x_RV, self.inbox, self.far, mesh=self.mesh, axes=self.axes)
 
 
 def _in_plain(summands_NRD, x_RD, scale_D, *, mesh, axes, dtype, **how):
@@ -130,9 +123,9 @@ def _in_plain(summands_NRD, x_RD, scale_D, *, mesh, axes, dtype, **how):
 # A function of its own in a program, so that all layers compile one.
 @functools.partial(jax.jit, static_argnames=("mesh", "axes", "factor", "eps", "dtype", "first"))
 @target.int32_indices
-def _by_kernel(summands_NRD, x_RD, scale_D, inbox, turn, *emptied, mesh, axes, first, **how):
-    def local(summands_NRD, x_RD, scale_D, inbox_1, turn, *emptied):
-        arrays = summands_NRD, x_RD, scale_D, inbox_1[0], turn, *(x[0] for x in emptied)
+def _by_kernel(summands_NRD, x_RD, scale_D, inbox, turn, *, mesh, axes, first, **how):
+    def local(summands_NRD, x_RD, scale_D, inbox_1, turn):
+        arrays = summands_NRD, x_RD, scale_D, inbox_1[0], turn
         x_RD, normed_RD, *own = mosaic_gpu.add(*arrays, mesh=mesh, axes=axes, first=first, **how)
         return x_RD, normed_RD, *(x[None] for x in own)
 
@@ -140,23 +133,23 @@ def _by_kernel(summands_NRD, x_RD, scale_D, inbox, turn, *emptied, mesh, axes, f
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, whole, whole, split, whole, *(split for _ in emptied)),
-        out_specs=(whole, whole, split, *(split for _ in emptied), *([split] if first else [])),
+        in_specs=(split, whole, whole, split, whole),
+        out_specs=(whole, whole, split, *([split] if first else [])),
         check_vma=False,
-    )(summands_NRD, x_RD, scale_D, inbox, turn, *emptied)
+    )(summands_NRD, x_RD, scale_D, inbox, turn)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "axes"))
 @target.int32_indices
-def _gathered(x_RV, gather_inbox, *, mesh, axes):
-    def local(x_RV, inbox_1):
-        return mosaic_gpu.gather(x_RV, inbox_1[0], mesh=mesh, axes=axes)[0]
+def _gathered(x_RV, inbox, far, *, mesh, axes):
+    def local(x_RV, inbox_1, far_1):
+        return mosaic_gpu.gather(x_RV, inbox_1[0], far_1[0], devices=mesh.size)
 
     split = PartitionSpec(axes)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, axes), split),
+        in_specs=(PartitionSpec(None, axes), split, split),
         out_specs=PartitionSpec(),
         check_vma=False,
-    )(x_RV, gather_inbox)
+    )(x_RV, inbox, far)

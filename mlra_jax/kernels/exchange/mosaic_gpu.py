@@ -15,11 +15,11 @@ of a step but the first, as devices share nothing but inboxes, and these need no
   all devices have done so. After its last nothing more arrives.
 
 A step ends with logits, of which every device has some of the vocabulary. They are gathered
-likewise (`gather`), once a step, by an inbox of their own that is emptied when a step begins.
+likewise (`gather`), once a step, through a place of their own behind the inboxes.
 
 For each launch that asks XLA for other devices' addresses it copies them to the device, 4 us in
-front of every program. `kernels.after_attention` does not ask: it adds how `far` others' inboxes
-are, which the first exchange of a step finds, to the address of this device's.
+front of every program. So only the first exchange of a step with `kernels.after_attention` does;
+others add to their own inboxes' address how `far` those are.
 """
 
 import functools
@@ -46,9 +46,9 @@ WIDEST = 8192
 """Beyond, a row does not fit the registers of the one warpgroup that takes it."""
 
 
-def inbox_shape(devices: int, rows: int, width: int) -> tuple[int, ...]:
-    """Of a device's int32 inboxes: by turn and by sender."""
-    return INBOXES, devices, rows, width
+def inbox_words(devices: int, rows: int, width: int, gathered: int = 0) -> int:
+    """Of a device's inboxes: by turn, by sender, by row; then of what is gathered, by sender."""
+    return INBOXES * devices * rows * width + rows * gathered
 
 
 def add(
@@ -57,7 +57,7 @@ def add(
     scale_D: jax.Array,
     inbox: jax.Array,
     turn: jax.Array,
-    *emptied: jax.Array,
+    *,
     mesh: Mesh,
     axes: tuple[str, ...],
     factor: float,
@@ -65,52 +65,52 @@ def add(
     dtype: jnp.dtype,
     first: bool,
 ) -> tuple[jax.Array, ...]:
-    """(the stream, its norm in `dtype`, the inboxes, `emptied`) of one device, within `shard_map`.
-
-    Of the first exchange, too, before `emptied`: how far it is to each device's inboxes, in bytes
-    from this one's, and then where these are; int32 `[devices + 1, 2]`, halves of 64 bits.
+    """(the stream, its norm in `dtype`, the inboxes) of one device, within `shard_map`.
 
     Args:
       summands_NRD: float32, which add up to this device's part.
       x_RD: the stream; scale_D: of the norm, which multiplies by it and by `factor`.
-      inbox: int32 of `inbox_shape`, from the exchange before; changed in place.
+      inbox: int32 `[inbox_words]`, from the exchange before; changed in place.
       turn: int32 `[1]`, the number of this exchange in its step modulo `INBOXES`.
-      emptied: what else must be emptied before other devices go on, for the first exchange.
       axes: the mesh axes of more than one device.
-      first: whether it is the first of its step, before which inboxes are new.
+      first: whether it is the first of its step, before which inboxes are new. It has a fourth
+        result, how far it is to each device's inboxes, in bytes from this one's, and then where
+        these are: int32 `[devices + 1, 2]`, halves of 64 bits.
     """
     N, R, D = summands_NRD.shape
     lying = layout(D)
 
-    def body(summands_ref, x_ref, scale_ref, turn_ref, inbox_ref, *others):
-        out_ref, normed_ref, *far_ref = others[len(emptied) :]
+    def body(summands_ref, x_ref, scale_ref, turn_ref, inbox_ref, out_ref, normed_ref, *far_ref):
         row, turn = lax.axis_index("row"), turn_ref[0]
         me, devices = everyone(mesh, axes)
         load = functools.partial(plgpu.load, layout=lying)
         part_D = sum(load(summands_ref.at[n, row]) for n in range(N))
         inboxes = [plgpu.remote_ref(inbox_ref, device) for device in devices]
+
+        def place(turn, sender):
+            return pl.ds(((turn * len(devices) + sender) * R + row) * D, D)
+
         for remote in inboxes:
-            _send(part_D, remote.at[turn, me, row], lying)
+            _send(part_D, remote.at[place(turn, me)], lying)
         if first:
             pl.when(row == 0)(lambda: _measure(far_ref[0], inbox_ref, inboxes))
         x_D = load(x_ref.at[row]).astype(jnp.float32)
         scale_D = load(scale_ref).astype(jnp.float32) * factor
         before = lax.rem(turn + jnp.int32(INBOXES - 1), jnp.int32(INBOXES))
         for n in range(len(devices)):
-            _empty(inbox_ref.at[before, n, row], lying)
-        parts = [_receive(inbox_ref.at[turn, n, row], D, lying) for n in range(len(devices))]
+            _empty(inbox_ref.at[place(before, n)], lying)
+        parts = [_receive(inbox_ref.at[place(turn, n)], D, lying) for n in range(len(devices))]
         x_D = (x_D + sum(parts[1:], parts[0])).astype(out_ref.dtype)
         out_ref[row] = x_D
         x_D = x_D.astype(jnp.float32)
         normed_ref[row] = normed(x_D, scale_D, eps).astype(dtype)
 
+    out = [jax.ShapeDtypeStruct((R, D), x_RD.dtype), jax.ShapeDtypeStruct((R, D), dtype)]
+    if first:
+        out.append(jax.ShapeDtypeStruct((mesh.size + 1, 2), jnp.int32))
     kernel = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((R, D), x_RD.dtype),
-            jax.ShapeDtypeStruct((R, D), dtype),
-            *([jax.ShapeDtypeStruct((mesh.size + 1, 2), jnp.int32)] if first else []),
-        ),
+        out_type=tuple(out),
         grid=(R,),
         grid_names=("row",),
         kernel_name="exchange",
@@ -118,27 +118,32 @@ def add(
             lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=not first
         ),
     )
-    refs = [jax.new_ref(x) for x in (inbox, *emptied)]
-    x_RD, normed_RD, *far = kernel(summands_NRD, x_RD, scale_D, turn, *refs)
-    inbox, *emptied = map(jax.freeze, refs)
-    return x_RD, normed_RD, inbox, *far, *emptied
+    inbox_ref = jax.new_ref(inbox)
+    x_RD, normed_RD, *far = kernel(summands_NRD, x_RD, scale_D, turn, inbox_ref)
+    return x_RD, normed_RD, jax.freeze(inbox_ref), *far
 
 
-def gather(
-    x_RV: jax.Array, inbox: jax.Array, *, mesh: Mesh, axes: tuple[str, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """(what all devices have beside each other, `inbox`) of one device, within `shard_map`.
+def gather(x_RV: jax.Array, inbox: jax.Array, far: jax.Array, *, devices: int) -> jax.Array:
+    """What all devices have beside each other, on one of them, within `shard_map`.
 
     Args:
       x_RV: float32, this device's columns, of which 4 divide the number.
-      inbox: int32 `[devices, R, V]`, `EMPTY` on all devices since the step's first exchange.
+      inbox, far: of `add`; not changed where more exchanges would look.
     """
-    (R, V), N = x_RV.shape, mesh.size
+    (R, V), N = x_RV.shape, devices
+    begin = inbox.size - R * N * V
 
-    def body(x_ref, inbox_ref, out_ref):
-        me, devices = everyone(mesh, axes)
-        remote = [plgpu.remote_ref(inbox_ref, device) for device in devices]
-        _pass_on(lax.axis_index("cta"), me, x_ref, inbox_ref, out_ref, remote)
+    def body(x_ref, far_ref, inbox_ref, out_ref):
+        ways, here = far_from(far_ref, N)
+        require_at(inbox_ref, here)
+        _pass_on(
+            lax.axis_index("cta"),
+            own_number(ways),
+            x_ref,
+            inbox_ref.at[pl.ds(begin, N * R * V)],
+            out_ref,
+            ways,
+        )
 
     kernel = plgpu.kernel(
         body,
@@ -150,18 +155,19 @@ def gather(
             lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=True
         ),
     )
-    inbox_ref = jax.new_ref(inbox)
-    return kernel(x_RV, inbox_ref), jax.freeze(inbox_ref)
+    return kernel(x_RV, far, jax.new_ref(inbox))
 
 
-def _pass_on(cta, me, x_ref, inbox_ref, out_ref, remote) -> None:
+def _pass_on(cta, me, x_ref, inbox_ref, out_ref, ways) -> None:
     """Sends `_TOGETHER` numbers of each thread to all devices, and writes what they all sent."""
-    number, N = plgpu.Layout.WG_SPLAT(()), len(remote)
+    number = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(number, number) + (plgpu.RefType(),) * (3 + N))
-    def send_and_receive(ctx, cta, me, x, inbox, out, *remote):
+    @plgpu.inline_mgpu(
+        arg_types=(number, number, *[plgpu.RefType()] * 3, *[number] * 2 * len(ways))
+    )
+    def send_and_receive(ctx, cta, me, x, inbox, out, *halves):
         i64, constant = ir.IntegerType.get_signless(64), functools.partial(arith.constant, _i32())
-        (R, V), f32 = ir.MemRefType(x.type).shape, ir.F32Type.get()
+        (R, V), f32, N = ir.MemRefType(x.type).shape, ir.F32Type.get(), len(ways)
 
         def at(ref, offset):
             base = mgpu.utils.memref_ptr(ref)
@@ -174,9 +180,9 @@ def _pass_on(cta, me, x_ref, inbox_ref, out_ref, remote) -> None:
         place = arith.minui(place, constant(R * V - _TOGETHER))
         with mgpu.when(there):
             held = llvm.load(ir.VectorType.get((_TOGETHER,), f32), at(x, place))
-            mine = arith.addi(arith.muli(me, constant(R * V)), place)
-            for ref in remote:
-                words.send(at(ref, mine), held)
+            mine = at(inbox, arith.addi(arith.muli(me, constant(R * V)), place))
+            for n in range(N):
+                words.send(words.beyond(mine, halves[2 * n : 2 * n + 2]), held)
         row, column = arith.divui(place, constant(V)), arith.remui(place, constant(V))
         sent = [at(inbox, arith.addi(place, constant(n * R * V))) for n in range(N)]
         received = words.receive(sent, _TOGETHER, [there] * N)
@@ -185,7 +191,7 @@ def _pass_on(cta, me, x_ref, inbox_ref, out_ref, remote) -> None:
                 line = arith.muli(row, constant(N * V))
                 llvm.store(held, at(out, arith.addi(line, arith.addi(column, constant(n * V)))))
 
-    send_and_receive(cta, me, x_ref, inbox_ref, out_ref, *remote)
+    send_and_receive(cta, me, x_ref, inbox_ref, out_ref, *(half for way in ways for half in way))
 
 
 # --- Other devices' inboxes without their addresses ---
