@@ -271,6 +271,39 @@ def test_numerics(interpreted, mode, sizes, config, bounds):
         np.testing.assert_allclose(lse[~hidden], wanted_lse[~hidden], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "C, config",
+    [
+        (128, dict(ctas=3, stages=4, stripes=True)),
+        (128, dict(ctas=5, stages=2, query_stages=2)),
+        (128, dict(ctas=2, stages=2, shared=2)),
+        (512, dict(ctas=3, stages=2)),
+    ],
+    ids=["alternate-stripes", "alternate-two-stages", "latents", "columns"],
+)
+def test_rows_beyond_the_queries_are_multiplied_as_zeros(C, config, interpreted, monkeypatch):
+    """As a GPU that multiplies what happens to lie there lowers its clock."""
+    beyond, product = [], plgpu.wgmma
+    B, L = 1 if "stripes" in config else 2, config.get("shared", 1)
+
+    def recorded(acc, left, right):
+        weights = isinstance(left, jax.Array)
+        # Behind the first latent's queries are those of the second.
+        if weights or L == 1:
+            rows = (left if weights else left[...])[8:]
+            jax.debug.callback(lambda x: beyond.append(np.array(x, np.float32)), rows)
+        product(acc, left, right)
+
+    monkeypatch.setattr(plgpu, "wgmma", recorded)
+    random = np.random.default_rng(0)
+    shapes = (B, 1, L, 5, C), (B, 1, 1, 5, 64), (B, 336, L, C), (B, 336, 64)
+    arrays = [jnp.asarray(random.standard_normal(s), jnp.bfloat16) for s in shapes]
+    kernel = interpreted(mosaic_gpu.Config(**config), *arrays)
+    kernel(*arrays, jnp.array([[300], [200]][:B]), jnp.zeros(B, jnp.int32))
+    jax.effects_barrier()
+    assert len(beyond) > 10 and not any(x.any() for x in beyond)
+
+
 def test_latents_are_copied_once_and_only_where_a_row_sees(interpreted, monkeypatch):
     moved = []
     copy = plgpu.copy_gmem_to_smem

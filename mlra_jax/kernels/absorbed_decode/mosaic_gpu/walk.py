@@ -282,7 +282,11 @@ def _guess(cta: _Cta) -> None:
     position = jnp.minimum(place.tile, last_tile) * block
     # The cache comes from farther away than the queries, so it is asked first.
     pl.when(cta.copies(0))(lambda: _load_tile(cta, place, position, 0))
-    pl.when(cta.is_last)(lambda: _load_queries(cta, place, 0))
+
+    @pl.when(cta.is_last)
+    def _load():
+        _clear_padding(cta)
+        _load_queries(cta, place, 0)
 
 
 def _begin(cta: _Cta) -> None:
@@ -294,6 +298,7 @@ def _begin(cta: _Cta) -> None:
 
     if not config.stripes:
         load(jnp.int32(0))
+        pl.when(cta.is_last)(lambda: _clear_padding(cta))
         for stage in range(config.query_stages):
             visit = cta.course.following(visit) if stage else visit
             there = cta.is_last & (visit.tiles > 0)
@@ -366,6 +371,26 @@ def _load_tile(cta: _Cta, place: Place, position, stage, reused: bool = False) -
         if reused:
             plgpu.barrier_wait(memory.rope_empty.at[stage])
         copy_rope(memory.rope_full.at[stage])
+
+
+def _clear_padding(cta: _Cta) -> None:
+    """Makes the rows that a product has beyond the queries zero, of which `_softmax` makes zeros.
+
+    No result depends on them. But multiplying what happens to lie there takes power, and a GPU that
+    reads its memory as fast as it can has none to spare: it lowers its clock.
+    """
+    shape, memory = cta.shape, cta.memory
+    if shape.config.swap or shape.stream_rows == plan.ROWS:
+        return
+    refs = [(memory.q_rope.at[n], shape.rope_streams) for n in range(shape.config.query_stages)]
+    if cta.q is not None:
+        chunks = range(shape.problem.width // shape.chunk)
+        stages = range(shape.config.query_stages)
+        refs += [(memory.q.at[n, chunk], shape.streams) for n in stages for chunk in chunks]
+    for ref, streams in refs:
+        last = pl.ds(shape.query_rows(streams) - plan.ROWS, plan.ROWS)
+        ref.at[last][...] = _zeros(plan.ROWS, ref.shape[-1]).astype(shape.dtype)
+    plgpu.commit_smem()
 
 
 def _load_queries(cta: _Cta, place: Place, stage) -> None:
@@ -484,7 +509,11 @@ def _softmax(cta: _Cta, s, top, denominator):
     new_top = jnp.maximum(top, s.max(axis=1) * cta.factor)
     fade = jnp.exp2(top - new_top)
     p = jnp.exp2(s * cta.factor - tiles.wide(new_top, s))
-    return p, fade, new_top, denominator * fade + p.sum(axis=1)
+    denominator = denominator * fade + p.sum(axis=1)
+    if cta.shape.stream_rows < plan.ROWS:
+        row = plgpu.broadcasted_iota(jnp.int32, p.shape, 0, layout=plgpu.Layout.WGMMA)
+        p = jnp.where(row < cta.shape.stream_rows, p, 0.0)
+    return p, fade, new_top, denominator
 
 
 def _finish(top, denominator):
