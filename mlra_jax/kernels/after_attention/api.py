@@ -242,7 +242,7 @@ def _by_kernel(answer, x_DR, layer, attention, inbox, far, board, turn, *, mesh,
             entering, cache = (*a.scales, a.turns, a.places[0], a.first), (a.latents, a.k_rope)
         ours = inbox_1[0], far_1[0], board_1[0], turn
         arrays = answer, x_DR, layer.scales, weights, *ours, entering, cache
-        how = dict(devices=mesh.size, factors=factors, eps=eps, shape=shape)
+        how = dict(factors=factors, eps=eps, shape=shape)
         x_DR, following, inbox, board = mosaic_gpu.after_attention(*arrays, **how)
         if attention is None:
             (following,) = following

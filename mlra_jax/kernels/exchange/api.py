@@ -143,7 +143,7 @@ def _by_kernel(summands_NRD, x_RD, scale_D, inbox, turn, *, mesh, axes, first, *
 @target.int32_indices
 def _gathered(x_RV, inbox, far, *, mesh, axes):
     def local(x_RV, inbox_1, far_1):
-        return mosaic_gpu.gather(x_RV, inbox_1[0], far_1[0], devices=mesh.size)
+        return mosaic_gpu.gather(x_RV, inbox_1[0], far_1[0])
 
     split = PartitionSpec(axes)
     return jax.shard_map(

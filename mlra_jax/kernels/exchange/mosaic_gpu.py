@@ -46,7 +46,7 @@ WIDEST = 8192
 """Beyond, a row does not fit the registers of the one warpgroup that takes it."""
 
 
-def inbox_words(devices: int, rows: int, width: int, gathered: int = 0) -> int:
+def inbox_words(devices: int, rows: int, width: int, gathered: int) -> int:
     """Of a device's inboxes: by turn, by sender, by row; then of what is gathered, by sender."""
     return INBOXES * devices * rows * width + rows * gathered
 
@@ -123,14 +123,14 @@ def add(
     return x_RD, normed_RD, jax.freeze(inbox_ref), *far
 
 
-def gather(x_RV: jax.Array, inbox: jax.Array, far: jax.Array, *, devices: int) -> jax.Array:
+def gather(x_RV: jax.Array, inbox: jax.Array, far: jax.Array) -> jax.Array:
     """What all devices have beside each other, on one of them, within `shard_map`.
 
     Args:
       x_RV: float32, this device's columns, of which 4 divide the number.
       inbox, far: of `add`; not changed where more exchanges would look.
     """
-    (R, V), N = x_RV.shape, devices
+    (R, V), N = x_RV.shape, len(far) - 1
     begin = inbox.size - R * N * V
 
     def body(x_ref, far_ref, inbox_ref, out_ref):
