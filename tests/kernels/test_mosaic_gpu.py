@@ -219,7 +219,17 @@ LONG = dict(cache=131072)
         # Few query rows are joined by all multiprocessors; each row of the batch has as many CTAs.
         (dict(heads=24, batch=8), dict(ctas=128, query_stages=2, join_rows=1)),
         (dict(latents=2, heads=64, rope=128), dict(stages=3, ctas=64, shared=2, stripes=True)),
-        # Of few query rows cache positions are the rows of products, in long batches.
+        # Of few query rows cache positions are the rows of products, in long batches; of one
+        # latent sooner.
+        (dict(heads=24, batch=9), dict(query_stages=2, swap=True, join_rows=1)),
+        (dict(heads=16, queries=2, batch=9), dict(query_stages=2, swap=True, join_rows=2)),
+        (dict(heads=33, batch=9), dict(query_stages=2, join_rows=2)),
+        (dict(width=256, heads=24, batch=9), dict(swap=True, join_rows=2)),
+        (
+            dict(width=256, rope=256, values_only=True, heads=24, batch=9),
+            dict(stages=2, swap=True, join_rows=2),
+        ),
+        (GQA | dict(batch=9), dict(query_stages=2, swap=True, join_rows=2)),
         (dict(latents=4, heads=24, batch=31), dict(stages=2, shared=4, swap=True)),
         (dict(latents=4, heads=24, batch=30), dict(stages=4, shared=2)),
         (dict(latents=8, heads=24, batch=16), dict(stages=2, ctas=128, shared=4, swap=True)),
@@ -232,7 +242,7 @@ LONG = dict(cache=131072)
         (dict(latents=2, heads=24, batch=30), dict(stages=4, shared=2)),
         (dict(latents=2, heads=33, batch=64), dict(stages=4, ctas=128, shared=2)),
         (LONG | dict(latents=2, heads=24), dict(stages=4, ctas=128, shared=2, stripes=True)),
-        (dict(latents=4, heads=8, width=256, batch=64), dict(stages=4)),
+        (dict(latents=4, heads=8, width=256, batch=64), dict(stages=4, swap=True)),
         (
             dict(latents=4, heads=8, width=64, rope=32, batch=64),
             dict(ctas=128, shared=4, swap=True),

@@ -149,6 +149,25 @@ EDGES = [
             dict(ctas=3, stages=2, shared=4, swap=True, join_rows=2),
             [[([203, 130], 11), ([0, 0], 0), ([0, 65], 1), ([64, 63], 0)]],
         ),
+        # One latent, whose second warpgroup may have no tile, or the only one of a visit.
+        (
+            "swapped_1",
+            dict(B=4, T=2, L=1, H=5, C=128, S=336, G=1, R=32),
+            dict(ctas=3, stages=4, swap=True, join_rows=2),
+            [[([320, 319], 0), ([0, 0], 0), ([200, 1], 72), ([129, 131], 0)]],
+        ),
+        (
+            "swapped_1",
+            dict(B=2, T=1, L=2, H=7, C=256, S=464, G=2),
+            dict(ctas=5, stages=2, swap=True, query_stages=2),
+            [[([464], 3), ([70], 0)]],
+        ),
+        (
+            "swapped_1",
+            dict(B=1, T=1, L=1, H=7, C=64, S=464, G=1),
+            dict(ctas=3, stages=4, swap=True, stripes=True),
+            [[([464], 3)], [([330], 70)], [([40], 0)]],
+        ),
         # Two stages of queries; wide latents with keys of their own.
         (
             "swapped_2",
@@ -226,6 +245,9 @@ EDGES = [
         "pairs",
         "pairs-ragged",
         "swapped-four",
+        "swapped-one",
+        "swapped-one-wide",
+        "swapped-one-stripes",
         "swapped-wide",
         "swapped-stripes",
         "together",

@@ -39,10 +39,11 @@ How the warpgroups share the work depends on the problem:
                the end, so that the softmax of one runs while the other multiplies;
     latents    tiles of two latents, which share a rotary key: each of two has one of them;
     together   more than 64 query rows: each of two has 64 of them, both use every tile;
-    swapped    few query rows, tiles of two or four latents, each with a warpgroup of its own:
-               cache positions are the rows of the products, query rows their columns, of which
-               64 are not needed. Scores and sums lie transposed in the registers. Latents of a
-               tile have slots of their own in a stage, with barriers of their own;
+    swapped    few query rows: cache positions are the rows of the products, query rows their
+               columns, of which 64 are not needed. Scores and sums lie transposed in the
+               registers. Two or four latents of a tile have a warpgroup each, and slots of their
+               own in a stage, with barriers of their own; of one latent two warpgroups take turns
+               at tiles;
     columns    latents of width 512, whose accumulator does not fit the registers of one warpgroup:
                the first turns tiles into probabilities, the second and third have one half of the
                value columns each.

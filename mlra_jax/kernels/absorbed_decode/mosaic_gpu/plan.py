@@ -24,8 +24,8 @@ _ROPES = (16, 32, 64, 128, 256)
 _MOST_QUERIES = 16
 # Query rows that are columns of a product where `Config.swap`: more gain nothing over 64 rows.
 _FEW_ROWS = 32
-# Tiles for each CTA from which those of `Config.swap` were faster; for one tile they are slower.
-_MANY_TILES = 15
+# Tiles for each CTA from which those of so many latents were faster with `Config.swap`.
+_SWAPPED_FROM = {1: 4, 2: 15, 4: 15}
 _FEWEST_AT_ONCE, _MOST_AT_ONCE = 3, 9
 # All of two bytes, which `join.weigh` counts on.
 _DTYPES = ("bfloat16", "float16")
@@ -48,7 +48,7 @@ class Config:
       join_rows: query rows that a CTA of the second launch joins, where tiles are not in stripes.
       overlap: let each launch begin while the one before it drains.
       swap: make cache positions the rows of the products instead of query rows, of which a few
-        then are not padded to 64; for tiles of several latents.
+        then are not padded to 64.
     """
 
     block: int = 64
@@ -82,7 +82,11 @@ ALTERNATE = Mode("alternate", takers=2)
 LATENTS = Mode("latents")
 TOGETHER = Mode("together", row_tiles=2)
 COLUMNS = Mode("columns", warpgroups=3)
-SWAPPED = {latents: Mode(f"swapped_{latents}", warpgroups=latents) for latents in (2, 4)}
+SWAPPED = {
+    1: Mode("swapped_1", takers=2),
+    2: Mode("swapped_2"),
+    4: Mode("swapped_4", warpgroups=4),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,9 +238,13 @@ def smem_bytes(shape: Shape) -> int:
         # Probabilities; results pass through the space of the queries.
         exchange = ROWS * config.block * shape.dtype.itemsize
     elif config.swap:
-        # Probabilities and space for reductions of each latent.
-        exchange = config.shared * shape.stream_rows * config.block * shape.dtype.itemsize
-        exchange += config.shared * REDUCTION * 4
+        # Probabilities and space for reductions of each warpgroup.
+        warpgroups, rows = shape.mode.warpgroups, shape.stream_rows
+        exchange = warpgroups * rows * config.block * shape.dtype.itemsize
+        exchange += warpgroups * REDUCTION * 4
+        if shape.mode.takers > 1:
+            # What one of them hands over.
+            exchange += width * rows * 4
     else:
         wide = 4 if shape.mode is ALTERNATE else shape.dtype.itemsize
         exchange = 2 * ROWS * shape.piece * wide
@@ -271,18 +279,20 @@ def heuristic(problem: Problem) -> Config:
     # Two latents of a tile read the rotary key that they share once.
     pairs = problem.rope_heads == 1 and _pairs(problem)
     config = Config(ctas=_multiprocessors(problem.device_kind), shared=2 if pairs else 1)
-    units, swaps = Shape(problem, config).units, _swaps(problem)
+    units = Shape(problem, config).units
+    swaps = [n for n in _swaps(problem) if _tiles_each(problem, config, n) >= _SWAPPED_FROM[n]]
     if problem.batch == 1 and units <= 4 and config.ctas % units == 0:
         # As many CTAs as have equally much to do when the cache is full.
         tiles = cdiv(problem.cache, config.block)
         team = cdiv(tiles, cdiv(tiles, config.ctas // units))
         config = dataclasses.replace(config, stripes=True, ctas=team * units)
-    elif problem.rope_heads == 1 and 4 in swaps and _is_long(problem, config, 4):
+    elif problem.rope_heads == 1 and 4 in swaps:
         config = dataclasses.replace(config, shared=4, swap=True)
-    elif pairs and problem.latents == 2 and 2 in swaps and _is_long(problem, config, 2):
+    elif pairs and problem.latents == 2 and 2 in swaps:
         config = dataclasses.replace(config, swap=True)
-    elif problem.width <= 128 and config.shared == 1:
-        config = dataclasses.replace(config, query_stages=2)
+    elif config.shared == 1:
+        query_stages = 2 if problem.width <= 128 else 1
+        config = dataclasses.replace(config, swap=1 in swaps, query_stages=query_stages)
     config = _with_most_stages(config, problem)
     if config is not None and not config.stripes:
         config = _even(config, problem)
@@ -348,10 +358,10 @@ def _keys_divide(problem: Problem) -> bool:
     return problem.rope_heads == 1 or problem.rope % 64 == 0
 
 
-def _is_long(problem: Problem, config: Config, shared: int) -> bool:
-    """Whether a full cache gives every CTA many tiles of so many latents."""
+def _tiles_each(problem: Problem, config: Config, shared: int) -> int:
+    """Tiles of so many latents that a full cache gives every CTA."""
     tiles = problem.batch * problem.latents // shared * cdiv(problem.cache, config.block)
-    return tiles >= _MANY_TILES * config.ctas
+    return tiles // config.ctas
 
 
 def _swaps(problem: Problem) -> list[int]:

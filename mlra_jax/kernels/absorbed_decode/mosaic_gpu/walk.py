@@ -254,18 +254,32 @@ def _probability_memory(shape: Shape) -> dict[str, Any]:
 
 
 def _swapped_memory(shape: Shape) -> dict[str, Any]:
-    """For each latent; results pass through the space of the probabilities.
+    """For each warpgroup; results pass through the space of the probabilities.
 
-    Latents have barriers of their own, so that a warpgroup begins and ends with its own.
+    Latents have barriers of their own, so that a warpgroup begins and ends with its own. Of two
+    that take turns at the tiles of one latent the second hands over its state.
     """
-    shared, stages = shape.config.shared, shape.config.stages
-    return dict(
+    shared, stages, rows = shape.config.shared, shape.config.stages, shape.stream_rows
+    warpgroups = shape.mode.warpgroups
+    own = dict(
+        p=tiles.swizzled((warpgroups, rows, shape.config.block), shape.dtype),
+        reduction=plgpu.SMEM((warpgroups, tiles.REDUCTION), jnp.float32),
+    )
+    if shape.mode.takers > 1:
+        return (
+            _tile_barriers(shape)
+            | own
+            | dict(
+                sums=plgpu.SMEM((shape.problem.width, rows), jnp.float32),
+                handed_over=plgpu.Barrier(),
+                taken=plgpu.Barrier(),
+            )
+        )
+    return own | dict(
         full=plgpu.Barrier(num_barriers=stages * shared),
         empty=plgpu.Barrier(num_barriers=stages * shared),
         rope_full=plgpu.Barrier(num_barriers=stages),
         rope_empty=plgpu.Barrier(num_arrivals=shared, num_barriers=stages),
-        p=tiles.swizzled((shared, shape.stream_rows, shape.config.block), shape.dtype),
-        reduction=plgpu.SMEM((shared, tiles.REDUCTION), jnp.float32),
     )
 
 
@@ -732,15 +746,17 @@ def _multiply_half(cta: _Cta) -> None:
 
 
 def _multiply_swapped(cta: _Cta) -> None:
-    """Each warpgroup has a latent of the tile: scores [block, rows], sums [width, rows].
+    """Each warpgroup has a latent of the tile, or every second tile where there is one latent.
 
+    Scores are [block, rows], sums [width, rows].
     The weights are exp2 of scores less a reference, which follows the maximum only when that is
     more than `_HEADROOM` above it: then no reduction over positions is needed for most tiles. The
     denominators are sums of each thread until the visit ends.
     """
-    shape, memory, stream = cta.shape, cta.memory, cta.wg
+    shape, memory = cta.shape, cta.memory
+    stream = cta.wg if shape.slots > 1 else 0
     rows, block, width = shape.stream_rows, shape.config.block, shape.problem.width
-    p_smem, scratch = memory.p.at[stream], memory.reduction.at[stream]
+    p_smem, scratch = memory.p.at[cta.wg], memory.reduction.at[cta.wg]
 
     def visit(v: Visit) -> None:
         query_stage = cta.query_stage(v)
@@ -748,9 +764,11 @@ def _multiply_swapped(cta: _Cta) -> None:
         plgpu.barrier_wait(memory.q_full.at[query_stage])
 
         def step(stage, position, turn, state):
-            plgpu.barrier_wait(memory.rope_full.at[stage])
+            if shape.slots > 1:
+                plgpu.barrier_wait(memory.rope_full.at[stage])
             s = _swapped_scores(cta, query_stage, stream, stage)
-            plgpu.barrier_arrive(memory.rope_empty.at[stage])
+            if shape.slots > 1:
+                plgpu.barrier_arrive(memory.rope_empty.at[stage])
             s = hide(s, position) * cta.factor
 
             def raise_reference(acc, reference, sums):
@@ -773,8 +791,16 @@ def _multiply_swapped(cta: _Cta) -> None:
         state = _zeros(width, rows), _columns_of(LOWEST, rows), _zeros(block, rows)
         acc, reference, sums = _walk_tiles(cta, v, step, state)
         _give_back_queries(cta, v)
+        state = acc, reference, tiles.over_rows("add", sums, scratch)
+        if shape.mode.takers == 1:
+            send(v, *state)
+        else:
+            pl.when(cta.wg == 0)(lambda: send(v, *_joined_with_handed_over(cta, *state)))
+            pl.when(cta.wg == 1)(lambda: _hand_over(cta, v, *state))
+
+    def send(v: Visit, acc, reference, denominator) -> None:
         part = cta.part(v)
-        lse, inverse = _finish(reference, tiles.over_rows("add", sums, scratch))
+        lse, inverse = _finish(reference, denominator)
         scratch.at[pl.ds(0, rows)][...] = lse
         plgpu.commit_smem()
         lse = plgpu.load(scratch.at[pl.ds(0, plan.ROWS)], layout=tiles.ROW)
@@ -813,6 +839,30 @@ def _swapped_scores(cta: _Cta, query_stage, stream, stage):
         return acc_ref[...]
 
     return pl.run_scoped(products, plgpu.ACC((shape.config.block, rows), jnp.float32))
+
+
+def _hand_over(cta: _Cta, visit: Visit, acc, reference, denominator) -> None:
+    memory, own = cta.memory, pl.ds(0, cta.shape.stream_rows)
+    pl.when(visit.number > 0)(lambda: plgpu.barrier_wait(memory.taken))
+    tiles.store(memory.sums, acc)
+    tiles.store(memory.statistics.at[0, own], reference)
+    tiles.store(memory.statistics.at[1, own], denominator)
+    plgpu.barrier_arrive(memory.handed_over)
+
+
+def _joined_with_handed_over(cta: _Cta, acc, reference, denominator):
+    """The sums, reference and denominator of both warpgroups' tiles."""
+    memory, own = cta.memory, pl.ds(0, cta.shape.stream_rows)
+    plgpu.barrier_wait(memory.handed_over)
+    other_acc = tiles.load(memory.sums, tiles.TILE)
+    other_reference, other_denominator = (
+        tiles.load(memory.statistics.at[k, own], tiles.COLUMN) for k in (0, 1)
+    )
+    plgpu.barrier_arrive(memory.taken)
+    joint = jnp.maximum(reference, other_reference)
+    mine, theirs = jnp.exp2(reference - joint), jnp.exp2(other_reference - joint)
+    acc = acc * tiles.tall(mine, acc) + other_acc * tiles.tall(theirs, acc)
+    return acc, joint, denominator * mine + other_denominator * theirs
 
 
 def _add_product(acc, left, right):
@@ -862,6 +912,7 @@ class _Way(NamedTuple):
 
 
 _all = lambda wg: True
+_SWAPPED = _Way(((_all, _multiply_swapped),), _swapped_memory)
 _WAYS = {
     plan.ALTERNATE: _Way(((_all, _multiply_in_turns),), _exchange_memory),
     plan.LATENTS: _Way(((_all, _multiply),), _staging_memory),
@@ -870,6 +921,4 @@ _WAYS = {
         ((lambda wg: wg == 0, _make_probabilities), (lambda wg: wg > 0, _multiply_half)),
         _probability_memory,
     ),
-    plan.SWAPPED[2]: _Way(((_all, _multiply_swapped),), _swapped_memory),
-    plan.SWAPPED[4]: _Way(((_all, _multiply_swapped),), _swapped_memory),
-}
+} | dict.fromkeys(plan.SWAPPED.values(), _SWAPPED)
