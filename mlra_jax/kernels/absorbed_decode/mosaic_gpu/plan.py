@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mlra_jax.kernels.absorbed_decode.problem import Problem
 from mlra_jax.kernels.tiles import REDUCTION
 
-# Query rows of one wgmma; fewer are padded, which costs nothing while memory is the limit.
+# Query rows of one wgmma; fewer are padded, which takes power unless it is by zeros.
 ROWS = 64
 # The smallest piece of a tiled shared-memory layout: starts and row counts are multiples of it.
 ALIGN = 8

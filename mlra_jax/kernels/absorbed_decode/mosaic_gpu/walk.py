@@ -748,10 +748,10 @@ def _multiply_half(cta: _Cta) -> None:
 def _multiply_swapped(cta: _Cta) -> None:
     """Each warpgroup has a latent of the tile, or every second tile where there is one latent.
 
-    Scores are [block, rows], sums [width, rows].
-    The weights are exp2 of scores less a reference, which follows the maximum only when that is
-    more than `_HEADROOM` above it: then no reduction over positions is needed for most tiles. The
-    denominators are sums of each thread until the visit ends.
+    Scores are [block, rows], sums [width, rows]. The weights are exp2 of scores less a reference,
+    which follows the maximum only when that is more than `_HEADROOM` above it: then no reduction
+    over positions is needed for most tiles. The denominators are sums of each thread until the
+    visit ends.
     """
     shape, memory = cta.shape, cta.memory
     stream = cta.wg if shape.slots > 1 else 0
