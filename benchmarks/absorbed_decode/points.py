@@ -138,6 +138,7 @@ def head_points() -> list[Point]:
 
 def quick_points() -> list[Point]:
     narrow = dict(latents=4, heads=4, batch=3, ragged=True)
+    wide = dict(latents=4, heads=12, groups=2, width=256, ragged=True)
     return [
         Point("quick", "MLRA-4 4-way", 5000),
         Point("quick", "MLA", 5000, width=512),
@@ -161,19 +162,7 @@ def quick_points() -> list[Point]:
         # Tiles enough for cache positions as the rows of products, of one latent.
         Point("quick", "24 heads, 40 rows", 1000, 40, heads=24, ragged=True),
         Point("quick", "8 heads T=4, 40 rows", 1000, 40, 4, heads=8, ragged=True),
-        Point(
-            "quick",
-            "12 heads G=2 of 256, float16",
-            1000,
-            30,
-            2,
-            4,
-            12,
-            2,
-            256,
-            ragged=True,
-            dtype="float16",
-        ),
+        Point("quick", "12 heads of 256, float16", 1000, 30, 2, **wide, dtype="float16"),
         Point.by_head("quick", "GQA 6 x 4, 10 rows", 1000, 6, 4, batch=10, ragged=True),
         Point.by_head("quick", "MFA, 40 rows", 1000, 1, 24, 256, batch=40, ragged=True),
         Point("quick", "128 heads", 1000, 2, heads=128, ragged=True),

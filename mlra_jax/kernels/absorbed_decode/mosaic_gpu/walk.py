@@ -254,32 +254,35 @@ def _probability_memory(shape: Shape) -> dict[str, Any]:
 
 
 def _swapped_memory(shape: Shape) -> dict[str, Any]:
-    """For each warpgroup; results pass through the space of the probabilities.
-
-    Latents have barriers of their own, so that a warpgroup begins and ends with its own. Of two
-    that take turns at the tiles of one latent the second hands over its state.
-    """
-    shared, stages, rows = shape.config.shared, shape.config.stages, shape.stream_rows
-    warpgroups = shape.mode.warpgroups
-    own = dict(
+    """For each warpgroup; results pass through the space of the probabilities."""
+    warpgroups, rows = shape.mode.warpgroups, shape.stream_rows
+    return dict(
         p=tiles.swizzled((warpgroups, rows, shape.config.block), shape.dtype),
         reduction=plgpu.SMEM((warpgroups, tiles.REDUCTION), jnp.float32),
     )
-    if shape.mode.takers > 1:
-        return (
-            _tile_barriers(shape)
-            | own
-            | dict(
-                sums=plgpu.SMEM((shape.problem.width, rows), jnp.float32),
-                handed_over=plgpu.Barrier(),
-                taken=plgpu.Barrier(),
-            )
-        )
-    return own | dict(
+
+
+def _slots_memory(shape: Shape) -> dict[str, Any]:
+    """Latents have barriers of their own, so that a warpgroup begins and ends with its own."""
+    shared, stages = shape.config.shared, shape.config.stages
+    return _swapped_memory(shape) | dict(
         full=plgpu.Barrier(num_barriers=stages * shared),
         empty=plgpu.Barrier(num_barriers=stages * shared),
         rope_full=plgpu.Barrier(num_barriers=stages),
         rope_empty=plgpu.Barrier(num_arrivals=shared, num_barriers=stages),
+    )
+
+
+def _handing_over_memory(shape: Shape) -> dict[str, Any]:
+    """For two that take turns, of which the second hands over its state."""
+    return (
+        _tile_barriers(shape)
+        | _swapped_memory(shape)
+        | dict(
+            sums=plgpu.SMEM((shape.problem.width, shape.stream_rows), jnp.float32),
+            handed_over=plgpu.Barrier(),
+            taken=plgpu.Barrier(),
+        )
     )
 
 
@@ -396,10 +399,10 @@ def _clear_padding(cta: _Cta) -> None:
     shape, memory = cta.shape, cta.memory
     if shape.config.swap or shape.stream_rows == plan.ROWS:
         return
-    refs = [(memory.q_rope.at[n], shape.rope_streams) for n in range(shape.config.query_stages)]
+    stages = range(shape.config.query_stages)
+    refs = [(memory.q_rope.at[n], shape.rope_streams) for n in stages]
     if cta.q is not None:
         chunks = range(shape.problem.width // shape.chunk)
-        stages = range(shape.config.query_stages)
         refs += [(memory.q.at[n, chunk], shape.streams) for n in stages for chunk in chunks]
     for ref, streams in refs:
         last = pl.ds(shape.query_rows(streams) - plan.ROWS, plan.ROWS)
@@ -912,7 +915,6 @@ class _Way(NamedTuple):
 
 
 _all = lambda wg: True
-_SWAPPED = _Way(((_all, _multiply_swapped),), _swapped_memory)
 _WAYS = {
     plan.ALTERNATE: _Way(((_all, _multiply_in_turns),), _exchange_memory),
     plan.LATENTS: _Way(((_all, _multiply),), _staging_memory),
@@ -921,4 +923,7 @@ _WAYS = {
         ((lambda wg: wg == 0, _make_probabilities), (lambda wg: wg > 0, _multiply_half)),
         _probability_memory,
     ),
-} | dict.fromkeys(plan.SWAPPED.values(), _SWAPPED)
+    plan.SWAPPED[1]: _Way(((_all, _multiply_swapped),), _handing_over_memory),
+    plan.SWAPPED[2]: _Way(((_all, _multiply_swapped),), _slots_memory),
+    plan.SWAPPED[4]: _Way(((_all, _multiply_swapped),), _slots_memory),
+}
