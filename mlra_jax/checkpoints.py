@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -110,27 +110,40 @@ class Manager(ocp.CheckpointManager):
     """Writes the checkpoints of a folder in the background; those before the last `keep` go.
 
     With `keep_every`, those of its multiples stay. A step counts, and older ones go, when it has
-    been found readable. Creates the folder; removes what an interrupted save left behind.
+    been found readable. Creates the folder; removes what an interrupted save left behind. Where a
+    save fails, nothing of it is written any more when that is raised.
+
+    Args:
+      handlers: leaf type to the Orbax handler that writes it; by default those of arrays.
 
     Raises:
       CheckpointError: as `writable_path`, before anything is written.
     """
 
-    def __init__(self, folder: PathLike, keep: int | None = None, keep_every: int = 0):
+    def __init__(
+        self,
+        folder: PathLike,
+        keep: int | None = None,
+        keep_every: int = 0,
+        handlers: Mapping[type, ocp.type_handlers.TypeHandler] | None = None,
+    ):
         path = writable_path(folder) / SUBFOLDER
         path.parent.mkdir(parents=True, exist_ok=True)
         self._arrays, self._step, self._failure = checksums.ArrayHandler(), -1, None
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, self._arrays), (np.ndarray, self._arrays)
-        )
+        self._writes: list[ocp.future.Future] = []
+        handlers = handlers or {jax.Array: self._arrays, np.ndarray: self._arrays}
+        registry = ocp.type_handlers.create_type_handler_registry(*handlers.items())
         policies = ocp.checkpoint_managers
         stay = [policies.EveryNSteps(keep_every)] if keep_every else []
         stay += [policies.LatestN(keep)] if keep else []
         tree = lambda: ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
+        items = {name: tree() for name in ("params", "optimizer")}
+        items |= {name: ocp.JsonCheckpointHandler() for name in ("model", "iterator", "progress")}
+        for handler in items.values():
+            _note(handler, self._writes)
         super().__init__(
             path,
-            item_names=("model", "iterator", "progress"),
-            item_handlers={"params": tree(), "optimizer": tree()},
+            item_handlers=items,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(stay) if keep else None,
                 cleanup_tmp_directories=True,
@@ -146,16 +159,36 @@ class Manager(ocp.CheckpointManager):
         """As Orbax's."""
         self.wait_until_finished()
         self._step = step
-        return super().save(step, *args, **kwargs)
+        self._writes.clear()
+        with self._all_ended():
+            return super().save(step, *args, **kwargs)
+
+    def wait_until_finished(self) -> None:
+        """As Orbax's."""
+        with self._all_ended():
+            super().wait_until_finished()
 
     def poll(self) -> bool:
-        """Whether the last save is done; raises what it failed with. Never waits for it."""
+        """Whether the last save is done, without waiting for it; raises what it failed with."""
         # Known here before Orbax's threads end, which may wait for other processes.
         if failure := self._failure or self._arrays.failure:
-            raise failure
+            with self._all_ended():
+                raise failure
         if done := not self.is_saving_in_progress():
             self.wait_until_finished()
         return done
+
+    @contextlib.contextmanager
+    def _all_ended(self) -> Iterator[None]:
+        """Orbax raises the first error while other threads write on, into what is then removed or
+        another save's. None of them waits for another process."""
+        try:
+            yield
+        except BaseException:
+            for write in self._writes:
+                with contextlib.suppress(Exception):
+                    write.result()
+            raise
 
     def _seal(self) -> None:
         """On process 0, when all is written and before the step has its name."""
@@ -166,6 +199,18 @@ class Manager(ocp.CheckpointManager):
         except Exception as error:
             self._failure = error
             raise
+
+
+def _note(handler: ocp.AsyncCheckpointHandler, writes: list[ocp.future.Future]) -> None:
+    """Has what a handler begins to write in the background put into `writes`."""
+    begin = handler.async_save
+
+    async def async_save(*args, **kwargs):
+        begun = await begin(*args, **kwargs)
+        writes.extend(begun)
+        return begun
+
+    handler.async_save = async_save
 
 
 def make_manager(folder: PathLike, *, keep: int | None = None, keep_every: int = 0) -> Manager:

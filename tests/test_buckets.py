@@ -1,6 +1,7 @@
 """Commands from a bucket and to it give what they give on a disk."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -82,6 +83,27 @@ def test_what_is_wrong_with_weights_in_a_bucket_is_one_line(bucket, capsys):
     refused("held", "gs://bucket/held/model.safetensors: no safetensors file")
     bucket.put("held/model.safetensors", (100).to_bytes(8, "little") + b"{" * 200)
     refused("held", "gs://bucket/held/model.safetensors: no whole safetensors file")
+
+
+def test_a_conversion_that_the_bucket_refuses_leaves_nothing(bucket, capsys):
+    """Also not what was still on its way then: small files need longer than the refusal."""
+    for file in (RELEASED / "mlra_4").iterdir():
+        bucket.put(f"released/{file.name}", file.read_bytes())
+    small = []
+
+    def refuse(method, path):
+        if method != "POST":
+            return None
+        if "/params" in path.replace("%2F", "/"):
+            return 403
+        small.append(path)
+        return 0.5
+
+    bucket.fault = refuse
+    assert convert(["--source=gs://bucket/released", "--destination=gs://bucket/made"]) == 1
+    assert "\n" not in capsys.readouterr().err.strip()
+    time.sleep(1.0)
+    assert small and {name.split("/")[0] for name in bucket.names()} == {"released"}
 
 
 def test_perplexity_and_text_are_those_of_the_disk(model, bucket, tmp_path, capsys):

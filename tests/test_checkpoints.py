@@ -1,5 +1,6 @@
 """Checkpoints come back whole on any mesh, or not at all and with one line that says why."""
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -353,6 +355,57 @@ def test_a_save_that_cannot_be_read_does_not_count(tmp_path, monkeypatch, lost):
     assert lost != "a part" or re.search("a part of .* is missing", str(error.value))
     assert checkpoints.finished_steps(tmp_path) == [1]
     checkpoints.open_checkpoint(tmp_path).restore("params", abstract_params(mesh))
+
+
+class Slow(dict):
+    """What JSON is made of it waits for an event."""
+
+    def __init__(self, event, **values):
+        super().__init__(**values)
+        self.event = event
+
+    def items(self):
+        self.event.wait()
+        return super().items()
+
+
+@pytest.mark.parametrize("slow", ["optimizer", "progress"])
+@pytest.mark.parametrize("told", ["by polling", "by waiting", "at once"])
+def test_of_a_save_that_failed_nothing_is_written_when_that_is_told(
+    slow, told, tmp_path, monkeypatch
+):
+    """Or it would be written into another run's checkpoint, which may begin now."""
+    params, optimizer = {"a": np.ones(2, np.float32)}, {"a": np.ones(3, np.float32)}
+    create, parts, release = checksums.create_array, checksums._parts, threading.Event()
+
+    async def create_array(info, *args):
+        if info.parent_dir.name.startswith("params"):
+            raise OSError("params cannot be written")
+        if slow == "optimizer":
+            await asyncio.to_thread(release.wait)
+        return await create(info, *args)
+
+    def refuse(values):
+        if values[0].shape == (2,):
+            raise OSError("params cannot be copied")
+        return parts(values)
+
+    monkeypatch.setattr(checksums, "create_array", create_array)
+    if told == "at once":
+        monkeypatch.setattr(checksums, "_parts", refuse)
+    manager, model = checkpoints.make_manager(tmp_path), checkpoints.describe(CONFIG, None)
+    progress = Slow(release, step=1) if slow == "progress" else {"step": 1}
+    items = dict(params=params, optimizer=optimizer, progress=progress)
+    threading.Timer(0.5, release.set).start()
+    with pytest.raises(OSError, match="params cannot be"):
+        checkpoints.save(manager, 1, model=model, **items)
+        if told == "by waiting":
+            manager.wait_until_finished()
+        while not manager.poll():
+            time.sleep(0.01)
+    assert release.is_set()
+    step = tmp_path / "checkpoints" / f"1{ocp.path.step.TMP_DIR_SUFFIX}"
+    assert any(step.glob(f"{slow}*/*")), "it must be under way when the error comes"
 
 
 def test_damaged_descriptions_are_named(copy):

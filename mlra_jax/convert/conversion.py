@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 
-from mlra_jax import checkpoints, checksums
+from mlra_jax import checkpoints
 from mlra_jax.command import progress_bar
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.convert import chunks, lazy
@@ -212,18 +211,6 @@ def _check_tied(weights: Weights, dtype: np.dtype) -> None:
         weights.release()
 
 
-def _manager(folder: AnyPath, handler: lazy.ChunkHandler) -> ocp.CheckpointManager:
-    registry = ocp.type_handlers.create_type_handler_registry((lazy.LazyArray, handler))
-    return ocp.CheckpointManager(
-        folder / checkpoints.SUBFOLDER,
-        item_handlers={
-            "params": ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry),
-            "model": ocp.JsonCheckpointHandler(),
-        },
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-    )
-
-
 def _write(
     folder: AnyPath,
     arrays: Mapping[str, lazy.LazyArray],
@@ -232,11 +219,8 @@ def _write(
 ) -> dict[str, list[int]]:
     """Writes step 0 and returns the CRC-32 of each chunk by leaf."""
     handler = lazy.ChunkHandler(progress)
-    with _manager(folder, handler) as manager:
-        params = ocp.args.PyTreeSave(chunks.nested(arrays))
-        model = ocp.args.JsonSave(dict(described))
-        manager.save(0, args=ocp.args.Composite(params=params, model=model))
-    checksums.seal(folder / checkpoints.SUBFOLDER / "0")
+    with checkpoints.Manager(folder, handlers={lazy.LazyArray: handler}) as manager:
+        checkpoints.save(manager, 0, params=chunks.nested(arrays), model=described)
     return handler.checksums
 
 
