@@ -185,7 +185,8 @@ class _Loop:
             state, metrics = self.compute(state, batch)
             step, position = self.progress.count(), self.batches.get_state()
             self.health.note(step, position["next_batch"] - 1, metrics)
-            self.saver.poll()
+            for writer in self._writers():
+                writer.poll()
             last, stop = step == self.due.steps, self.stop.after(step)
             log, check, save = self.due.after(step)
             save |= stop or owed
@@ -212,13 +213,17 @@ class _Loop:
                         self.saver.save(state, position, self.progress.done)
             if last or stop:
                 self.watch.pauses("waiting for the last save")
-                self.saver.finish()
+                for writer in self._writers():
+                    writer.finish()
                 return last
             self.watch.goes_on("waiting for input")
             with self.progress.timed("input_seconds"):
                 batch = next(self.batches)
             if log or check or save:
                 self.progress.restart_interval()
+
+    def _writers(self) -> list[Saver | Best]:
+        return [self.saver, self.best] if self.best else [self.saver]
 
     def check(self, state: TrainState) -> float:
         """The mean loss over what is held out, which is reported."""

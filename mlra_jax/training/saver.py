@@ -23,7 +23,54 @@ _MESSAGE_BYTES = 1024
 BEST_FOLDER = "best"
 
 
-class Saver:
+class _Background:
+    """Writes the checkpoints of a folder, made if it does not exist, one after the other.
+
+    What fails is a TrainingError of one line: where it is asked for, and once.
+    """
+
+    def __init__(self, folder: AnyPath, keep: int, keep_every: int = 0):
+        self._folder = folder
+        self._manager = checkpoints.make_manager(folder, keep=keep, keep_every=keep_every)
+        self._writing: int | None = None
+        self._failed = False
+
+    def poll(self) -> None:
+        """Raises TrainingError if a save in the background has failed; else never waits."""
+        if self._writing is not None:
+            with self._told():
+                if self._manager.poll():
+                    self._writing = None
+
+    def finish(self) -> None:
+        """Waits for the last save. Raises TrainingError if it fails."""
+        if self._writing is not None:
+            with self._told():
+                self._manager.wait_until_finished()
+            self._writing = None
+
+    def _begin(self, step: int, **items: Any) -> None:
+        self._writing = step
+        with self._told():
+            checkpoints.save(self._manager, step, **items)
+
+    def _close(self) -> None:
+        # What failed here may keep other processes waiting for ever, and this one for them.
+        if not self._failed:
+            self.finish()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            folder = self._folder / checkpoints.SUBFOLDER / str(self._writing)
+            raise TrainingError(f"checkpoint {folder}: {reason(error)}") from None
+
+
+class Saver(_Background):
     """Writes the checkpoints of a run while it is entered, and waits for them at the end.
 
     An error of one line that ends the run goes on as a TrainingError that names the last good
@@ -43,23 +90,16 @@ class Saver:
         description: dict[str, Any],
         lock: AnyLock | None,
     ):
-        self._workdir, self._description, self._lock = workdir, description, lock
+        super().__init__(workdir, experiment.keep, experiment.keep_every)
+        self._description, self._lock = description, lock
         self._seconds, self._latest = 60 * experiment.save_minutes, time.monotonic()
-        self._manager = checkpoints.make_manager(
-            workdir, keep=experiment.keep, keep_every=experiment.keep_every
-        )
-        self._writing: int | None = None
-        self._failed = False
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
-            # What failed here may keep other processes waiting for ever, and this one for them.
-            if not self._failed:
-                self.finish()
-                self._manager.close()
+            self._close()
         except TrainingError as failure:
             error = error or failure
         if not isinstance(error, OSError | ValueError):
@@ -88,17 +128,15 @@ class Saver:
         self.finish()
         if self._lock is not None:
             self._lock.check()
-        self._writing, self._latest = done.step, time.monotonic()
-        with self._told():
-            checkpoints.save(
-                self._manager,
-                done.step,
-                params=state.params,
-                optimizer=state.optimizer,
-                model=self._description,
-                iterator=position,
-                progress=dataclasses.asdict(done),
-            )
+        self._latest = time.monotonic()
+        self._begin(
+            done.step,
+            params=state.params,
+            optimizer=state.optimizer,
+            model=self._description,
+            iterator=position,
+            progress=dataclasses.asdict(done),
+        )
 
     def due(self) -> bool:
         """Whether `save_minutes` have gone by since the last save: by the clock of process 0, the
@@ -109,45 +147,22 @@ class Saver:
         several = jax.process_count() > 1
         return bool(multihost_utils.broadcast_one_to_all(due) if several else due)
 
-    def poll(self) -> None:
-        """Raises TrainingError if a save in the background has failed; never waits."""
-        if self._writing is not None:
-            with self._told():
-                if self._manager.poll():
-                    self._writing = None
-
-    def finish(self) -> None:
-        """Waits for the last save. Raises TrainingError if it fails."""
-        if self._writing is not None:
-            with self._told():
-                self._manager.wait_until_finished()
-            self._writing = None
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._failed = True
-            folder = self._workdir / checkpoints.SUBFOLDER / str(self._writing)
-            raise TrainingError(f"checkpoint {folder}: {reason(error)}") from None
-
     def _last_good(self) -> str:
-        steps = checkpoints.finished_steps(self._workdir)
+        steps = checkpoints.finished_steps(self._folder)
         if not steps:
             return "none was saved before"
-        return str(self._workdir / checkpoints.SUBFOLDER / str(steps[-1]))
+        return str(self._folder / checkpoints.SUBFOLDER / str(steps[-1]))
 
 
-class Best:
+class Best(_Background):
     """Keeps the weights of the lowest validation loss in `workdir/best`, a checkpoint like others.
 
     Only better ones take their place, also when the run is stopped and goes on.
     """
 
     def __init__(self, workdir: AnyPath, description: dict[str, Any]):
-        self._folder, self._description = workdir / BEST_FOLDER, description
-        self._manager = checkpoints.make_manager(self._folder, keep=1)
+        super().__init__(workdir / BEST_FOLDER, keep=1)
+        self._description = description
         self._lowest = math.inf
         if checkpoints.finished_steps(self._folder):
             found = checkpoints.open_checkpoint(self._folder)
@@ -156,23 +171,26 @@ class Best:
     def __enter__(self) -> "Best":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self._close()
+        except TrainingError:
+            if error is None:
+                raise
 
     def beaten_by(self, loss: float) -> bool:
         return loss < self._lowest
 
     def save(self, step: int, params: Any, loss: float) -> None:
         """Begins to write the weights of step `step`; they may be donated when this returns."""
+        self.finish()
         self._lowest = loss
         # Of a run that was killed and goes on from before them: Orbax would keep those.
         for later in checkpoints.finished_steps(self._folder):
             if later >= step:
                 self._manager.delete(later)
         progress = {"step": step, "validation_loss": loss}
-        model = self._description
-        checkpoints.save(self._manager, step, params=params, model=model, progress=progress)
+        self._begin(step, params=params, model=self._description, progress=progress)
 
 
 @contextlib.contextmanager

@@ -561,12 +561,15 @@ def test_devices_have_the_next_step_before_one_is_waited_for(
     assert " ".join(map(str, order)) == waits
 
 
-def test_a_failed_save_ends_the_run_at_its_next_step(experiment, lab, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder, save_every", [("checkpoints", 3), ("best/checkpoints", 4)])
+def test_a_failed_save_ends_the_run_at_its_next_step(
+    folder, save_every, experiment, lab, tmp_path, monkeypatch
+):
     """Not when the next save is due; and the one before it stays, though only one is kept."""
     seal, failed, steps = checksums.seal, threading.Event(), []
 
     def full(step):
-        if checkpoints.finished_steps(tmp_path):
+        if step.name.startswith("6"):
             failed.set()
             raise OSError(errno.ENOSPC, "No space left on device")
         seal(step)
@@ -580,14 +583,15 @@ def test_a_failed_save_ends_the_run_at_its_next_step(experiment, lab, tmp_path, 
 
     monkeypatch.setattr(checksums, "seal", full)
     lab.spoil = spoil
-    short = dataclasses.replace(experiment, keep=1, save_every=3, log_every=100)
+    every = dict(save_every=save_every, validate_every=6, log_every=100)
+    short = dataclasses.replace(experiment, keep=1, keep_best=save_every == 4, **every)
     with pytest.raises(progress.TrainingError) as error:
         lab.train(short, tmp_path)
     assert steps[-1] == 7
-    folder = tmp_path / "checkpoints"
-    line = f"checkpoint {folder}/6: the disk is full; last good checkpoint: {folder}/3"
-    assert str(error.value) == line
-    assert checkpoints.finished_steps(tmp_path) == [3]
+    good = f"last good checkpoint: {tmp_path}/checkpoints/{save_every}"
+    assert str(error.value) == f"checkpoint {tmp_path}/{folder}/6: the disk is full; {good}"
+    assert checkpoints.finished_steps(tmp_path) == [save_every]
+    assert checkpoints.finished_steps(tmp_path / "best") == []
 
 
 def test_nothing_is_written_before_the_settings_are_found_good(experiment, tmp_path, monkeypatch):
