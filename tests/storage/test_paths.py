@@ -116,7 +116,8 @@ def test_a_bucket_that_fails_for_a_while_is_asked_again(fault, bucket, no_pauses
     file.write_text("one" * 1000)
     assert bucket.objects["small.txt"].data == b"one" * 1000
     assert file.read_text() == "one" * 1000
-    assert seen["POST"] == 3 or isinstance(fault, float)
+    # On a busy machine an answer may come too late, and is asked for once more.
+    assert seen["POST"] >= 3 or isinstance(fault, float)
 
 
 def test_what_a_bucket_refuses_is_one_line(bucket, no_pauses):
