@@ -180,12 +180,13 @@ class _Loop:
     def run(self, state: TrainState, batch: Batch) -> bool:
         """Whether the last step is done, False if a signal came before; `batch` is the first."""
         owed = False
+        writers = [self.saver, self.best] if self.best else [self.saver]
         while True:
             self.watch.begin(self.progress.step + 1)
             state, metrics = self.compute(state, batch)
             step, position = self.progress.count(), self.batches.get_state()
             self.health.note(step, position["next_batch"] - 1, metrics)
-            for writer in self._writers():
+            for writer in writers:
                 writer.poll()
             last, stop = step == self.due.steps, self.stop.after(step)
             log, check, save = self.due.after(step)
@@ -213,7 +214,7 @@ class _Loop:
                         self.saver.save(state, position, self.progress.done)
             if last or stop:
                 self.watch.pauses("waiting for the last save")
-                for writer in self._writers():
+                for writer in writers:
                     writer.finish()
                 return last
             self.watch.goes_on("waiting for input")
@@ -221,9 +222,6 @@ class _Loop:
                 batch = next(self.batches)
             if log or check or save:
                 self.progress.restart_interval()
-
-    def _writers(self) -> list[Saver | Best]:
-        return [self.saver, self.best] if self.best else [self.saver]
 
     def check(self, state: TrainState) -> float:
         """The mean loss over what is held out, which is reported."""

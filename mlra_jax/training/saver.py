@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -34,6 +34,9 @@ class _Background:
         self._manager = checkpoints.make_manager(folder, keep=keep, keep_every=keep_every)
         self._writing: int | None = None
         self._failed = False
+
+    def __enter__(self) -> Self:
+        return self
 
     def poll(self) -> None:
         """Raises TrainingError if a save in the background has failed; else never waits."""
@@ -93,9 +96,6 @@ class Saver(_Background):
         super().__init__(workdir, experiment.keep, experiment.keep_every)
         self._description, self._lock = description, lock
         self._seconds, self._latest = 60 * experiment.save_minutes, time.monotonic()
-
-    def __enter__(self) -> "Saver":
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
@@ -167,9 +167,6 @@ class Best(_Background):
         if checkpoints.finished_steps(self._folder):
             found = checkpoints.open_checkpoint(self._folder)
             self._lowest = found.read_json("progress")["validation_loss"]
-
-    def __enter__(self) -> "Best":
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
